@@ -1,0 +1,274 @@
+"""Configuration of a run: typed, complete, checked before anything is loaded. Imports no torch.
+
+A run is one YAML file and `--section.key value` on the command line, which wins. Every field says
+what it does and its unit; `python train.py --help` prints them all.
+"""
+
+import argparse
+import difflib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's: one line that names the key, its value and what was expected."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    path: str = Field(description="folder or Hub name of a Hugging Face causal language model")
+    learning_rate: float = Field(5e-6, gt=0, description="peak learning rate (Table 3: 5e-6)")
+
+
+class DataConfig(Section):
+    train: Path = Field(description="training problems: .jsonl or .parquet, fields problem, answer")
+    eval: Path = Field(description="held-out problems, same form")
+    template: str = Field(
+        "{problem}", description="text of a prompt; {problem} is replaced by the problem"
+    )
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        require("{problem}" in self.template, "template", self.template, "a text with {problem}")
+        return self
+
+
+class RewardConfig(Section):
+    format: bool = Field(
+        False,
+        description="add 0.25 for each of <think> </think> <answer> </answer> that occurs exactly "
+        "once (appendix B); accuracy counts 1",
+    )
+    timeout: float = Field(5.0, gt=0, description="hard limit for grading one completion (seconds)")
+
+
+class RolloutConfig(Section):
+    engine: Literal["auto", "vllm", "hf"] = Field(
+        "auto", description="auto: vllm where it is installed, else hf (Hugging Face generate)"
+    )
+    prompts_per_step: int = Field(64, gt=0, description="prompts a step, over all processes")
+    num_generations: int = Field(14, gt=1, description="M: rollouts a prompt (Table 3: 14)")
+    max_prompt_tokens: int = Field(1024, gt=0, description="longest prompt allowed (tokens)")
+    max_completion_tokens: int = Field(
+        3072,
+        gt=0,
+        description="N: longest completion (tokens), also the normalizer of Eq. 5, 6, 10",
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="divides the logits, in the engine and in the trainer alike"
+    )
+    kv_cache_gib: float = Field(4.0, gt=0, description="vLLM's KV cache on each process (GiB)")
+    logp_gap_limit: float | None = Field(
+        None,
+        gt=0,
+        description="stop when engine and trainer disagree on a token's log-probability by more "
+        "(nats); by default 1e-4 in float32, no limit in bfloat16",
+    )
+
+
+class KDConfig(Section):
+    alpha: float = Field(1.0, ge=0, description="weight of the KD reward (Eq. 6)")
+
+
+class DownsampleConfig(Section):
+    keep: int = Field(8, gt=0, description="G: rollouts a prompt kept, G/2 best and G/2 worst")
+
+
+class LossConfig(Section):
+    epsilon_low: float = Field(0.2, ge=0, lt=1, description="ratio is clipped at 1 - epsilon_low")
+    epsilon_high: float = Field(0.2, ge=0, description="ratio is clipped at 1 + epsilon_high")
+
+
+class OptimizerConfig(Section):
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="learning rate after the warm-up; cosine ends at zero"
+    )
+    warmup_fraction: float = Field(
+        0.05, ge=0, le=1, description="share of all steps in which the learning rate rises linearly"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+
+
+class TrainingConfig(Section):
+    epochs: int = Field(1, gt=0, description="passes over the training problems")
+    steps: int | None = Field(None, gt=0, description="stop after this many steps instead")
+    micro_batch_size: int = Field(8, gt=0, description="rollouts a forward and backward pass")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="type of the forward and backward pass; weights stay float32"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, more time"
+    )
+
+
+class EvaluationConfig(Section):
+    every: int = Field(50, gt=0, description="steps between evaluations of the small model")
+    temperature: float = Field(0.0, ge=0, description="sampling temperature; 0 is greedy")
+    large: bool = Field(
+        True, description="also evaluate the large model, before the first and after the last step"
+    )
+
+
+class CheckpointConfig(Section):
+    every: int = Field(50, gt=0, description="steps between checkpoints; the last one is kept")
+
+
+class Config(BaseSettings):
+    """CoDistill-GRPO: train a large and a small model at the same time.
+
+    --config FILE reads a YAML file; the options below go before it.
+    """
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, cli_prog_name="train.py", cli_avoid_json=True
+    )
+
+    name: str = Field(description="name of the run")
+    output_dir: Path = Field(Path("runs"), description="the run is written to output_dir/name")
+    algorithm: Literal["codistill"] = Field("codistill", description="Eq. 5 to 10")
+    seed: int = Field(0, ge=0, description="seed of data order and sampling")
+    small: ModelConfig = Field(description="phi: writes the rollouts, learns by Eq. 5")
+    large: ModelConfig = Field(description="theta: scores the rollouts, learns by Eq. 10")
+    data: DataConfig = Field(description="problems and prompts")
+    reward: RewardConfig = Field(RewardConfig(), description="r of Eq. 6")
+    rollout: RolloutConfig = Field(RolloutConfig(), description="generation by the small model")
+    kd: KDConfig = Field(KDConfig(), description="on-policy KD reward (Eq. 6)")
+    downsample: DownsampleConfig = Field(DownsampleConfig(), description="M to G (section 3.3)")
+    loss: LossConfig = Field(LossConfig(), description="clipped surrogate of Eq. 5 and Eq. 10")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW, for both models")
+    training: TrainingConfig = Field(TrainingConfig(), description="length and memory of the run")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="held-out accuracy")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="saved to go on from")
+
+    @classmethod
+    def settings_customise_sources(cls, settings_cls, init_settings, **sources: Any) -> tuple:
+        return (init_settings,)  # the environment is no source; CliApp puts the CLI before this
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        keep, generations = self.downsample.keep, self.rollout.num_generations
+        require(keep % 2 == 0, "downsample.keep", keep, "an even number (G/2 best, G/2 worst)")
+        require(
+            keep <= generations,
+            "rollout.num_generations",
+            generations,
+            f"M of at least downsample.keep = {keep} rollouts",
+        )
+        return self
+
+    def check_processes(self, world_size: int) -> None:
+        """Raise ConfigError unless prompts and micro-batches divide evenly over the processes."""
+        prompts, keep = self.rollout.prompts_per_step, self.downsample.keep
+        require(
+            prompts % world_size == 0,
+            "rollout.prompts_per_step",
+            prompts,
+            f"a multiple of the {world_size} processes",
+        )
+        kept = prompts // world_size * keep
+        require(
+            kept % self.training.micro_batch_size == 0,
+            "training.micro_batch_size",
+            self.training.micro_batch_size,
+            f"a divisor of the {kept} rollouts a process trains on "
+            f"({prompts // world_size} prompts x {keep} kept)",
+        )
+
+
+def require(condition: bool, key: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key} = {value!r}: expected {expected}")
+
+
+def load_config(arguments: list[str]) -> Config:
+    """Read `--config FILE --section.key value ...`.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a key or value is wrong.
+        SystemExit: `--help` was asked for (code 0).
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    known, overrides = parser.parse_known_args(arguments)
+    try:
+        return CliApp.run(
+            Config,
+            cli_args=overrides,
+            cli_exit_on_error=False,
+            **(read_yaml(known.config) if known.config else {}),
+        )
+    except SettingsError as error:
+        raise ConfigError(explain_argument(str(error))) from error
+    except ValidationError as error:
+        raise ConfigError(explain_field(error)) from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    require(path.is_file(), "--config", str(path), "a YAML file that exists")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config = {str(path)!r}: not YAML: {' '.join(str(error).split())}")
+    require(isinstance(content, dict), "--config", str(path), "a YAML file with section: keys")
+    return content
+
+
+def field_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """All keys of the configuration, dotted."""
+    keys = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += field_keys(kind, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def explain_argument(message: str) -> str:
+    """One line for an argument that the command line does not know."""
+    words = message.split()
+    unknown = next((word for word in words if word.startswith("--")), None)
+    if unknown is None or "unrecognized" not in message:
+        return " ".join(words)
+    key, _, value = unknown[2:].partition("=")
+    rest = words[words.index(unknown) + 1 :]
+    return unknown_key(key, value or (rest[0] if rest else ""))
+
+
+def unknown_key(key: str, value: object) -> str:
+    keys = field_keys()
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    near = near or [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    hint = f"did you mean {near[0]}?" if near else "see --help for all keys"
+    return f"{key} = {value!r}: expected a known key; {hint}"
+
+
+def explain_field(error: ValidationError) -> str:
+    """One line for the first wrong field."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    original = first.get("ctx", {}).get("error")
+    if isinstance(original, ConfigError):
+        return f"{key}.{original}" if key else str(original)
+    if first["type"] == "extra_forbidden":
+        return unknown_key(key, first["input"])
+    if first["type"] == "missing":
+        return f"{key} is missing: expected {describe(key)}"
+    return f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def describe(key: str) -> str:
+    model, description = Config, ""
+    for part in key.split("."):
+        field = model.model_fields[part]
+        model, description = field.annotation, field.description
+    return description

@@ -1,0 +1,94 @@
+"""What a person sees while a run goes on, and at its end."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+PHASES = ("rollout", "score", "update_small", "update_large", "sync")
+ROWS = 12
+"""Steps that the live table shows."""
+
+
+class Progress:
+    """A live table of the last steps in a terminal; one line a step anywhere else."""
+
+    def __init__(self, console: Console, *, total_steps: int, first_step: int) -> None:
+        self.console, self.total_steps = console, total_steps
+        self.first_step, self.started = first_step, time.perf_counter()
+        self.rows: list[list[str]] = []
+        self.live: Live | None = None
+
+    @contextmanager
+    def show(self) -> Iterator[None]:
+        if not self.console.is_terminal:
+            yield
+            return
+        with Live(console=self.console, refresh_per_second=4) as self.live:
+            yield
+
+    def add(self, step: int, numbers: dict[str, float]) -> None:
+        done = step - self.first_step + 1
+        left = (self.total_steps - step) * (time.perf_counter() - self.started) / done
+        cells = {
+            "step": f"{step}/{self.total_steps}",
+            "accuracy": f"{numbers['reward/accuracy']:.1%}",
+            "KD reward": f"{numbers['reward/kd']:+.4f}",
+            "tokens": f"{numbers['rollout/mean_tokens']:.1f}",
+            "clipped large": f"{numbers['ratio/large_clip_fraction']:.1%}",
+            "logp gap": f"{numbers['rollout/logp_gap_max']:.0e}",
+            **{phase.replace("_", " "): f"{numbers[f'time/{phase}']:.2f}" for phase in PHASES},
+            "tokens/s": f"{numbers['tokens_per_second']:.0f}",
+            "ETA": f"{int(left) // 60}:{int(left) % 60:02d}",
+        }
+        if self.live is None:
+            self.console.print(
+                "  ".join(f"{name} {value}" for name, value in cells.items()), soft_wrap=True
+            )
+            return
+        self.rows = [*self.rows, list(cells.values())][-ROWS:]
+        table = Table(title="CoDistill-GRPO", caption="phases in seconds")
+        for name in cells:
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*row)
+        self.live.update(table)
+
+    def note(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, highlight=False)
+
+
+def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> None:
+    table = Table(title="held-out accuracy", title_justify="left")
+    for name in ("model", "before", "after", "change"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for name in ("small", "large"):
+        if name not in summary:
+            continue
+        before, after = summary[name]["before"], summary[name]["after"]
+        change = f"{100 * (after - before):+.1f} points"
+        table.add_row(name, f"{before:.1%}", f"{after:.1%}", change)
+    console.print(table)
+    count, minutes = summary["problems"], summary["seconds"] / 60
+    console.print(
+        f"{count} held-out problems; after: mean of the last {summary['evaluations_averaged']} "
+        f"evaluations (small), last (large). {summary['steps']} steps, {minutes:.1f} minutes.",
+        soft_wrap=True,
+        highlight=False,
+    )
+    files = {
+        "curves.png": "curves",
+        "metrics.jsonl": "a row of numbers a step",
+        "evaluations.jsonl": "held-out accuracy",
+        "samples/": "what the small model wrote (parquet)",
+        f"export/step_{summary['steps']}/": "both models, Hugging Face format",
+        f"checkpoints/step_{summary['steps']}/": "to go on from",
+        "config.yaml": "the complete configuration",
+    }
+    for name, text in files.items():
+        console.print(f"  {folder / name}  {text}", soft_wrap=True, highlight=False)

@@ -1,0 +1,29 @@
+"""The processes of a run: one a GPU, or any number on a CPU. Started by torchrun, or alone."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def start() -> torch.device:
+    """Join the process group; the device of this process."""
+    alone = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    if "RANK" not in os.environ:  # python train.py, without torchrun
+        os.environ.update(alone)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def world_size() -> int:
+    """Processes that torchrun started; known before they have joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,38 @@
+"""Held-out accuracy, from text that an engine generates."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from codistill.data import Problem
+from codistill.rewards import Grader
+from codistill.rollout import Engine, Sampling, prompt_seeds
+
+EVALUATION_STREAM = 2**31  # in place of a step number: evaluations draw none of a step's seeds
+
+
+def evaluate(
+    engine: Engine,
+    grader: Grader,
+    tokenizer: Any,
+    problems: list[Problem],
+    *,
+    temperature: float,
+    max_tokens: int,
+    seed: int,
+    device: torch.device,
+) -> float:
+    """Share of `problems` answered right, one completion each, work shared by all processes."""
+    indices = range(dist.get_rank(), len(problems), dist.get_world_size())
+    share = [problems[i] for i in indices]
+    completions = engine.generate(
+        [problem.prompt_ids for problem in share],
+        prompt_seeds(seed, EVALUATION_STREAM, indices),
+        Sampling(num_generations=1, temperature=temperature, max_tokens=max_tokens),
+    )
+    texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
+    correct = grader.grade(texts, [problem.answer for problem in share]).correct
+    count = torch.tensor([sum(correct)], dtype=torch.float64, device=device)
+    dist.all_reduce(count)
+    return count.item() / len(problems)

@@ -1,0 +1,112 @@
+"""One model in training: a sharded policy, its optimizer, its learning-rate schedule."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from codistill.batching import TokenBatch
+from codistill.config import OptimizerConfig
+from codistill.metrics import StepMetrics
+from codistill.model import Policy
+from codistill_kernels import PolicyLoss, policy_loss
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass trains on: S rollouts, N tokens."""
+
+    tokens: TokenBatch
+    old_logps: Tensor
+    """[N] under the policy that wrote the rollouts: the small model's, for both models."""
+    advantages: Tensor
+    """[S]"""
+
+
+class Learner:
+    """Maximizes the clipped surrogate of Eq. 5 (small model) or Eq. 10 (large model)."""
+
+    def __init__(
+        self,
+        name: str,
+        policy: Policy,
+        loss: PolicyLoss,
+        config: OptimizerConfig,
+        *,
+        learning_rate: float,
+        total_steps: int,
+    ) -> None:
+        self.name, self.policy, self.loss = name, policy, loss
+        self.max_grad_norm = config.max_grad_norm
+        self.optimizer = torch.optim.AdamW(
+            policy.parameters(), lr=learning_rate, weight_decay=config.weight_decay
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: learning_rate_factor(step, total_steps, config)
+        )
+
+    def backward(
+        self,
+        micro_batches: Iterable[MicroBatch],
+        metrics: StepMetrics,
+        *,
+        normalizer: float,
+        temperature: float,
+    ) -> None:
+        """Add the gradient of -(1/normalizer) * sum over tokens; normalizer counts all processes.
+
+        Every process must bring the same number of micro-batches: each is a collective.
+        """
+        for micro_batch in micro_batches:
+            logps = self.policy(micro_batch.tokens, temperature)
+            loss, stats = policy_loss(
+                logps,
+                micro_batch.old_logps,
+                micro_batch.advantages,
+                loss=self.loss,
+                normalizer=normalizer,
+                cu_seqlens=micro_batch.tokens.cu_seqlens,
+            )
+            loss.backward()
+            metrics.total(f"loss/{self.name}", loss)
+            self.record(stats, metrics)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Clip the gradient, change the weights, drop the gradient.
+
+        Raises:
+            FloatingPointError: the gradient is not finite. The weights are as before.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient of the {self.name} model is {norm.item()}")
+        metrics.maximum(f"grad_norm/{self.name}", norm)
+        metrics.maximum(f"learning_rate/{self.name}", self.schedule.get_last_lr()[0])
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+
+    def record(self, stats: dict[str, Tensor], metrics: StepMetrics) -> None:
+        prefix, tokens = f"ratio/{self.name}", stats["tokens"]
+        total = stats["ratio_mean"] * tokens
+        low, high = stats["clip_fraction_low"], stats["clip_fraction_high"]
+        metrics.mean(f"{prefix}_mean", total, tokens)
+        metrics.mean(f"{prefix}_squared", total.square() / (tokens * stats["ess"]), tokens)
+        metrics.mean(f"{prefix}_clip_fraction", (low + high) * tokens, tokens)
+        metrics.mean(f"{prefix}_kl", stats["approx_kl"] * tokens, tokens)
+        metrics.maximum(f"{prefix}_max", stats["ratio_max"])
+
+
+def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
+    """Factor on the peak learning rate in step `step`, from 0: linear warm-up, then the schedule."""
+    warmup = round(config.warmup_fraction * total_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return 1.0
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

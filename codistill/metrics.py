@@ -1,0 +1,64 @@
+"""Metrics of one step: collected on each process, reduced over all of them in one go."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class StepMetrics:
+    """Named numbers of one step. `mean` weighs every value alike, wherever it was measured."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+        self.totals: dict[str, Tensor] = {}
+        self.maxima: dict[str, Tensor] = {}
+
+    def mean(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+        """Add `count` values that sum up to `total`."""
+        self.add(self.sums, name, total)
+        self.add(self.counts, name, count)
+
+    def mean_of(self, name: str, values: Tensor) -> None:
+        self.mean(name, values.sum(), values.numel())
+
+    def total(self, name: str, value: Tensor | float) -> None:
+        """Add to a sum over micro-batches and processes."""
+        self.add(self.totals, name, value)
+
+    def maximum(self, name: str, value: Tensor | float) -> None:
+        value = self.scalar(value)
+        self.maxima[name] = torch.maximum(self.maxima.get(name, value), value)
+
+    @contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        """Seconds the block takes, on the slowest process."""
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.maximum(name, time.perf_counter() - start)
+
+    def reduce(self) -> dict[str, float]:
+        """The numbers over all processes, each of which must have collected the same names."""
+        means, totals, peaks = sorted(self.sums), sorted(self.totals), sorted(self.maxima)
+        parts = [self.sums[name] for name in means] + [self.counts[name] for name in means]
+        added = torch.stack(parts + [self.totals[name] for name in totals])
+        maxima = torch.stack([self.maxima[name] for name in peaks])
+        dist.all_reduce(added)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        sums, counts, whole = added.tensor_split((len(means), 2 * len(means)))
+        numbers = dict(zip(means, (sums / counts).tolist(), strict=True))
+        numbers |= dict(zip(totals, whole.tolist(), strict=True))
+        return numbers | dict(zip(peaks, maxima.tolist(), strict=True))
+
+    def add(self, store: dict[str, Tensor], name: str, value: Tensor | float) -> None:
+        store[name] = store.get(name, self.scalar(0.0)) + self.scalar(value)
+
+    def scalar(self, value: Tensor | float) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.float64, device=self.device).detach()

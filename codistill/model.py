@@ -1,0 +1,153 @@
+"""Models and tokenizers. The only importer of transformers.
+
+A `Policy` is a causal language model whose forward pass ends in log-probabilities, not in logits.
+`shard` spreads its weights over the processes with FSDP2.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from codistill.batching import TokenBatch
+from codistill.config import Config, ConfigError, require
+from codistill_kernels import linear_logps
+
+
+def quiet_transformers() -> None:
+    """No progress bars, no warnings: the run has its own display."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+class Policy(nn.Module):
+    """pi(token | prompt, tokens before) of a causal language model."""
+
+    def __init__(self, lm: PreTrainedModel, *, vocab_size: int) -> None:
+        super().__init__()
+        self.lm = lm
+        self.vocab_size = vocab_size
+        self.softcap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
+
+    def forward(self, batch: TokenBatch, temperature: float) -> Tensor:
+        """Log-probability of each completion token, [N] fp32 nats, at the given temperature."""
+        output = self.lm.base_model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        )
+        hidden_states = output.last_hidden_state.flatten(0, 1)[batch.positions]
+        head = self.lm.get_output_embeddings()
+        return linear_logps(
+            hidden_states,
+            head.weight,
+            batch.token_ids,
+            bias=head.bias,
+            temperature=temperature,
+            softcap=self.softcap,
+            vocab_size=self.vocab_size,
+        )
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """All weights by Hugging Face name, gathered one by one: every process must iterate."""
+        if isinstance(self, FSDPModule):
+            self.reshard()  # a forward pass without a backward pass leaves gathered weights behind
+        for name, parameter in self.lm.named_parameters():
+            weight = parameter.detach()
+            yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def shard(policy: Policy, *, dtype: torch.dtype) -> Policy:
+    """Shard over all processes with FSDP2: fp32 weights, forward and backward in `dtype`.
+
+    Gradients are summed over the processes, not averaged: the losses divide by a global count.
+    """
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in policy.lm.base_model.layers:
+        fully_shard(layer, mp_policy=precision)
+    fully_shard(policy, mp_policy=precision)
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+    return policy
+
+
+def load_causal_lm(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+def load_policy(
+    path: str, *, vocab_size: int, dtype: torch.dtype, device: torch.device, checkpointing: bool
+) -> Policy:
+    """A sharded policy, ready to train."""
+    lm = load_causal_lm(path, dtype=torch.float32)
+    if checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(lm, vocab_size=vocab_size).to(device)
+    return shard(policy.train(), dtype=dtype)
+
+
+def load_tokenizer(key: str, path: str) -> PreTrainedTokenizerBase:
+    """Raises ConfigError under configuration key `key` if there is none."""
+    local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if local and not Path(path).is_dir():
+        raise ConfigError(f"{key} = {path!r}: expected a folder that exists, or a Hub name")
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{key} = {path!r}: expected a model with a tokenizer: {reason}"
+        ) from error
+
+
+def load_tokenizers(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer that both models share.
+
+    Raises:
+        ConfigError: one is missing, or they give different ids to the same text: a ratio of the
+            models' probabilities means something only token by token.
+    """
+    small = load_tokenizer("small.path", config.small.path)
+    large = load_tokenizer("large.path", config.large.path)
+    ours, theirs = small.get_vocab(), large.get_vocab()
+    different = next((t for t in sorted(ours | theirs) if ours.get(t) != theirs.get(t)), None)
+    require(
+        different is None,
+        "large.path",
+        config.large.path,
+        f"the tokenizer of small.path = {config.small.path!r}; token {different!r} has id "
+        f"{theirs.get(different)} here and {ours.get(different)} there",
+    )
+    return small
+
+
+def end_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end a completion: the model's generation_config, else the tokenizer's end token."""
+    try:
+        ids = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # the model has no generation_config.json
+        ids = None
+    ids = tokenizer.eos_token_id if ids is None else ids
+    if ids is None:
+        raise ConfigError(f"small.path = {path!r}: expected a model that names its end token")
+    return tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def export(
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, *, write: bool
+) -> None:
+    """Save as a Hugging Face model. Every process must call; the one with `write` writes."""
+    weights = {name: weight.cpu() for name, weight in policy.full_weights() if write}
+    if write:
+        policy.lm.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,172 @@
+"""A run from its configuration to its files: check, load, loop, stop, sum up."""
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from rich.console import Console
+
+from codistill import checkpoint, distributed, report
+from codistill.config import Config, ConfigError
+from codistill.console import Progress, print_summary
+from codistill.data import load_problems
+from codistill.model import export, load_tokenizers, quiet_transformers
+from codistill.rewards import Grader
+from codistill.rollout import SyncError
+from codistill.run_directory import RunDirectory
+from codistill.trainer import Trainer
+
+STOPPED = 128 + signal.SIGTERM
+"""Exit code of a run that a signal stopped and that can go on."""
+
+
+def run(config: Config) -> int:
+    """Run to the end, or to a signal; the exit code.
+
+    Raises:
+        ConfigError: an input is missing or wrong; no model was loaded.
+    """
+    quiet_libraries()
+    tokenizer = load_tokenizers(config)
+    limit = config.rollout.max_prompt_tokens
+    problems = load_problems("data.train", config.data, tokenizer, max_prompt_tokens=limit)
+    held_out = load_problems("data.eval", config.data, tokenizer, max_prompt_tokens=limit)
+    check_same_run(config)
+    console = Console(quiet=not distributed.is_first())
+    device = distributed.start()
+    try:
+        with Grader(timeout=config.reward.timeout) as grader:
+            console.print("loading models and engine ...")
+            trainer = Trainer(config, tokenizer, problems, held_out, device, grader)
+            return Loop(trainer, console).run()
+    except (SyncError, FloatingPointError) as error:
+        if distributed.is_first():
+            print(f"train.py: stopped: {error}", file=sys.stderr)
+        return 1
+    finally:
+        dist.destroy_process_group()
+
+
+class Loop:
+    """Steps, evaluations, checkpoints and files of one trainer."""
+
+    def __init__(self, trainer: Trainer, console: Console) -> None:
+        self.trainer, self.console = trainer, console
+        self.learners = [trainer.small, trainer.large]
+        self.directory = RunDirectory(trainer.config) if distributed.is_first() else None
+        folder = trainer.config.output_dir / trainer.config.name
+        self.folder, self.checkpoints = folder, folder / "checkpoints"
+        self.signalled = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+
+    def run(self) -> int:
+        trainer, total = self.trainer, self.trainer.total_steps
+        done = self.restore()
+        self.console.print(
+            f"rollout engine: {trainer.engine.name}, {dist.get_world_size()} processes on "
+            f"{trainer.device.type}, {len(trainer.problems)} problems, files in {self.folder}"
+        )
+        if done == 0:
+            self.evaluate(0)
+        progress = Progress(self.console, total_steps=total, first_step=done + 1)
+        with progress.show():
+            for step in range(done + 1, total + 1):
+                self.step(step, progress)
+                if self.stop_wanted():
+                    self.save(step)
+                    self.console.print(f"stopped after step {step}; the same command goes on")
+                    return STOPPED
+        if done < total:
+            self.export(total)
+        self.on_first(lambda directory: self.finish(directory))
+        return 0
+
+    def step(self, step: int, progress: Progress) -> None:
+        config = self.trainer.config
+        numbers, rollouts, scored = self.trainer.step(step)
+        self.on_first(lambda directory: directory.add_metrics(step, numbers))
+        progress.add(step, numbers)
+        last = step == self.trainer.total_steps
+        if last or step % config.evaluation.every == 0:
+            self.on_first(lambda directory: directory.add_samples(step, rollouts, scored))
+            self.evaluate(step)
+        if last or step % config.checkpoint.every == 0:
+            self.save(step)
+
+    def restore(self) -> int:
+        """Go on from the last checkpoint if there is one; the number of steps done."""
+        done = checkpoint.latest(self.checkpoints)
+        if done is not None:
+            checkpoint.load(self.checkpoints, done, self.learners)
+            self.trainer.sync()
+            self.console.print(f"going on after step {done}")
+        self.on_first(lambda directory: directory.keep_until(-1 if done is None else done))
+        return done or 0
+
+    def evaluate(self, step: int) -> None:
+        accuracy = self.trainer.evaluate(step)
+        self.on_first(lambda directory: directory.add_evaluation(accuracy))
+        text = ", ".join(f"{name} {accuracy[name]:.1%}" for name in accuracy if name != "step")
+        self.console.print(f"held-out accuracy after step {step}: {text}", highlight=False)
+
+    def save(self, step: int) -> None:
+        if checkpoint.latest(self.checkpoints) != step:
+            checkpoint.save(self.checkpoints, step, self.learners)
+
+    def export(self, step: int) -> None:
+        for learner in self.learners:
+            path = self.folder / "export" / f"step_{step}" / learner.name
+            export(learner.policy, self.trainer.tokenizer, path, write=distributed.is_first())
+
+    def finish(self, directory: RunDirectory) -> None:
+        summary = report.summarize(self.folder, problems=len(self.trainer.held_out))
+        directory.write_summary(summary)
+        report.plot(self.folder)
+        print_summary(self.console, summary, self.folder)
+
+    def on_first(self, write: Callable[[RunDirectory], Any]) -> None:
+        if self.directory is not None:
+            write(self.directory)
+
+    def on_signal(self, number: int, frame: object) -> None:
+        self.signalled = True
+
+    def stop_wanted(self) -> bool:
+        """Whether any process got a signal: then all stop after the same step."""
+        flag = torch.tensor(float(self.signalled), device=self.trainer.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+
+def check_same_run(config: Config) -> None:
+    """A run goes on only as what it was."""
+    folder = config.output_dir / config.name
+    if checkpoint.latest(folder / "checkpoints") is None:
+        return
+    old = yaml.safe_load((folder / "config.yaml").read_text())
+    new = config.model_dump(mode="json")
+    changed = [key for key in new if old.get(key) != new[key]]
+    if changed:
+        raise ConfigError(
+            f"name = {config.name!r}: expected the configuration in {folder / 'config.yaml'}, to "
+            f"go on with that run, or another name; {', '.join(changed)} changed"
+        )
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to the run; an environment variable that is set already wins."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    quiet_transformers()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(vllm|torch)\.")
+    logging.basicConfig(format="%(message)s")
+    for name in ("codistill", "codistill_kernels"):
+        logging.getLogger(name).setLevel(logging.INFO if distributed.is_first() else logging.ERROR)

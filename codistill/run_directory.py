@@ -1,0 +1,67 @@
+"""Files of a run: runs/<name>/, written by one process."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import yaml
+
+from codistill.config import Config
+from codistill.scoring import Rollouts, Scored
+
+
+class RunDirectory:
+    """config.yaml, metrics.jsonl (a row a step), evaluations.jsonl, samples/, summary.json."""
+
+    def __init__(self, config: Config) -> None:
+        self.path = config.output_dir / config.name
+        (self.path / "samples").mkdir(parents=True, exist_ok=True)
+        content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        (self.path / "config.yaml").write_text(content)
+
+    def keep_until(self, step: int) -> None:
+        """Drop rows of steps after `step`: they are about to be computed again."""
+        for name in ("metrics.jsonl", "evaluations.jsonl"):
+            rows = [row for row in read_rows(self.path / name) if row["step"] <= step]
+            (self.path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def add_metrics(self, step: int, numbers: dict[str, float]) -> None:
+        self.append("metrics.jsonl", {"step": step} | numbers)
+
+    def add_evaluation(self, accuracy: dict[str, float]) -> None:
+        self.append("evaluations.jsonl", accuracy)
+
+    def add_samples(self, step: int, rollouts: Rollouts, scored: Scored) -> None:
+        """The first process's rollouts of one step."""
+        kept = set(scored.kept.tolist())
+        table = pa.table(
+            {
+                "prompt": [problem.prompt for problem in rollouts.problems],
+                "answer": [problem.answer for problem in rollouts.problems],
+                "completion": rollouts.texts,
+                "tokens": [len(c.token_ids) for c in rollouts.completions],
+                "truncated": [c.truncated for c in rollouts.completions],
+                "accuracy": rollouts.accuracy.tolist(),
+                "format": rollouts.format.tolist(),
+                "kd": scored.kd.tolist(),
+                "kept": [row in kept for row in range(len(rollouts.texts))],
+            }
+        )
+        pyarrow.parquet.write_table(table, self.path / "samples" / f"step_{step:06d}.parquet")
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        (self.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .jsonl file; none if there is no file. A last line cut off by a kill is dropped."""
+    if not path.is_file():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]

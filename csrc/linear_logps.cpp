@@ -1,0 +1,161 @@
+// Softmax statistics of hidden_states @ lm_head_weight.T on the CPU, without the [N, V] logits.
+//
+//   vocab blocks over threads -> weight tile, packed once, reused by all rows
+//     -> row tile: brgemm into a [kRows, kColumns] fp32 tile -> online softmax on it, in cache
+//
+// A block's states are kept apart and merged in block order at the end, and every brgemm call has
+// the same shape: results depend neither on the number of threads nor on the other rows.
+
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/empty.h>
+#include <Python.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "softmax_state.h"
+
+namespace codistill {
+namespace {
+
+constexpr int64_t kRows = 64;            // rows of a tile
+constexpr int64_t kSlice = 32;           // columns of a brgemm: 64 x 32 runs 1.4 times 64 x 64 (AVX2)
+constexpr int64_t kColumns = 64;         // vocab rows of a tile, a few slices
+constexpr int64_t kBlockColumns = 2048;  // vocab rows of a block, the unit of work
+
+struct Problem {
+  int64_t rows, hidden, vocab;
+  const int64_t* token_ids;
+  const float* inverse_temperature;
+  const float* bias;  // or null
+  Softcap softcap;
+};
+
+// Weights [columns, depth] -> slices [kColumns / kSlice][depth, kSlice], of 32-bit elements. For fp32
+// that is the layout brgemm wants of B; for pairs of bf16 it is its VNNI layout.
+void pack(const uint32_t* in, int64_t columns, int64_t depth, uint32_t* out) {
+  constexpr int64_t kStep = 16;  // a cache line of every row at a time
+  for (int64_t k0 = 0; k0 < depth; k0 += kStep)
+    for (int64_t n = 0; n < kColumns; ++n) {
+      uint32_t* slice = out + n / kSlice * depth * kSlice + n % kSlice;
+      for (int64_t k = k0; k < std::min(k0 + kStep, depth); ++k)
+        slice[k * kSlice] = n < columns ? in[n * depth + k] : 0;
+    }
+}
+
+// Operands are multiplied as T: float, or BFloat16 where the CPU has instructions for it.
+template <typename T>
+void block_states(const Problem& p, const T* hidden, const T* weight, int64_t block,
+                  int64_t first_row, int64_t last_row, State* states) {
+  const int64_t per_word = sizeof(uint32_t) / sizeof(T);
+  const int64_t depth = p.hidden / per_word;
+  std::vector<uint32_t> packed(depth * kColumns);
+  std::vector<T> edge(kRows * p.hidden);
+  alignas(64) float tile[kRows * kColumns];
+  float bias[kColumns] = {};
+  const int64_t stop = std::min(p.vocab, (block + 1) * kBlockColumns);
+  for (int64_t row = first_row; row < last_row; ++row)
+    states[row] = State{kMinusInf, 0.0f, 0.0f, 0.0f};
+  for (int64_t column = block * kBlockColumns; column < stop; column += kColumns) {
+    const int64_t valid = std::min(kColumns, stop - column);
+    pack(reinterpret_cast<const uint32_t*>(weight + column * p.hidden), valid, depth,
+         packed.data());
+    if (p.bias != nullptr) std::copy_n(p.bias + column, valid, bias);
+    for (int64_t row = first_row; row < last_row; row += kRows) {
+      const int64_t count = std::min(kRows, last_row - row);
+      const T* a = hidden + row * p.hidden;
+      if (count < kRows) {  // always a full tile: the same kernel, the same bits
+        std::copy_n(a, count * p.hidden, edge.data());
+        a = edge.data();
+      }
+      for (int64_t slice = 0; slice < valid; slice += kSlice)
+        at::native::cpublas::brgemm(kRows, kSlice, p.hidden, p.hidden, kSlice, kColumns,
+                                    /*add_C=*/false, a,
+                                    reinterpret_cast<const T*>(packed.data() + slice * depth),
+                                    tile + slice, /*is_vnni=*/per_word > 1);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t target = p.token_ids[row + i] - column;
+        const State state = tile_state(
+            tile + i * kColumns, kColumns, valid, p.bias != nullptr ? bias : nullptr, p.softcap,
+            p.inverse_temperature[row + i], target >= 0 && target < valid ? target : -1);
+        states[row + i] = merge(states[row + i], state);
+      }
+    }
+  }
+  at::native::cpublas::brgemm_release(per_word > 1);
+}
+
+template <typename T>
+void run(const Problem& p, const T* hidden, const T* weight, float* out) {
+  const int64_t blocks = (p.vocab + kBlockColumns - 1) / kBlockColumns;
+  const int64_t tiles = (p.rows + kRows - 1) / kRows;
+  // A small vocabulary has fewer blocks than there are threads: then cut the rows as well.
+  const int64_t wanted = (at::get_num_threads() + blocks - 1) / blocks;
+  const int64_t groups = std::max<int64_t>(1, std::min(tiles, wanted));
+  const int64_t group_rows = (tiles + groups - 1) / groups * kRows;
+  std::vector<State> states(blocks * p.rows);
+  at::parallel_for(0, blocks * groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t block = item / groups, first = item % groups * group_rows;
+      block_states(p, hidden, weight, block, std::min(first, p.rows),
+                   std::min(first + group_rows, p.rows), states.data() + block * p.rows);
+    }
+  });
+  for (int64_t row = 0; row < p.rows; ++row) {
+    State state = states[row];
+    for (int64_t block = 1; block < blocks; ++block)
+      state = merge(state, states[block * p.rows + row]);
+    const float parts[] = {state.max, state.sum, state.weighted, state.target};
+    for (int64_t i = 0; i < 4; ++i) out[i * p.rows + row] = parts[i];
+  }
+}
+
+}  // namespace
+
+// [4, N]: max, sum, weighted, target of each row (softmax_state.h). Inputs are contiguous; tokens
+// outside [0, vocab_size) have target 0.
+at::Tensor linear_statistics(const at::Tensor& hidden_states, const at::Tensor& lm_head_weight,
+                             const at::Tensor& token_ids, const at::Tensor& inverse_temperature,
+                             const std::optional<at::Tensor>& bias, double softcap,
+                             int64_t vocab_size) {
+  const auto out = at::empty({4, hidden_states.size(0)}, hidden_states.options().dtype(at::kFloat));
+  const auto bias32 = bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor();
+  const Problem p{hidden_states.size(0),
+                  hidden_states.size(1),
+                  vocab_size,
+                  token_ids.const_data_ptr<int64_t>(),
+                  inverse_temperature.const_data_ptr<float>(),
+                  bias.has_value() ? bias32.const_data_ptr<float>() : nullptr,
+                  Softcap{static_cast<float>(softcap), softcap != 0 ? float(1 / softcap) : 0.0f}};
+  if (p.rows == 0) return out;
+  const bool halves = hidden_states.scalar_type() == at::kBFloat16 &&
+                      lm_head_weight.scalar_type() == at::kBFloat16 && p.hidden % 2 == 0 &&
+                      at::native::cpublas::could_pack(at::kBFloat16);
+  if (halves) {
+    run(p, hidden_states.const_data_ptr<at::BFloat16>(),
+        lm_head_weight.const_data_ptr<at::BFloat16>(), out.data_ptr<float>());
+  } else {  // bf16 and fp16 are fp32 numbers: nothing is lost
+    const auto hidden32 = hidden_states.to(at::kFloat), weight32 = lm_head_weight.to(at::kFloat);
+    run(p, hidden32.const_data_ptr<float>(), weight32.const_data_ptr<float>(),
+        out.data_ptr<float>());
+  }
+  return out;
+}
+
+}  // namespace codistill
+
+TORCH_LIBRARY(codistill_cpu, m) {
+  m.def(
+      "linear_statistics(Tensor hidden_states, Tensor lm_head_weight, Tensor token_ids, "
+      "Tensor inverse_temperature, Tensor? bias, float softcap, int vocab_size) -> Tensor",
+      &codistill::linear_statistics);
+}
+
+// An empty Python module: importing it is what loads the library above.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,143 @@
+"""Make the demo's two Qwen2 models, their tokenizer and its data: `python demo/warmup.py`.
+
+The task is a sum of three two-digit numbers with one worked step:
+
+    48+75+19=  ->  <think>48+75=123;123+19=142</think><answer>142</answer>
+
+Both models see generated problems with worked solutions for a short while (next-token loss on the
+solution). The small one stops early, so that reinforcement learning has something left to teach.
+The result lies in demo/{small,large,data}; it is committed, so only a change of the task or of
+the models needs this script. About 6 minutes on 2 cores.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+HERE = Path(__file__).parent
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+MAX_TOKENS = 56  # the longest problem with its solution has 45 tokens
+BATCH_SIZE = 128
+# vocab_size differs on purpose: real families pad their embeddings differently (Qwen2.5: 151936
+# rows in the 1.5B, 152064 in the 7B, for 151665 tokens). Head size 32 is vLLM's smallest on a CPU.
+SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
+LARGE = dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=3, vocab_size=48)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, one a tag."""
+    words = ["<pad>", "<eos>", *"0123456789+=;", *TAGS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("<[^>]+>|."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_problems(count: int, seed: int, without: frozenset[str] = frozenset()) -> list[dict]:
+    """Distinct problems, none of them in `without`."""
+    rng, problems = random.Random(seed), {}
+    while len(problems) < count:
+        a, b, c = (rng.randint(10, 99) for _ in range(3))
+        if (problem := f"{a}+{b}+{c}") not in without:
+            solution = f"<think>{a}+{b}={a + b};{a + b}+{c}={a + b + c}</think>"
+            solution += f"<answer>{a + b + c}</answer>"
+            problems[problem] = {"problem": problem, "answer": str(a + b + c), "solution": solution}
+    return list(problems.values())
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, **sizes: int) -> Qwen2ForCausalLM:
+    config = Qwen2Config(
+        **sizes,
+        num_key_value_heads=sizes["num_attention_heads"],
+        intermediate_size=3 * sizes["hidden_size"],
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def batch_of(problems: list[dict], tokenizer: PreTrainedTokenizerFast) -> tuple:
+    """input_ids and labels [BATCH_SIZE, MAX_TOKENS]; only the solution and <eos> are learnt."""
+    rows, labels = [], []
+    for problem in problems:
+        prompt = tokenizer.encode(problem["problem"] + "=")
+        solution = [*tokenizer.encode(problem["solution"]), tokenizer.eos_token_id]
+        padding = MAX_TOKENS - len(prompt) - len(solution)
+        rows.append(prompt + solution + [tokenizer.pad_token_id] * padding)
+        labels.append([-100] * len(prompt) + solution + [-100] * padding)
+    return torch.tensor(rows), torch.tensor(labels)
+
+
+@torch.no_grad()
+def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list) -> float:
+    """Share of problems answered right, sampled at temperature 1."""
+    groups: dict[int, list] = {}
+    for problem in problems:
+        groups.setdefault(len(problem["problem"]), []).append(problem)
+    right = 0
+    for group in groups.values():
+        prompts = torch.tensor([tokenizer.encode(p["problem"] + "=") for p in group])
+        output = model.generate(prompts, do_sample=True, max_new_tokens=MAX_TOKENS)
+        for problem, text in zip(group, tokenizer.batch_decode(output), strict=True):
+            right += f"<answer>{problem['answer']}</answer>" in text
+    return right / len(problems)
+
+
+def warm_up(model, tokenizer, *, steps: int, learning_rate: float, held_out: list) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=learning_rate, total_steps=steps, pct_start=0.1
+    )
+    banned = frozenset(p["problem"] for p in held_out)
+    for step in range(steps):
+        ids, labels = batch_of(make_problems(BATCH_SIZE, 1000 + step, banned), tokenizer)
+        mask = (ids != tokenizer.pad_token_id).long()
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            right = accuracy(model, tokenizer, held_out)
+            print(f"step {step + 1}: loss {loss.item():.4f}, accuracy {right:.3f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=HERE, help="folder to write into")
+    parser.add_argument("--small-steps", type=int, default=500, help="warm-up steps, small model")
+    parser.add_argument("--large-steps", type=int, default=700, help="warm-up steps, large model")
+    args = parser.parse_args()
+    tokenizer = make_tokenizer()
+    held_out = make_problems(256, seed=1)
+    train = make_problems(4096, seed=2, without=frozenset(p["problem"] for p in held_out))
+    (args.output / "data").mkdir(parents=True, exist_ok=True)
+    for name, problems in (("train", train), ("eval", held_out)):
+        lines = [json.dumps({key: p[key] for key in ("problem", "answer")}) for p in problems]
+        (args.output / "data" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    plans = (("small", SMALL, args.small_steps, 3e-3), ("large", LARGE, args.large_steps, 2e-3))
+    for name, sizes, steps, learning_rate in plans:
+        torch.manual_seed(0)
+        model = make_model(tokenizer, **sizes)
+        print(f"{name}: {model.num_parameters():,} parameters")
+        warm_up(model, tokenizer, steps=steps, learning_rate=learning_rate, held_out=held_out)
+        model.to(torch.bfloat16).save_pretrained(args.output / name)
+        tokenizer.save_pretrained(args.output / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Fused kernels of CoDistill-GRPO: log-probabilities, rewards and losses without [N, V] logits.
+
+Importing does no work: no GPU is asked for, no compiled extension is loaded.
+"""
+
+from codistill_kernels.linear_logps import linear_logps
+from codistill_kernels.policy_loss import PolicyLoss, policy_loss
+from codistill_kernels.rewards import downsample, group_advantages, kd_rewards
+
+__all__ = [
+    "PolicyLoss",
+    "downsample",
+    "group_advantages",
+    "kd_rewards",
+    "linear_logps",
+    "policy_loss",
+]

@@ -1,0 +1,39 @@
+"""Checks of arguments, at the public functions only."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def require(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, got {got}")
+
+
+def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...], letters: str) -> None:
+    expected = f"{letters} = {shape}"
+    require(tuple(tensor.shape) == shape, name, expected, tuple(tensor.shape))
+
+
+def require_float(name: str, tensor: Tensor) -> None:
+    require(tensor.dtype in FLOATS, name, "float32, bfloat16, float16 or float64", tensor.dtype)
+
+
+def require_sequences(cu_seqlens: Tensor, tokens: int) -> None:
+    """cu_seqlens is [S + 1] integers. On the CPU its values are checked as well."""
+    require(
+        cu_seqlens.ndim == 1 and cu_seqlens.numel() > 0 and not cu_seqlens.is_floating_point(),
+        "cu_seqlens",
+        "[S + 1] integers",
+        f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}",
+    )
+    if cu_seqlens.device.type == "cpu":  # on a GPU looking would wait for it
+        rising = bool((cu_seqlens.diff() >= 0).all())
+        ends = [cu_seqlens[0].item(), cu_seqlens[-1].item()]
+        require(
+            rising and ends == [0, tokens],
+            "cu_seqlens",
+            f"rising from 0 to N = {tokens}",
+            cu_seqlens.tolist(),
+        )

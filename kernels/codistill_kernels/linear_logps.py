@@ -1,0 +1,280 @@
+"""Log-probabilities of given tokens from hidden states, without the [N, V] logits."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from codistill_kernels import _backends, _linear_torch
+from codistill_kernels._checks import require, require_float, require_shape
+from codistill_kernels._linear_torch import Head
+
+# --- custom ops --------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("codistill::linear_statistics", mutates_args=())
+def linear_statistics(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    inverse_temperature: Tensor,
+    softcap: float,
+    backend: str,
+) -> Tensor:
+    """[4, N] max m, sum exp(z - m), sum exp(z - m) (z - m), target logit: of this weight's rows."""
+    if backend == "cpu":
+        return torch.ops.codistill_cpu.linear_statistics(
+            hidden_states.contiguous(),
+            lm_head_weight.contiguous(),
+            token_ids.contiguous(),
+            inverse_temperature.contiguous(),
+            bias,
+            softcap,
+            lm_head_weight.shape[0],
+        )
+    head = Head(lm_head_weight, bias, inverse_temperature, softcap)
+    return _linear_torch.statistics(hidden_states, head, token_ids)
+
+
+@linear_statistics.register_fake
+def _(hidden_states, lm_head_weight, bias, token_ids, inverse_temperature, softcap, backend):
+    return inverse_temperature.new_empty((4, hidden_states.shape[0]))
+
+
+@torch.library.custom_op("codistill::linear_gradients", mutates_args=())
+def linear_gradients(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    inverse_temperature: Tensor,
+    softcap: float,
+    coefficients: Tensor,
+    log_softmax: Tensor,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in the compute dtype; an empty tensor for each that is not needed."""
+    head = Head(lm_head_weight, bias, inverse_temperature, softcap)
+    found = _linear_torch.gradients(
+        hidden_states,
+        head,
+        token_ids,
+        coefficients,
+        log_softmax,
+        (needs_hidden, needs_weight, needs_bias),
+    )
+    dx, dw, db = (coefficients.new_empty(0) if part is None else part for part in found)
+    return dx, dw, db
+
+
+@linear_gradients.register_fake
+def _(
+    hidden_states,
+    lm_head_weight,
+    bias,
+    token_ids,
+    inverse_temperature,
+    softcap,
+    coefficients,
+    log_softmax,
+    needs_hidden,
+    needs_weight,
+    needs_bias,
+):
+    return (
+        coefficients.new_empty(hidden_states.shape if needs_hidden else 0),
+        coefficients.new_empty(lm_head_weight.shape if needs_weight else 0),
+        coefficients.new_empty(lm_head_weight.shape[0] if needs_bias else 0),
+    )
+
+
+# --- autograd ----------------------------------------------------------------------------------
+
+
+class LinearLogps(torch.autograd.Function):
+    """(hidden_states [N, H], weight [V, H], bias [V] or None, ...) -> logps [N], entropy [N]."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden_states, lm_head_weight, bias, token_ids, inverse_temperature, active, options
+    ):
+        softcap, group, backend = options
+        inputs = (hidden_states, lm_head_weight, bias, token_ids, inverse_temperature)
+        statistics = linear_statistics(*inputs, softcap, backend)
+        if group is not None:
+            statistics = merge_shards(statistics, group)
+        maximum, total, weighted, target = statistics
+        log_sum, mean = total.log(), weighted / total
+        # Select, not multiply: an ignored row may hold NaN.
+        logps = torch.where(active, (target - maximum) - log_sum, 0.0)
+        entropy = torch.where(active, log_sum - mean, 0.0)
+        log_softmax = torch.stack((maximum, log_sum, mean))
+        ctx.save_for_backward(*inputs, active, log_softmax)
+        ctx.softcap, ctx.group = softcap, group
+        return logps, entropy
+
+    @staticmethod
+    def backward(ctx, dlogps, dentropy):
+        *inputs, active, log_softmax = ctx.saved_tensors
+        hidden_states, lm_head_weight, bias, *_ = inputs
+        zero = torch.zeros_like(dlogps)
+        c0 = torch.where(active, -dlogps, zero)
+        c2 = torch.where(active, -dentropy, zero)
+        needs = ctx.needs_input_grad[:3]
+        dx, dw, db = linear_gradients(
+            *inputs, ctx.softcap, torch.stack((c0, c0, c2)), log_softmax, *needs
+        )
+        if needs[0] and ctx.group is not None:
+            dist.all_reduce(dx, group=ctx.group)
+        found = (dx, dw, db)
+        parts = (hidden_states, lm_head_weight, bias)
+        return *(
+            grad.to(part.dtype) if need else None
+            for grad, part, need in zip(found, parts, needs, strict=True)
+        ), *[None] * 4
+
+
+def merge_shards(statistics: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Statistics of the whole vocabulary from those of each process's rows."""
+    maximum, total, weighted, target = statistics
+    largest = maximum.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    shift = maximum - largest
+    scale = shift.exp()
+    # A shard without a vocabulary row has maximum -inf: it adds nothing.
+    weighted = torch.where(scale > 0, scale * (weighted + shift * total), 0.0)
+    sums = torch.stack((scale * total, weighted, target))
+    dist.all_reduce(sums, group=group)
+    return torch.cat((largest[None], sums))
+
+
+# --- public function ---------------------------------------------------------------------------
+
+
+def linear_logps(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each given token, without holding the [N, V] logits.
+
+    a = hidden_states @ lm_head_weight.T + bias
+    z = softcap * tanh(a / softcap) / temperature        (without softcap: a / temperature)
+    logps[n] = z[n, token_ids[n]] - logsumexp_v z[n, v]
+    entropy[n] = -sum_v p[n, v] log p[n, v]              (p = softmax of z over the vocabulary)
+
+    Args:
+        hidden_states: [..., H], fp32, bf16, fp16 or fp64. Differentiable.
+        lm_head_weight: [V, H], same device, any of these dtypes. Differentiable; its gradient is
+            summed in fp32 and rounded once.
+        token_ids: [...], int64, in [0, vocab_size) or `ignore_index`. Checked on the CPU only; on
+            a GPU an id outside is undefined.
+        bias: [V], added to the logits. Differentiable.
+        temperature: divides the logits, > 0: a number, or a tensor [...], one a token.
+        softcap: > 0; soft limit of the logits, before the temperature.
+        vocab_size: only the first `vocab_size` rows of the weight take part in the softmax.
+        ignore_index: such tokens get log-probability 0, entropy 0 and no gradient, whatever their
+            hidden states hold.
+        return_entropy: also return the entropy, differentiable like the log-probabilities.
+        group: processes that each hold V rows of the weight (and of the bias), in rank order; ids
+            and vocab_size then count over all of them. Every process gets the whole result, and
+            in the backward pass the whole gradient of hidden_states.
+        backend: "auto", "cpu" (C++) or "torch". auto: cpu on the CPU, torch elsewhere.
+
+    Returns:
+        [...] fp32, nats, <= 0; with `return_entropy` (logps, entropy). fp64 for fp64 hidden states.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or value. The message names it.
+
+    Logits are fp32 sums, never rounded. Memory besides the inputs: the forward pass holds a tile
+    of logits a thread (cpu) or a chunk of 256 rows (torch); the backward pass, such a chunk and the
+    fp32 gradients. Definition: codistill_kernels.reference.linear_logps. Source: online softmax,
+    Milakov & Gimelshein 2018 (arXiv:1805.02867).
+    """
+    shape = token_ids.shape
+    check_inputs(hidden_states, lm_head_weight, token_ids, bias, temperature, softcap)
+    shards, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+    local_rows = lm_head_weight.shape[0]
+    vocab_size = local_rows * shards if vocab_size is None else vocab_size
+    require(
+        0 < vocab_size <= local_rows * shards,
+        "vocab_size",
+        f"in 1 .. {local_rows * shards}",
+        vocab_size,
+    )
+    backend = _backends.choose(backend, hidden_states.device, hidden_states.dtype)
+    flat_ids = token_ids.reshape(-1)
+    active = flat_ids != ignore_index
+    if flat_ids.device.type == "cpu":  # on a GPU looking would wait for it
+        wrong = flat_ids[active & ((flat_ids < 0) | (flat_ids >= vocab_size))]
+        require(
+            not len(wrong),
+            "token_ids",
+            f"in [0, {vocab_size}) or {ignore_index}",
+            wrong[:3].tolist(),
+        )
+    first_row = rank * local_rows
+    rows = min(max(vocab_size - first_row, 0), local_rows)
+    dtype = _linear_torch.compute_dtype(hidden_states)
+    inverse = torch.as_tensor(temperature, device=hidden_states.device).to(dtype).reciprocal()
+    logps, entropy = LinearLogps.apply(
+        hidden_states.reshape(-1, hidden_states.shape[-1]),
+        lm_head_weight[:rows],
+        None if bias is None else bias[:rows],
+        torch.where(active, flat_ids - first_row, -1),
+        inverse.detach().expand(shape).reshape(-1),
+        active,
+        (softcap or 0.0, group, backend),
+    )
+    logps = logps.view(shape)
+    return (logps, entropy.view(shape)) if return_entropy else logps
+
+
+def check_inputs(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    token_ids: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+) -> None:
+    require(hidden_states.ndim >= 1, "hidden_states", "[..., H]", tuple(hidden_states.shape))
+    require_float("hidden_states", hidden_states)
+    require_float("lm_head_weight", lm_head_weight)
+    require(lm_head_weight.ndim == 2, "lm_head_weight", "[V, H]", tuple(lm_head_weight.shape))
+    vocab, hidden = lm_head_weight.shape
+    require_shape("lm_head_weight", lm_head_weight, (vocab, hidden_states.shape[-1]), "[V, H]")
+    require(token_ids.dtype == torch.int64, "token_ids", "int64", token_ids.dtype)
+    require_shape("token_ids", token_ids, tuple(hidden_states.shape[:-1]), "[...]")
+    tensors = {"lm_head_weight": lm_head_weight, "token_ids": token_ids}
+    if bias is not None:
+        require_float("bias", bias)
+        require_shape("bias", bias, (vocab,), "[V]")
+        tensors["bias"] = bias
+    for name, tensor in tensors.items():
+        require(
+            tensor.device == hidden_states.device,
+            name,
+            f"on {hidden_states.device} like hidden_states",
+            tensor.device,
+        )
+    if isinstance(temperature, Tensor):
+        if temperature.ndim:
+            require_shape("temperature", temperature, tuple(token_ids.shape), "[...]")
+        if temperature.device.type == "cpu":
+            require(bool((temperature > 0).all()), "temperature", "> 0", temperature.min())
+    else:
+        require(temperature > 0, "temperature", "> 0", temperature)
+    require(softcap is None or softcap > 0, "softcap", "> 0 or None", softcap)
