@@ -6,14 +6,20 @@ Exit codes: 0 done; 1 the run failed, with a message; 2 a mistake in configurati
 143 stopped by SIGTERM or Ctrl-C after saving a checkpoint: the same command goes on from there.
 """
 
+import os
 import sys
 
 from codistill import distributed
 from codistill.config import ConfigError, load_config
 
+# Read when torch and vLLM are imported: their warnings are not about the run.
+QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "VLLM_LOGGING_LEVEL": "ERROR"}
+
 
 def main() -> int:
     first = distributed.is_first()
+    for name, level in QUIET.items():
+        os.environ.setdefault(name, level)
     try:
         config = load_config(sys.argv[1:])
         config.check_processes(distributed.world_size())

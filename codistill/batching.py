@@ -40,7 +40,7 @@ class TokenBatch:
             length = len(prompt) + len(completion)
             input_ids[row, :length] = torch.tensor(prompt + completion)
             attention_mask[row, :length] = 1
-            # The logits at t predict token t + 1: the last prompt token predicts the first of these.
+            # Logits at t predict token t + 1: the last prompt token predicts the first of these.
             first = row * width + len(prompt) - 1
             positions.append(torch.arange(first, first + len(completion)))
         lengths = torch.tensor([0] + [len(completion) for completion in completions])

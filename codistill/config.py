@@ -59,7 +59,7 @@ class RolloutConfig(Section):
     max_completion_tokens: int = Field(
         3072,
         gt=0,
-        description="N: longest completion (tokens), also the normalizer of Eq. 5, 6, 10",
+        description="N: longest completion (tokens); divides in Eq. 5, 6 and 10",
     )
     temperature: float = Field(
         1.0, gt=0, description="divides the logits, in the engine and in the trainer alike"
@@ -216,7 +216,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config = {str(path)!r}: not YAML: {' '.join(str(error).split())}")
+        raise ConfigError(
+            f"--config = {str(path)!r}: not YAML: {' '.join(str(error).split())}"
+        ) from error
     require(isinstance(content, dict), "--config", str(path), "a YAML file with section: keys")
     return content
 

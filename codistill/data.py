@@ -1,4 +1,4 @@
-"""Problems: read from a file, turned into prompts, drawn in an order that only seed and step fix."""
+"""Problems: read from a file, turned into prompts, drawn in an order fixed by seed and step."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -102,7 +102,7 @@ class Learner:
 
 
 def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Factor on the peak learning rate in step `step`, from 0: linear warm-up, then the schedule."""
+    """Factor on the peak learning rate in `step`, from 0: linear warm-up, then the schedule."""
     warmup = round(config.warmup_fraction * total_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)

@@ -78,6 +78,7 @@ def shard(policy: Policy, *, dtype: torch.dtype) -> Policy:
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
     return policy
 
 
@@ -104,10 +105,8 @@ def load_tokenizer(key: str, path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"{key} = {path!r}: expected a model with a tokenizer: {reason}"
-        ) from error
+        expected = f"a model with a tokenizer: {str(error).splitlines()[0]}"
+        raise ConfigError(f"{key} = {path!r}: expected {expected}") from error
 
 
 def load_tokenizers(config: Config) -> PreTrainedTokenizerBase:

@@ -60,6 +60,9 @@ class Engine(Protocol):
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take all weights of the model, Hugging Face names. Consumes the iterator to its end."""
 
+    def close(self) -> None:
+        """Let go of what the engine holds, process groups included. The last call to it."""
+
 
 @dataclass(frozen=True)
 class EngineSpec:
@@ -110,6 +113,7 @@ class VLLMEngine:
             logprobs_mode="processed_logprobs",
             enforce_eager=spec.device.type == "cpu",
             disable_log_stats=True,
+            use_tqdm_on_load=False,
         )
 
     def generate(
@@ -137,7 +141,7 @@ class VLLMEngine:
             Completion(
                 list(output.token_ids),
                 list(output.logprobs.logprobs),
-                output.finish_reason == "length",
+                truncated=output.finish_reason == "length",
             )
             for request in outputs
             for output in sorted(request.outputs, key=lambda output: output.index)
@@ -146,7 +150,24 @@ class VLLMEngine:
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         # All weights in one call: vLLM takes a call for a whole model, and parts of it corrupt it.
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        if self.spec.device.type == "cpu":
+            self.llm.apply_model(repack_tied_head)
         self.llm.reset_prefix_cache()
+
+    def close(self) -> None:
+        # Left to the end of the process, vLLM would look for process groups that are gone by then.
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def repack_tied_head(model: torch.nn.Module) -> None:
+    """Renew the copy of a tied head that vLLM packs for the CPU.
+
+    The stream of weights names a tied matrix once, as the embedding, so vLLM renews that alone and
+    the head would go on with the weights it was loaded with.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "tie_word_embeddings", False):
+        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
 class HFEngine:
@@ -173,9 +194,8 @@ class HFEngine:
         completions: list[Completion] = []
         for start in range(0, len(requests), self.batch_size):
             batch = requests[start : start + self.batch_size]
-            completions += self.generate_batch(
-                [prompt for prompt, _ in batch], batch[0][1] + start, sampling
-            )
+            seed = batch[0][1] + start
+            completions += self.generate_batch([prompt for prompt, _ in batch], seed, sampling)
         return completions
 
     def generate_batch(
@@ -213,6 +233,9 @@ class HFEngine:
             for name, weight in weights:
                 parameters.pop(name).copy_(weight)
         assert not parameters, f"weights not synced: {sorted(parameters)}"
+
+    def close(self) -> None:
+        del self.policy
 
 
 def cut_at_end(tokens: list[int], end_token_ids: tuple[int, ...]) -> tuple[list[int], bool]:

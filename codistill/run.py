@@ -1,7 +1,6 @@
 """A run from its configuration to its files: check, load, loop, stop, sum up."""
 
 import logging
-import os
 import signal
 import sys
 import warnings
@@ -45,13 +44,16 @@ def run(config: Config) -> int:
         with Grader(timeout=config.reward.timeout) as grader:
             console.print("loading models and engine ...")
             trainer = Trainer(config, tokenizer, problems, held_out, device, grader)
-            return Loop(trainer, console).run()
+            code = Loop(trainer, console).run()
+            trainer.engine.close()
+            return code
     except (SyncError, FloatingPointError) as error:
         if distributed.is_first():
             print(f"train.py: stopped: {error}", file=sys.stderr)
         return 1
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # vLLM takes the group down with itself
+            dist.destroy_process_group()
 
 
 class Loop:
@@ -162,11 +164,10 @@ def check_same_run(config: Config) -> None:
 
 
 def quiet_libraries() -> None:
-    """Leave the terminal to the run; an environment variable that is set already wins."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    """Leave the terminal to the run."""
     quiet_transformers()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(vllm|torch)\.")
     logging.basicConfig(format="%(message)s")
+    logging.getLogger("vllm").setLevel(logging.ERROR)
     for name in ("codistill", "codistill_kernels"):
         logging.getLogger(name).setLevel(logging.INFO if distributed.is_first() else logging.ERROR)

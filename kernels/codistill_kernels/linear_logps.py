@@ -238,8 +238,9 @@ def linear_logps(
         active,
         (softcap or 0.0, group, backend),
     )
-    logps = logps.view(shape)
-    return (logps, entropy.view(shape)) if return_entropy else logps
+    if len(shape) != 1:
+        logps, entropy = logps.view(shape), entropy.view(shape)
+    return (logps, entropy) if return_entropy else logps
 
 
 def check_inputs(

@@ -50,7 +50,8 @@ def policy_loss(
     """Clipped surrogate over flat tokens: a sum, divided once.
 
     r[n] = exp(logps[n] - old_logps[n])
-    loss = -(1/normalizer) sum_n w[n] min(r[n] A[n], clip(r[n], 1 - epsilon_low, 1 + epsilon_high) A[n])
+    c[n] = clip(r[n], 1 - epsilon_low, 1 + epsilon_high)
+    loss = -(1/normalizer) sum_n w[n] min(r[n] A[n], c[n] A[n])
 
     Args:
         logps: [N] log-probabilities of the policy in training, nats. Differentiable.

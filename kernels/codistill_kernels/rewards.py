@@ -20,7 +20,8 @@ def kd_rewards(
 ) -> Tensor:
     """Effective reward of each rollout.
 
-    out[s] = rewards[s] + alpha / max_completion_tokens * sum_t (teacher_logps[t] - student_logps[t])
+    kd[s] = 1/max_completion_tokens sum_t (teacher_logps[t] - student_logps[t])
+    out[s] = rewards[s] + alpha kd[s]
 
     Args:
         rewards: [S] rewards of the rollouts.

@@ -1,0 +1,30 @@
+# make demo    train two small models with CoDistill-GRPO on real vLLM rollouts
+# make test    the whole test suite
+# make lint    ruff and mypy
+# Each creates .venv and installs what it needs, once.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# One process on a GPU, two on a CPU.
+PROCESSES ?= $(if $(shell command -v nvidia-smi),1,2)
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(PROCESSES) train.py --config configs/demo.yaml $(ARGS)
+
+test: .venv/installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build runs kernels/codistill_kernels/*.so *.egg-info
+
+.venv/installed: tools/install.py setup.py constraints.txt $(wildcard csrc/*)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python tools/install.py
+	touch $@
