@@ -149,7 +149,9 @@ class Config(BaseSettings):
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="saved to go on from")
 
     @classmethod
-    def settings_customise_sources(cls, settings_cls, init_settings, **sources: Any) -> tuple:
+    def settings_customise_sources(  # type: ignore[override]
+        cls, settings_cls: type[BaseSettings], init_settings: Any, **sources: Any
+    ) -> tuple:
         return (init_settings,)  # the environment is no source; CliApp puts the CLI before this
 
     @model_validator(mode="after")
@@ -217,7 +219,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"--config = {str(path)!r}: not YAML: {' '.join(str(error).split())}"
+            f"--config = {str(path)!r}: expected YAML: {' '.join(str(error).split())}"
         ) from error
     require(isinstance(content, dict), "--config", str(path), "a YAML file with section: keys")
     return content
@@ -269,8 +271,8 @@ def explain_field(error: ValidationError) -> str:
 
 
 def describe(key: str) -> str:
-    model, description = Config, ""
+    model: Any = Config
     for part in key.split("."):
         field = model.model_fields[part]
-        model, description = field.annotation, field.description
-    return description
+        model = field.annotation
+    return field.description

@@ -1,13 +1,17 @@
 """The processes of a run: one a GPU, or any number on a CPU. Started by torchrun, or alone."""
 
 import os
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:
+    import torch
 
 
-def start() -> torch.device:
+def start() -> "torch.device":
     """Join the process group; the device of this process."""
+    import torch  # not above: whether a mistake is printed is decided before torch is loaded
+    import torch.distributed as dist
+
     alone = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if "RANK" not in os.environ:  # python train.py, without torchrun
         os.environ.update(alone)

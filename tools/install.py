@@ -21,7 +21,7 @@ PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 def pip(*arguments: str) -> bool:
     """Run pip install; whether it worked."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", *arguments]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-warn-conflicts", *arguments]
     print("pip install", *arguments, flush=True)
     return subprocess.run(command, cwd=ROOT).returncode == 0
 

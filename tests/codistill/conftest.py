@@ -1,0 +1,102 @@
+"""What the trainer's tests share: a tiny tokenizer, tiny models and a configuration of them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+ROOT = Path(__file__).parents[2]
+VOCAB = 18  # tokens of the demo's tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "demo" / "small")
+
+
+def save_model(folder: Path, tokenizer, *, hidden: int, rows: int, seed: int, tied: bool) -> Path:
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=rows,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=hidden // 32,  # vLLM's smallest head on a CPU is 32
+        num_key_value_heads=hidden // 32,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,  # far from uniform: a wrong weight shows
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory, tokenizer) -> dict[str, Path]:
+    """A tied small model and an untied large one, with more rows than tokens, not equally many."""
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "small": save_model(folder / "small", tokenizer, hidden=32, rows=24, seed=1, tied=True),
+        "large": save_model(folder / "large", tokenizer, hidden=64, rows=40, seed=2, tied=False),
+    }
+
+
+@pytest.fixture
+def settings(models, tmp_path) -> dict:
+    """A complete configuration of a run of seconds."""
+    rows = "".join(
+        f'{{"problem": "{a}+{b}", "answer": "{a + b}"}}\n' for a in range(4, 8) for b in (1, 2)
+    )
+    (tmp_path / "problems.jsonl").write_text(rows)
+    data = str(tmp_path / "problems.jsonl")
+    return {
+        "name": "tiny",
+        "output_dir": str(tmp_path / "runs"),
+        "small": {"path": str(models["small"]), "learning_rate": 1e-2},
+        "large": {"path": str(models["large"]), "learning_rate": 1e-2},
+        "data": {"train": data, "eval": data, "template": "{problem}="},
+        "reward": {"format": True},
+        "rollout": {
+            "engine": "hf",
+            "prompts_per_step": 4,
+            "num_generations": 6,
+            "max_prompt_tokens": 8,
+            "max_completion_tokens": 8,
+        },
+        "downsample": {"keep": 4},
+        "training": {"steps": 3, "micro_batch_size": 8, "dtype": "float32"},
+        "evaluation": {"every": 2},
+        "checkpoint": {"every": 1},
+    }
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Run train.py as a user does: train(settings, "--key", "value", processes=1)."""
+
+    def run(settings: dict, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        launcher = [sys.executable, "train.py"]
+        if processes > 1:
+            module = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+            launcher = [sys.executable, *module, "train.py"]
+        return subprocess.run(
+            [*launcher, "--config", str(path), *arguments],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run

@@ -1,0 +1,173 @@
+"""A mistake in the configuration ends in exit code 2 and one line that names it."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from codistill.config import Config, ConfigError, field_keys, load_config
+from codistill.run import run
+
+ROOT = Path(__file__).parents[2]
+MINIMAL = {
+    "name": "x",
+    "small": {"path": "a"},
+    "large": {"path": "b"},
+    "data": {"train": "a.jsonl", "eval": "b.jsonl"},
+}
+
+
+@pytest.fixture
+def load(tmp_path):
+    def run(*arguments: str) -> Config:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(MINIMAL))
+        return load_config(["--config", str(path), *arguments])
+
+    return run
+
+
+def test_command_line_wins_and_keeps_the_rest_of_a_section(load):
+    config = load("--small.learning_rate", "1e-3", "--kd.alpha=2")
+    assert (config.small.path, config.small.learning_rate, config.kd.alpha) == ("a", 1e-3, 2.0)
+
+
+def test_defaults_are_those_of_table_3():
+    config = Config(**MINIMAL)
+    assert config.rollout.num_generations == 14 and config.downsample.keep == 8
+    assert config.rollout.max_completion_tokens == 3072
+    assert config.small.learning_rate == config.large.learning_rate == 5e-6
+    assert config.optimizer.schedule == "cosine" and config.optimizer.warmup_fraction == 0.05
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--rollout.num_gen", "4"], "rollout.num_gen = '4': expected a known key; did you mean"),
+        (["--rollout.temperature", "warm"], "rollout.temperature = 'warm': input should be"),
+        (["--rollout.temperature", "0"], "rollout.temperature = '0': input should be greater"),
+        (
+            ["--rollout.engine", "sglang"],
+            "rollout.engine = 'sglang': input should be 'auto', 'vllm'",
+        ),
+        (["--rollout.num_generations", "6"], "rollout.num_generations = 6: expected M of at least"),
+        (["--downsample.keep", "7"], "downsample.keep = 7: expected an even number"),
+        (["--data.template", "x"], "data.template = 'x': expected a text with {problem}"),
+        (["--algorithm", "ppo"], "algorithm = 'ppo': input should be 'codistill'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_wrong_key_or_value_is_named(load, arguments, expected):
+    with pytest.raises(ConfigError) as error:
+        load(*arguments)
+    assert str(error.value).startswith(expected)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: x", "small is missing: expected phi"),
+        ("rollout: {speed: 3}", "rollout.speed = 3: expected a known key"),
+        ("a: [", "expected YAML"),
+        ("[1]", "expected a YAML file with section: keys"),
+    ],
+    ids=["missing", "unknown", "broken", "list"],
+)
+def test_wrong_file_is_named(tmp_path, text, expected):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL) + text if "rollout" in text else text)
+    with pytest.raises(ConfigError) as error:
+        load_config(["--config", str(path)])
+    assert expected in str(error.value)
+
+
+def test_missing_file_is_named():
+    with pytest.raises(ConfigError, match="--config = 'no.yaml': expected a YAML file that exists"):
+        load_config(["--config", "no.yaml"])
+
+
+def test_processes_must_divide_the_prompts_and_micro_batches_the_rollouts(load):
+    with pytest.raises(ConfigError, match="rollout.prompts_per_step = 64: expected a multiple of"):
+        load().check_processes(3)
+    with pytest.raises(ConfigError, match="micro_batch_size = 24: expected a divisor of the 256"):
+        load("--training.micro_batch_size", "24").check_processes(2)
+    load("--training.micro_batch_size", "32").check_processes(2)
+
+
+def test_every_field_has_a_text():
+    models = [Config, *(field.annotation for field in Config.model_fields.values())]
+    for model in models:
+        for name, field in getattr(model, "model_fields", {}).items():
+            assert field.description, f"{model.__name__}.{name}"
+    assert len(field_keys()) > 30
+
+
+def test_help_is_quick_and_needs_no_torch():
+    start = time.perf_counter()
+    code = (
+        "import sys; sys.argv = ['train.py', '--help']\n"
+        "import train\n"
+        "try: train.main()\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--rollout.num_generations int" in done.stdout
+    assert time.perf_counter() - start < 3
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            {"data": {"train": "nowhere.jsonl"}},
+            "data.train = 'nowhere.jsonl': expected a file that",
+        ),
+        ({"data": {"train": "{empty}"}}, "expected at least one problem, found none"),
+        ({"data": {"train": "{wrong}"}}, "rows with the fields problem and answer, found question"),
+        (
+            {"small": {"path": "./nowhere"}},
+            "small.path = './nowhere': expected a folder that exists",
+        ),
+        ({"large": {"path": "{other}"}}, "expected the tokenizer of small.path"),
+        (
+            {"rollout": {"max_prompt_tokens": 3}},
+            "rollout.max_prompt_tokens = 3: expected at least 4",
+        ),
+        ({"rollout": {"prompts_per_step": 3}}, "training.micro_batch_size = 8: expected a divisor"),
+    ],
+    ids=["no file", "empty", "wrong fields", "no model", "tokenizers", "long prompt", "no divisor"],
+)
+def test_wrong_input_stops_the_run(settings, tmp_path, tokenizer, change, expected):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "wrong.jsonl").write_text('{"question": "1"}\n')
+    tokenizer.save_pretrained(tmp_path / "other")
+    vocabulary = tmp_path / "other" / "tokenizer.json"
+    vocabulary.write_text(vocabulary.read_text().replace('"7"', '"x"').replace('"8"', '"7"'))
+    for section, values in change.items():
+        for key, value in values.items():
+            if isinstance(value, str) and value.startswith("{"):
+                name = value.strip("{}")
+                value = str(tmp_path / (name if name == "other" else f"{name}.jsonl"))
+            settings[section][key] = value
+    config = Config(**settings)
+    with pytest.raises(ConfigError) as error:
+        config.check_processes(1)
+        run(config)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not torch.distributed.is_initialized()  # nothing was loaded or started
+
+
+def test_command_prints_one_line_and_ends_with_code_2(settings, train):
+    settings["data"]["eval"] = "nowhere.jsonl"
+    done = train(settings)
+    assert done.returncode == 2
+    line = "train.py: data.eval = 'nowhere.jsonl': expected a file that exists\n"
+    assert (done.stderr, done.stdout) == (line, "")

@@ -1,0 +1,86 @@
+"""The architecture, as tests: who may import whom, and what an import may not do."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+KERNELS = ROOT / "kernels" / "codistill_kernels"
+CODISTILL = ROOT / "codistill"
+
+
+def imported(file: Path) -> set[str]:
+    """Top-level packages that a file imports, wherever in the file."""
+    roots = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            roots.add(node.module.split(".")[0])
+    return roots
+
+
+def test_kernels_import_torch_triton_and_numpy_only():
+    allowed = {"codistill_kernels", "torch", "triton", "numpy"} | set(sys.stdlib_module_names)
+    for file in KERNELS.rglob("*.py"):
+        assert imported(file) <= allowed, file
+
+
+def test_reference_imports_nothing_of_ours():
+    assert "codistill_kernels" not in imported(KERNELS / "reference.py")
+
+
+@pytest.mark.parametrize(
+    ("package", "only"), [("vllm", "rollout.py"), ("transformers", "model.py")], ids=str
+)
+def test_one_module_imports(package, only):
+    users = {file.name for file in CODISTILL.rglob("*.py") if package in imported(file)}
+    assert users == {only}
+
+
+def test_config_imports_no_torch():
+    code = "import sys, codistill.config; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_nothing_imports_upward():
+    for file in CODISTILL.rglob("*.py"):
+        assert not imported(file) & {"train", "bench", "tests", "demo", "tools"}, file
+
+
+def test_kernels_folder_does_not_shadow_hugging_face_kernels(tmp_path):
+    """transformers looks a distribution named kernels up by version, then imports names from it."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    package = tmp_path / "kernels"
+    package.mkdir()
+    names = "Device LayerRepository LocalLayerRepository Mode FuncRepository CacheRepository"
+    (package / "__init__.py").write_text(
+        "__version__ = '0.17.2'\n"
+        "def anything(*args, **kwargs): return lambda decorated: decorated\n"
+        + "".join(f"class {name}: pass\n" for name in names.split())
+        + "def __getattr__(name):\n"
+        "    if name.startswith('__'): raise AttributeError(name)\n"
+        "    return anything\n"
+    )
+    info = tmp_path / "kernels-0.17.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.2\n")
+    code = (
+        "import kernels; assert kernels.__version__ == '0.17.2', kernels\n"
+        "import transformers; from transformers import Qwen2ForCausalLM\n"
+        "import codistill_kernels"
+    )
+    # The repository root comes first, as it does for a script that is run from it.
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
