@@ -29,9 +29,9 @@ constexpr int64_t kBlockColumns = 2048;  // vocab rows of a block, the unit of w
 struct Problem {
   int64_t rows, hidden, vocab;
   const int64_t* token_ids;
-  const float* inverse_temperature;
+  const float* temperature;
   const float* bias;  // or null
-  Softcap softcap;
+  float softcap;      // 0: none
 };
 
 // Weights [columns, depth] -> slices [kColumns / kSlice][depth, kSlice], of 32-bit elements. For fp32
@@ -80,7 +80,7 @@ void block_states(const Problem& p, const T* hidden, const T* weight, int64_t bl
         const int64_t target = p.token_ids[row + i] - column;
         const State state = tile_state(
             tile + i * kColumns, kColumns, valid, p.bias != nullptr ? bias : nullptr, p.softcap,
-            p.inverse_temperature[row + i], target >= 0 && target < valid ? target : -1);
+            p.temperature[row + i], target >= 0 && target < valid ? target : -1);
         states[row + i] = merge(states[row + i], state);
       }
     }
@@ -108,17 +108,17 @@ void run(const Problem& p, const T* hidden, const T* weight, float* out) {
     State state = states[row];
     for (int64_t block = 1; block < blocks; ++block)
       state = merge(state, states[block * p.rows + row]);
-    const float parts[] = {state.max, state.sum, state.weighted, state.target};
+    const float parts[] = {state.max, state.rest, state.weighted, state.target};
     for (int64_t i = 0; i < 4; ++i) out[i * p.rows + row] = parts[i];
   }
 }
 
 }  // namespace
 
-// [4, N]: max, sum, weighted, target of each row (softmax_state.h). Inputs are contiguous; tokens
+// [4, N]: max, rest, weighted, target of each row (softmax_state.h). Inputs are contiguous; tokens
 // outside [0, vocab_size) have target 0.
 at::Tensor linear_statistics(const at::Tensor& hidden_states, const at::Tensor& lm_head_weight,
-                             const at::Tensor& token_ids, const at::Tensor& inverse_temperature,
+                             const at::Tensor& token_ids, const at::Tensor& temperature,
                              const std::optional<at::Tensor>& bias, double softcap,
                              int64_t vocab_size) {
   const auto out = at::empty({4, hidden_states.size(0)}, hidden_states.options().dtype(at::kFloat));
@@ -127,9 +127,9 @@ at::Tensor linear_statistics(const at::Tensor& hidden_states, const at::Tensor& 
                   hidden_states.size(1),
                   vocab_size,
                   token_ids.const_data_ptr<int64_t>(),
-                  inverse_temperature.const_data_ptr<float>(),
+                  temperature.const_data_ptr<float>(),
                   bias.has_value() ? bias32.const_data_ptr<float>() : nullptr,
-                  Softcap{static_cast<float>(softcap), softcap != 0 ? float(1 / softcap) : 0.0f}};
+                  static_cast<float>(softcap)};
   if (p.rows == 0) return out;
   const bool halves = hidden_states.scalar_type() == at::kBFloat16 &&
                       lm_head_weight.scalar_type() == at::kBFloat16 && p.hidden % 2 == 0 &&
@@ -150,7 +150,7 @@ at::Tensor linear_statistics(const at::Tensor& hidden_states, const at::Tensor& 
 TORCH_LIBRARY(codistill_cpu, m) {
   m.def(
       "linear_statistics(Tensor hidden_states, Tensor lm_head_weight, Tensor token_ids, "
-      "Tensor inverse_temperature, Tensor? bias, float softcap, int vocab_size) -> Tensor",
+      "Tensor temperature, Tensor? bias, float softcap, int vocab_size) -> Tensor",
       &codistill::linear_statistics);
 }
 

@@ -71,8 +71,8 @@ CODISTILL_INLINE float max_lanes(const Vec& v) {
 }  // namespace
 
 CODISTILL_CLONES
-State tile_state(float* row, int64_t columns, int64_t valid, const float* bias, Softcap softcap,
-                 float inverse_temperature, int64_t target) {
+State tile_state(float* row, int64_t columns, int64_t valid, const float* bias, float softcap,
+                 float temperature, int64_t target) {
   Vec best = Vec{} + kMinusInf;
   for (int64_t j = 0; j < columns; j += kLanes) {
     Vec z;
@@ -82,29 +82,31 @@ State tile_state(float* row, int64_t columns, int64_t valid, const float* bias, 
       std::memcpy(&b, bias + j, sizeof(b));
       z += b;
     }
-    if (softcap.cap != 0.0f) {
+    if (softcap != 0.0f) {
       Vec capped;
-      tanh_all(z * softcap.inverse, capped);
-      z = capped * softcap.cap;
+      tanh_all(z / softcap, capped);
+      z = capped * softcap;
     }
-    z *= inverse_temperature;
+    // Not times the reciprocal: that rounds once more, and |z| ulps are the error of a logp.
+    if (temperature != 1.0f) z /= temperature;
     if (j + kLanes > valid)
       for (int64_t lane = valid > j ? valid - j : 0; lane < kLanes; ++lane) z[lane] = kMinusInf;
     best = z > best ? z : best;
     std::memcpy(row + j, &z, sizeof(z));
   }
   State out{max_lanes(best), 0.0f, 0.0f, target >= 0 ? row[target] : 0.0f};
-  Vec sum = Vec{}, weighted = Vec{};
+  Vec rest = Vec{}, maxima = Vec{}, weighted = Vec{};
   for (int64_t j = 0; j < columns; j += kLanes) {
     Vec z;
     std::memcpy(&z, row + j, sizeof(z));
     const Vec shifted = z - out.max;
     Vec e;
     exp_nonpositive(shifted, e);
-    sum += e;
+    rest += z == out.max ? Vec{} : e;
+    maxima += z == out.max ? Vec{} + 1.0f : Vec{};
     weighted += e * (shifted < -87.3f ? Vec{} : shifted);  // 0 * -inf would be NaN
   }
-  out.sum = sum_lanes(sum);
+  out.rest = sum_lanes(rest) + (sum_lanes(maxima) - 1.0f);
   out.weighted = sum_lanes(weighted);
   return out;
 }

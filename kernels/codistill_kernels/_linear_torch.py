@@ -20,7 +20,7 @@ class Head:
     """[V, H], cut to the vocabulary."""
     bias: Tensor | None
     """[V] or None."""
-    inverse_temperature: Tensor
+    temperature: Tensor
     """[N], in the compute dtype."""
     softcap: float
     """0: none."""
@@ -39,38 +39,47 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 def chunk_logits(hidden: Tensor, head: Head, rows: Tensor, dtype: torch.dtype) -> tuple:
     """Logits [R, V] of some rows, and d logits / d (x . w): a tensor [R, V], or [R, 1]."""
-    inverse = head.inverse_temperature[rows][:, None]  # [R, 1]
+    temperature = head.temperature[rows][:, None]  # [R, 1]
     logits = matmul(hidden, head.weight.T, dtype)
     if head.bias is not None:
         logits += head.bias.to(dtype)
     if head.softcap == 0:
-        return logits.mul_(inverse), inverse
+        return logits.div_(temperature), temperature.reciprocal()
     capped = logits.div_(head.softcap).tanh_()
-    slope = (1 - capped.square()) * inverse
-    return capped.mul_(head.softcap * inverse), slope
+    slope = (1 - capped.square()) / temperature
+    return capped.mul_(head.softcap).div_(temperature), slope
 
 
 def statistics(hidden_states: Tensor, head: Head, token_ids: Tensor) -> Tensor:
-    """[4, N]: max m, sum exp(z - m), sum exp(z - m) (z - m), target logit (0 outside the rows)."""
+    """[4, N]: max m, rest of sum exp(z - m), sum exp(z - m) (z - m), target logit.
+
+    rest is without the term of one maximum, which is 1: lse = m + log1p(rest) keeps the small
+    log-probability of a token that has nearly all the mass. The target is 0 outside the rows.
+    """
     dtype = compute_dtype(hidden_states)
     out = hidden_states.new_empty((4, len(token_ids)), dtype=dtype)
     every = torch.arange(len(token_ids), device=token_ids.device)
     for rows in every.split(CHUNK_ROWS):
         logits, _ = chunk_logits(hidden_states[rows], head, rows, dtype)
         here, owned = local_columns(token_ids[rows], logits.shape[1])
-        target = logits.gather(1, here[:, None]).squeeze(1)
-        maximum = logits.amax(dim=1)
-        shifted = logits.sub_(maximum[:, None])
-        exps = shifted.exp()
-        out[:, rows] = torch.stack(
-            (
-                maximum,
-                exps.sum(dim=1),
-                (exps * shifted).sum(dim=1),
-                torch.where(owned, target, 0.0),
-            )
-        )
+        target = torch.where(owned, logits.gather(1, here[:, None]).squeeze(1), 0.0)
+        out[:, rows] = torch.stack((*softmax_state(logits), target))
     return out
+
+
+def softmax_state(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """m, rest and sum exp(z - m) (z - m) of `statistics`, [R] each."""
+    maximum, at = logits.max(dim=1, keepdim=True)
+    shifted = logits - maximum
+    exps = shifted.exp()
+    weighted = (exps * shifted).sum(dim=1)
+    return maximum.squeeze(1), exps.scatter_(1, at, 0.0).sum(dim=1), weighted
+
+
+def normalizers(logits: Tensor) -> Tensor:
+    """log_softmax of `gradients`, [3, R], from all logits of the rows."""
+    maximum, rest, weighted = softmax_state(logits)
+    return torch.stack((maximum, rest.log1p(), weighted / (1 + rest)))
 
 
 def gradients(
@@ -78,7 +87,7 @@ def gradients(
     head: Head,
     token_ids: Tensor,
     coefficients: Tensor,
-    log_softmax: Tensor,
+    log_softmax: Tensor | None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden_states, weight and bias, fp32 (fp64 for fp64), from per-row coefficients:
@@ -86,7 +95,9 @@ def gradients(
     dz_j = c0 p_j - c1 [j = y] + c2 p_j (z_j - E_p z).
 
     coefficients: [3, N] c0, c1, c2. Rows where all three are zero are left out of the work.
-    log_softmax: [3, N] m, log sum exp(z - m), E_p[z - m] over the whole vocabulary.
+    log_softmax: [3, N] m, log sum exp(z - m), E_p[z - m] over the whole vocabulary; None where the
+        weight is the whole vocabulary: then they come from the recomputed logits themselves, and
+        p sums to 1 whatever rounding the forward pass had.
     """
     dtype = compute_dtype(hidden_states)
     options = dict(dtype=dtype, device=hidden_states.device)
@@ -97,7 +108,8 @@ def gradients(
     for rows in active.split(CHUNK_ROWS):
         hidden = hidden_states[rows]
         logits, slope = chunk_logits(hidden, head, rows, dtype)
-        dz = logit_gradients(logits, token_ids[rows], coefficients[:, rows], log_softmax[:, rows])
+        softmax = normalizers(logits) if log_softmax is None else log_softmax[:, rows]
+        dz = logit_gradients(logits, token_ids[rows], coefficients[:, rows], softmax)
         dz *= slope
         if dx is not None:
             dx[rows] = matmul(dz, head.weight, dtype)

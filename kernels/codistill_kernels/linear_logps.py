@@ -17,28 +17,28 @@ def linear_statistics(
     lm_head_weight: Tensor,
     bias: Tensor | None,
     token_ids: Tensor,
-    inverse_temperature: Tensor,
+    temperature: Tensor,
     softcap: float,
     backend: str,
 ) -> Tensor:
-    """[4, N] max m, sum exp(z - m), sum exp(z - m) (z - m), target logit: of this weight's rows."""
+    """[4, N] max m, rest of sum exp(z - m), sum exp(z - m) (z - m), target: of these vocab rows."""
     if backend == "cpu":
         return torch.ops.codistill_cpu.linear_statistics(
             hidden_states.contiguous(),
             lm_head_weight.contiguous(),
             token_ids.contiguous(),
-            inverse_temperature.contiguous(),
+            temperature.contiguous(),
             bias,
             softcap,
             lm_head_weight.shape[0],
         )
-    head = Head(lm_head_weight, bias, inverse_temperature, softcap)
+    head = Head(lm_head_weight, bias, temperature, softcap)
     return _linear_torch.statistics(hidden_states, head, token_ids)
 
 
 @linear_statistics.register_fake
-def _(hidden_states, lm_head_weight, bias, token_ids, inverse_temperature, softcap, backend):
-    return inverse_temperature.new_empty((4, hidden_states.shape[0]))
+def _(hidden_states, lm_head_weight, bias, token_ids, temperature, softcap, backend):
+    return temperature.new_empty((4, hidden_states.shape[0]))
 
 
 @torch.library.custom_op("codistill::linear_gradients", mutates_args=())
@@ -47,16 +47,16 @@ def linear_gradients(
     lm_head_weight: Tensor,
     bias: Tensor | None,
     token_ids: Tensor,
-    inverse_temperature: Tensor,
+    temperature: Tensor,
     softcap: float,
     coefficients: Tensor,
-    log_softmax: Tensor,
+    log_softmax: Tensor | None,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in the compute dtype; an empty tensor for each that is not needed."""
-    head = Head(lm_head_weight, bias, inverse_temperature, softcap)
+    head = Head(lm_head_weight, bias, temperature, softcap)
     found = _linear_torch.gradients(
         hidden_states,
         head,
@@ -75,7 +75,7 @@ def _(
     lm_head_weight,
     bias,
     token_ids,
-    inverse_temperature,
+    temperature,
     softcap,
     coefficients,
     log_softmax,
@@ -97,20 +97,19 @@ class LinearLogps(torch.autograd.Function):
     """(hidden_states [N, H], weight [V, H], bias [V] or None, ...) -> logps [N], entropy [N]."""
 
     @staticmethod
-    def forward(
-        ctx, hidden_states, lm_head_weight, bias, token_ids, inverse_temperature, active, options
-    ):
+    def forward(ctx, hidden_states, lm_head_weight, bias, token_ids, temperature, active, options):
         softcap, group, backend = options
-        inputs = (hidden_states, lm_head_weight, bias, token_ids, inverse_temperature)
+        inputs = (hidden_states, lm_head_weight, bias, token_ids, temperature)
         statistics = linear_statistics(*inputs, softcap, backend)
         if group is not None:
             statistics = merge_shards(statistics, group)
-        maximum, total, weighted, target = statistics
-        log_sum, mean = total.log(), weighted / total
+        maximum, rest, weighted, target = statistics
+        log_sum, mean = rest.log1p(), weighted / (1 + rest)
         # Select, not multiply: an ignored row may hold NaN.
         logps = torch.where(active, (target - maximum) - log_sum, 0.0)
         entropy = torch.where(active, log_sum - mean, 0.0)
-        log_softmax = torch.stack((maximum, log_sum, mean))
+        # Shards cannot recompute what belongs to the whole vocabulary.
+        log_softmax = None if group is None else torch.stack((maximum, log_sum, mean))
         ctx.save_for_backward(*inputs, active, log_softmax)
         ctx.softcap, ctx.group = softcap, group
         return logps, entropy
@@ -138,16 +137,20 @@ class LinearLogps(torch.autograd.Function):
 
 def merge_shards(statistics: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Statistics of the whole vocabulary from those of each process's rows."""
-    maximum, total, weighted, target = statistics
+    maximum, rest, weighted, target = statistics
     largest = maximum.clone()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     shift = maximum - largest
     scale = shift.exp()
+    total = 1 + rest
     # A shard without a vocabulary row has maximum -inf: it adds nothing.
     weighted = torch.where(scale > 0, scale * (weighted + shift * total), 0.0)
-    sums = torch.stack((scale * total, weighted, target))
+    is_largest = shift == 0
+    rest = torch.where(is_largest, rest, scale * total)
+    sums = torch.stack((rest, weighted, target, is_largest.to(rest.dtype)))
     dist.all_reduce(sums, group=group)
-    return torch.cat((largest[None], sums))
+    rest, weighted, target, ties = sums
+    return torch.stack((largest, rest + (ties - 1), weighted, target))
 
 
 # --- public function ---------------------------------------------------------------------------
@@ -228,13 +231,13 @@ def linear_logps(
     first_row = rank * local_rows
     rows = min(max(vocab_size - first_row, 0), local_rows)
     dtype = _linear_torch.compute_dtype(hidden_states)
-    inverse = torch.as_tensor(temperature, device=hidden_states.device).to(dtype).reciprocal()
+    per_token = torch.as_tensor(temperature, device=hidden_states.device).detach().to(dtype)
     logps, entropy = LinearLogps.apply(
         hidden_states.reshape(-1, hidden_states.shape[-1]),
         lm_head_weight[:rows],
         None if bias is None else bias[:rows],
         torch.where(active, flat_ids - first_row, -1),
-        inverse.detach().expand(shape).reshape(-1),
+        per_token.expand(shape).reshape(-1),
         active,
         (softcap or 0.0, group, backend),
     )

@@ -1,0 +1,39 @@
+"""The one tolerance: how accurate a kernel must be, judged against eager and fp64.
+
+A result may be twice as far from fp64 as the same-dtype eager computation is, in its worst row and
+in each named part. Relative, so that gradients of size 1/V count; a row that is zero must be zero.
+"""
+
+import torch
+from torch import Tensor
+
+
+def row_error(x: Tensor, gold: Tensor) -> float:
+    """Largest relative error of a row (of the whole, for one dimension)."""
+    x, gold = x.double(), gold.double()
+    if gold.ndim < 2:
+        x, gold = x.reshape(1, -1), gold.reshape(1, -1)
+    size, error = gold.norm(dim=-1), (x - gold).norm(dim=-1)
+    relative = torch.where(size > 0, error / size, torch.where(error > 0, torch.inf, 0.0))
+    return relative.nan_to_num(nan=torch.inf).max().item() if relative.numel() else 0.0
+
+
+def assert_as_accurate_as_eager(
+    name: str,
+    ours: Tensor,
+    eager: Tensor,
+    gold: Tensor,
+    *,
+    parts: dict[str, Tensor] | None = None,
+    factor: float = 2.0,
+    floor: float = 1e-6,
+) -> None:
+    """parts: masks like `gold`, judged one by one; so is the whole. floor: relative as well."""
+    assert ours.shape == eager.shape == gold.shape, (name, ours.shape, eager.shape, gold.shape)
+    everything = {"all": torch.ones_like(gold, dtype=torch.bool)}
+    for label, keep in {**everything, **(parts or {})}.items():
+        target = torch.where(keep, gold.double(), 0.0)
+        got = row_error(torch.where(keep, ours.double(), 0.0), target)
+        base = row_error(torch.where(keep, eager.double(), 0.0), target)
+        limit = factor * min(base, 0.05) + floor
+        assert got <= limit, f"{name}[{label}]: error {got:.2e}, eager's {base:.2e}"
