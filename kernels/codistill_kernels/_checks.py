@@ -6,6 +6,11 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def can_look(tensor: Tensor) -> bool:
+    """Whether values may be checked: a GPU would be waited for, a compiled graph would break."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def require(condition: bool, name: str, expected: str, got: object) -> None:
     if not condition:
         raise ValueError(f"{name} must be {expected}, got {got}")
@@ -21,14 +26,14 @@ def require_float(name: str, tensor: Tensor) -> None:
 
 
 def require_sequences(cu_seqlens: Tensor, tokens: int) -> None:
-    """cu_seqlens is [S + 1] integers. On the CPU its values are checked as well."""
+    """cu_seqlens is [S + 1] integers, rising from 0 to `tokens` where one can look."""
     require(
         cu_seqlens.ndim == 1 and cu_seqlens.numel() > 0 and not cu_seqlens.is_floating_point(),
         "cu_seqlens",
         "[S + 1] integers",
         f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}",
     )
-    if cu_seqlens.device.type == "cpu":  # on a GPU looking would wait for it
+    if can_look(cu_seqlens):
         rising = bool((cu_seqlens.diff() >= 0).all())
         ends = [cu_seqlens[0].item(), cu_seqlens[-1].item()]
         require(

@@ -105,6 +105,8 @@ def gradients(
     dw = torch.zeros(head.weight.shape, **options) if needs[1] else None
     db = torch.zeros(len(head.weight), **options) if needs[2] else None
     active = coefficients.ne(0).any(dim=0).nonzero().squeeze(1)
+    if not len(head.weight):  # a shard of nothing but rows outside the vocabulary
+        return dx, dw, db
     for rows in active.split(CHUNK_ROWS):
         hidden = hidden_states[rows]
         logits, slope = chunk_logits(hidden, head, rows, dtype)

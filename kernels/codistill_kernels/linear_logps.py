@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from codistill_kernels import _backends, _linear_torch
-from codistill_kernels._checks import require, require_float, require_shape
+from codistill_kernels._checks import can_look, require, require_float, require_shape
 from codistill_kernels._linear_torch import Head
 
 # --- custom ops --------------------------------------------------------------------------------
@@ -22,7 +22,12 @@ def linear_statistics(
     backend: str,
 ) -> Tensor:
     """[4, N] max m, rest of sum exp(z - m), sum exp(z - m) (z - m), target: of these vocab rows."""
-    if backend == "cpu":
+    if not lm_head_weight.shape[0]:  # a shard of nothing but rows outside the vocabulary
+        empty = temperature.new_zeros((4, hidden_states.shape[0]))
+        empty[0] = -torch.inf
+        return empty
+    # Chosen here, where torch.compile does not look: the extension is loaded at the first call.
+    if _backends.choose(backend, hidden_states.device, hidden_states.dtype) == "cpu":
         return torch.ops.codistill_cpu.linear_statistics(
             hidden_states.contiguous(),
             lm_head_weight.contiguous(),
@@ -217,10 +222,9 @@ def linear_logps(
         f"in 1 .. {local_rows * shards}",
         vocab_size,
     )
-    backend = _backends.choose(backend, hidden_states.device, hidden_states.dtype)
     flat_ids = token_ids.reshape(-1)
     active = flat_ids != ignore_index
-    if flat_ids.device.type == "cpu":  # on a GPU looking would wait for it
+    if can_look(flat_ids):
         wrong = flat_ids[active & ((flat_ids < 0) | (flat_ids >= vocab_size))]
         require(
             not len(wrong),
@@ -277,7 +281,7 @@ def check_inputs(
     if isinstance(temperature, Tensor):
         if temperature.ndim:
             require_shape("temperature", temperature, tuple(token_ids.shape), "[...]")
-        if temperature.device.type == "cpu":
+        if can_look(temperature):
             require(bool((temperature > 0).all()), "temperature", "> 0", temperature.min())
     else:
         require(temperature > 0, "temperature", "> 0", temperature)

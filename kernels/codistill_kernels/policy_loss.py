@@ -5,7 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from codistill_kernels._checks import require, require_float, require_sequences, require_shape
+from codistill_kernels._checks import (
+    can_look,
+    require,
+    require_float,
+    require_sequences,
+    require_shape,
+)
 
 KINDS = ("clip",)
 
@@ -156,5 +162,5 @@ def check_inputs(
     else:
         require_sequences(cu_seqlens, len(logps))
         require_shape("advantages", advantages, (len(cu_seqlens) - 1,), "[S]")
-    if not isinstance(normalizer, Tensor) or normalizer.device.type == "cpu":
+    if not isinstance(normalizer, Tensor) or can_look(normalizer):
         require(normalizer > 0, "normalizer", "> 0", normalizer)

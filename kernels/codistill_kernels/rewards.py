@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from codistill_kernels._checks import require, require_sequences, require_shape
+from codistill_kernels._checks import can_look, require, require_sequences, require_shape
 
 
 def kd_rewards(
@@ -111,7 +111,7 @@ def downsample(
     require(
         0 < keep <= group_size and keep % 2 == 0, "keep", f"even and in 2 .. {group_size}", keep
     )
-    if scores.device.type == "cpu":
+    if can_look(scores):
         require(not scores.isnan().any(), "scores", "numbers", "NaN")
     order = groups.argsort(dim=1, descending=True, stable=True)
     half = keep // 2
