@@ -6,7 +6,6 @@ tokenizer's tokens and return the log-probability of each sampled token under ju
 """
 
 import importlib.util
-import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ from torch import Tensor
 
 from codistill.batching import TokenBatch
 from codistill.model import Policy, load_causal_lm
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Completion:
 @dataclass(frozen=True)
 class Sampling:
     num_generations: int
-    """Completions a prompt."""
+    """Completions a prompt; 1 if greedy."""
     temperature: float
     """Divides the logits; 0 is greedy."""
     max_tokens: int
@@ -83,7 +80,6 @@ def make_engine(kind: str, spec: EngineSpec) -> Engine:
     """kind: "vllm", "hf", or "auto", which is vllm where it is installed."""
     if kind == "auto":
         kind = "vllm" if importlib.util.find_spec("vllm") else "hf"
-    log.info("rollout engine: %s", kind)
     return VLLMEngine(spec) if kind == "vllm" else HFEngine(spec)
 
 

@@ -40,20 +40,19 @@ def run(config: Config) -> int:
     check_same_run(config)
     console = Console(quiet=not distributed.is_first())
     device = distributed.start()
-    try:
-        with Grader(timeout=config.reward.timeout) as grader:
-            console.print("loading models and engine ...")
-            trainer = Trainer(config, tokenizer, problems, held_out, device, grader)
-            code = Loop(trainer, console).run()
+    console.print("loading models and engine ...")
+    with Grader(timeout=config.reward.timeout) as grader:
+        trainer = Trainer(config, tokenizer, problems, held_out, device, grader)
+        try:
+            return Loop(trainer, console).run()
+        except (SyncError, FloatingPointError) as error:
+            if distributed.is_first():
+                print(f"train.py: stopped: {error}", file=sys.stderr)
+            return 1
+        finally:
             trainer.engine.close()
-            return code
-    except (SyncError, FloatingPointError) as error:
-        if distributed.is_first():
-            print(f"train.py: stopped: {error}", file=sys.stderr)
-        return 1
-    finally:
-        if dist.is_initialized():  # vLLM takes the group down with itself
-            dist.destroy_process_group()
+            if dist.is_initialized():  # vLLM takes the group down with itself
+                dist.destroy_process_group()
 
 
 class Loop:

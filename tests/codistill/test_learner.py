@@ -1,0 +1,101 @@
+"""A sharded step of two processes is the step of one, and the step of plain PyTorch."""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from codistill.batching import TokenBatch
+from codistill.config import OptimizerConfig
+from codistill.learner import Learner, MicroBatch
+from codistill.metrics import StepMetrics
+from codistill.model import load_causal_lm, load_policy
+from codistill_kernels import PolicyLoss, reference
+
+CPU = torch.device("cpu")
+VOCAB, ROLLOUTS, NORMALIZER, TEMPERATURE = 18, 8, 50.0, 0.9
+
+
+def rollouts() -> tuple[list, list, list[torch.Tensor], torch.Tensor]:
+    """Prompts, completions, old log-probabilities and advantages; lengths from 1 to 8."""
+    generator = torch.Generator().manual_seed(0)
+    prompts, completions, old = [], [], []
+    for row in range(ROLLOUTS):
+        prompts.append(torch.randint(2, VOCAB, (2 + row % 3,), generator=generator).tolist())
+        completions.append(torch.randint(0, VOCAB, (row + 1,), generator=generator).tolist())
+        old.append(-4 * torch.rand(row + 1, generator=generator))
+    return prompts, completions, old, torch.randn(ROLLOUTS, generator=generator)
+
+
+def micro_batch(rows: list[int]) -> MicroBatch:
+    prompts, completions, old, advantages = rollouts()
+    tokens = TokenBatch.build([prompts[r] for r in rows], [completions[r] for r in rows], CPU)
+    return MicroBatch(tokens, torch.cat([old[r] for r in rows]), advantages[rows])
+
+
+def sharded_step(rank: int, folder: str, path: str, world_size: int) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/init{world_size}", rank=rank, world_size=world_size
+    )
+    policy = load_policy(
+        path, vocab_size=VOCAB, dtype=torch.float32, device=CPU, checkpointing=False
+    )
+    optimizer = OptimizerConfig(schedule="constant", warmup_fraction=0, max_grad_norm=1e9)
+    learner = Learner("small", policy, PolicyLoss(), optimizer, learning_rate=1e-2, total_steps=1)
+    rows = list(range(rank, ROLLOUTS, world_size))
+    metrics = StepMetrics(CPU)
+    batches = [micro_batch(rows[start : start + 2]) for start in range(0, len(rows), 2)]
+    learner.backward(batches, metrics, normalizer=NORMALIZER, temperature=TEMPERATURE)
+    grads = {
+        name: parameter.grad.full_tensor()
+        if isinstance(parameter.grad, DTensor)
+        else parameter.grad
+        for name, parameter in policy.lm.named_parameters()
+    }
+    learner.step(metrics)
+    weights = dict(policy.full_weights())
+    numbers = metrics.reduce()
+    if rank == 0:
+        torch.save((grads, weights, numbers), f"{folder}/result{world_size}.pt")
+    dist.destroy_process_group()
+
+
+def plain_gradients(path: str) -> tuple[dict[str, torch.Tensor], float]:
+    """Whole logits, one sequence at a time, the loss of the reference."""
+    lm = load_causal_lm(path, dtype=torch.float64)
+    prompts, completions, old, advantages = rollouts()
+    total = torch.zeros((), dtype=torch.float64)
+    for row in range(ROLLOUTS):
+        ids = torch.tensor([prompts[row] + completions[row]])
+        logits = lm(input_ids=ids).logits[0, len(prompts[row]) - 1 : -1, :VOCAB] / TEMPERATURE
+        targets = torch.tensor(completions[row])[:, None]
+        logps = logits.log_softmax(-1).gather(1, targets).squeeze(1)
+        per_token = advantages[row].double().expand(len(logps))
+        total = total + reference.policy_loss(logps, old[row], per_token, normalizer=NORMALIZER)
+    total.backward()
+    return {name: parameter.grad for name, parameter in lm.named_parameters()}, total.item()
+
+
+def test_two_processes_one_process_and_plain_pytorch_agree(models, tmp_path):
+    for model in ("small", "large"):  # tied and untied head
+        path = str(models[model])
+        results = {}
+        for world_size in (1, 2):
+            torch.multiprocessing.spawn(
+                sharded_step, (str(tmp_path), path, world_size), nprocs=world_size
+            )
+            results[world_size] = torch.load(tmp_path / f"result{world_size}.pt")
+            (tmp_path / f"init{world_size}").unlink(missing_ok=True)
+        gold, gold_loss = plain_gradients(path)
+        for grads, _, numbers in results.values():
+            assert grads.keys() == gold.keys()
+            for name, grad in grads.items():
+                assert grad.abs().max() > 1e-4, name
+                torch.testing.assert_close(grad.double(), gold[name], rtol=1e-5, atol=1e-5)
+            assert abs(numbers["loss/small"] - gold_loss) < 1e-6
+        one, two = results[1], results[2]
+        for name in one[0]:
+            torch.testing.assert_close(one[0][name], two[0][name], rtol=0, atol=1e-5)
+            torch.testing.assert_close(one[1][name], two[1][name], rtol=0, atol=1e-4)
+        assert one[2].keys() == two[2].keys()
+        for name in one[2]:
+            assert abs(one[2][name] - two[2][name]) < 1e-5 * max(1, abs(one[2][name])), name

@@ -1,0 +1,75 @@
+"""Both engines, for real: what they sample, what they say of it, and what a sync changes."""
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from codistill import distributed
+from codistill.batching import TokenBatch
+from codistill.model import load_policy
+from codistill.rollout import EngineSpec, Sampling, make_engine
+
+VOCAB, END = 18, 1
+PROMPTS = [[3, 12, 4, 13], [5, 12, 5, 13], [9, 13]]
+CPU = torch.device("cpu")
+
+
+def logp_gap(engine, policy, temperature: float) -> float:
+    """Largest difference between engine and trainer on freshly sampled tokens (nats)."""
+    sampling = Sampling(num_generations=16, temperature=temperature, max_tokens=12)
+    completions = engine.generate(PROMPTS, [1, 2, 3], sampling)
+    prompts = [prompt for prompt in PROMPTS for _ in range(16)]
+    batch = TokenBatch.build(prompts, [c.token_ids for c in completions], CPU)
+    with torch.no_grad():
+        ours = policy(batch, temperature)
+    theirs = torch.tensor([logp for c in completions for logp in c.logps])
+    return (ours - theirs).abs().max().item()
+
+
+def check_engine(rank: int, kind: str, path: str) -> None:
+    distributed.start()
+    spec = EngineSpec(path, VOCAB, (END,), 20, torch.float32, CPU, kv_cache_gib=0.1)
+    engine = make_engine(kind, spec)
+    assert engine.name == kind
+    policy = load_policy(
+        path, vocab_size=VOCAB, dtype=torch.float32, device=CPU, checkpointing=False
+    )
+
+    sampling = Sampling(num_generations=16, temperature=1.0, max_tokens=12)
+    first = engine.generate(PROMPTS, [1, 2, 3], sampling)
+    assert len(first) == 48
+    for completion in first:
+        tokens = completion.token_ids
+        assert len(tokens) == len(completion.logps) and max(tokens) < VOCAB
+        assert completion.truncated == (END not in tokens)
+        assert END not in tokens[:-1] and (len(tokens) == 12 or tokens[-1] == END)
+    assert {completion.truncated for completion in first} == {True, False}
+    assert len({tuple(completion.token_ids) for completion in first[:16]}) > 8
+    assert engine.generate(PROMPTS, [1, 2, 3], sampling) == first
+    assert engine.generate(PROMPTS, [4, 5, 6], sampling) != first
+    greedy = Sampling(num_generations=1, temperature=0.0, max_tokens=12)
+    tokens = [c.token_ids for c in engine.generate(PROMPTS, [1, 2, 3], greedy)]
+    assert tokens == [c.token_ids for c in engine.generate(PROMPTS, [4, 5, 6], greedy)]
+
+    assert max(logp_gap(engine, policy, 1.0), logp_gap(engine, policy, 0.7)) < 1e-4
+    for part in ("embed_tokens", "layers.1", "norm"):
+        policy.reshard()  # the gathered weights of the forward pass above are not the parameters
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in policy.named_parameters():
+                if part in name:
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                    local.add_(0.3 * noise)
+        assert logp_gap(engine, policy, 1.0) > 1e-2, part  # the engine does not know yet
+        engine.sync(policy.full_weights())
+        assert logp_gap(engine, policy, 1.0) < 1e-4, part
+    engine.close()
+
+
+@pytest.mark.parametrize("kind", ["vllm", "hf"])
+@pytest.mark.parametrize("model", ["small", "large"], ids=["tied", "untied"])
+def test_engine_samples_what_it_says_and_syncs(models, kind, model):
+    if kind == "vllm":
+        pytest.importorskip("vllm", reason="vLLM cannot be installed on this machine")
+    torch.multiprocessing.spawn(check_engine, (kind, str(models[model])), nprocs=1)

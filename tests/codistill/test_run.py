@@ -1,0 +1,125 @@
+"""train.py as a user runs it: its files, its exit codes, its interruptions."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+KEYS = {
+    "step",
+    *("reward/accuracy", "reward/format", "reward/kd", "reward/zero_fraction"),
+    *("loss/small", "loss/large", "grad_norm/small", "grad_norm/large"),
+    *("ratio/large_clip_fraction", "ratio/large_ess"),
+    *("rollout/mean_tokens", "rollout/truncated_fraction"),
+    *("rollout/logp_gap_mean", "rollout/logp_gap_max"),
+    *("time/rollout", "time/score", "time/update_small", "time/update_large", "time/sync"),
+    *("time/step", "tokens_per_second"),
+}
+
+
+def rows(settings: dict, name: str = "metrics.jsonl") -> list[dict]:
+    path = Path(settings["output_dir"]) / settings["name"] / name
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_times(metrics: list[dict]) -> list[dict]:
+    timed = ("time/", "tokens_per_second")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in metrics]
+
+
+def check_files(settings: dict, models: dict) -> None:
+    folder = Path(settings["output_dir"]) / settings["name"]
+    metrics = rows(settings)
+    assert [row["step"] for row in metrics] == [1, 2, 3]
+    for row in metrics:
+        assert KEYS <= row.keys()
+        assert row["rollout/logp_gap_max"] <= 1e-4
+        assert 0 < row["ratio/large_ess"] <= 1 and row["grad_norm/small"] > 0
+    assert metrics[0]["ratio/small_mean"] == pytest.approx(1, abs=1e-5)  # on-policy
+    assert metrics[0]["ratio/large_mean"] != pytest.approx(1, abs=1e-2)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["loss"]["epsilon_low"] == 0.2
+    for name in ("small", "large"):
+        exported = load_file(folder / "export" / "step_3" / name / "model.safetensors")
+        start = load_file(models[name] / "model.safetensors")
+        assert exported.keys() == start.keys()
+        assert all((exported[key] != start[key]).any() for key in start), name
+    samples = pyarrow.parquet.read_table(folder / "samples" / "step_000002.parquet")
+    assert sum(samples["kept"].to_pylist()) * 6 == samples.num_rows * 4
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((folder / "summary.json").read_text())
+    evaluations = rows(settings, "evaluations.jsonl")
+    assert [row["step"] for row in evaluations] == [0, 2, 3]
+    mean = sum(row["small"] for row in evaluations[1:]) / 2
+    assert summary["small"] == {"before": evaluations[0]["small"], "after": mean}
+
+
+def test_run_with_hugging_face_engine(settings, train, models):
+    done = train(settings)
+    assert done.returncode == 0, done.stderr
+    assert "rollout engine: hf, 1 processes on cpu" in done.stdout
+    assert "step 3/3" in done.stdout and "held-out accuracy" in done.stdout
+    check_files(settings, models)
+    again = train(settings)  # nothing left to do
+    assert again.returncode == 0 and "going on after step 3" in again.stdout
+    check_files(settings, models)
+    other = train(settings, "--kd.alpha", "3")
+    assert other.returncode == 2
+    assert "expected the configuration in" in other.stderr and "kd changed" in other.stderr
+
+
+def test_run_with_vllm_on_two_processes(settings, train, models):
+    pytest.importorskip("vllm", reason="vLLM cannot be installed on this machine")
+    settings["rollout"] |= {"engine": "vllm", "kv_cache_gib": 0.1}
+    done = train(settings, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "rollout engine: vllm, 2 processes on cpu" in done.stdout
+    check_files(settings, models)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_interrupted_run_goes_on_bitwise(settings, train, tmp_path, number):
+    settings["training"]["steps"] = 6
+    settings["name"] = "whole"
+    assert train(settings).returncode == 0
+    whole = without_times(rows(settings))
+    settings["name"] = "interrupted"
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "--config", str(path)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    folder = tmp_path / "runs" / "interrupted"
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("checkpoints/step_*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 143), errors
+    before = len(rows(settings))
+    assert 1 <= before < 6
+    done = train(settings)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step" in done.stdout
+    assert without_times(rows(settings)) == whole
+
+
+def test_run_stops_when_engine_and_trainer_disagree(settings, train):
+    pytest.importorskip("vllm", reason="vLLM cannot be installed on this machine")
+    settings["rollout"] |= {"engine": "vllm", "kv_cache_gib": 0.1, "logp_gap_limit": 1e-12}
+    done = train(settings)
+    assert done.returncode == 1
+    assert "differ by" in done.stderr and "rollout.logp_gap_limit = 1e-12" in done.stderr
+    assert "Traceback" not in done.stderr
