@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -40,27 +41,25 @@ class Progress:
             "accuracy": f"{numbers['reward/accuracy']:.1%}",
             "KD reward": f"{numbers['reward/kd']:+.4f}",
             "tokens": f"{numbers['rollout/mean_tokens']:.1f}",
-            "clipped large": f"{numbers['ratio/large_clip_fraction']:.1%}",
-            "logp gap": f"{numbers['rollout/logp_gap_max']:.0e}",
-            **{phase.replace("_", " "): f"{numbers[f'time/{phase}']:.2f}" for phase in PHASES},
+            **{phase.replace("_", " "): f"{numbers[f'time/{phase}']:.2f}s" for phase in PHASES},
             "tokens/s": f"{numbers['tokens_per_second']:.0f}",
             "ETA": f"{int(left) // 60}:{int(left) % 60:02d}",
         }
         if self.live is None:
             self.console.print(
-                "  ".join(f"{name} {value}" for name, value in cells.items()), soft_wrap=True
+                "  ".join(f"{name} {value}" for name, value in cells.items()),
+                soft_wrap=True,
+                highlight=False,
             )
             return
         self.rows = [*self.rows, list(cells.values())][-ROWS:]
-        table = Table(title="CoDistill-GRPO", caption="phases in seconds")
+        # No edges and one space between columns: it fits a terminal of 80 columns.
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for name in cells:
-            table.add_column(name, justify="right", no_wrap=True)
+            table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(*row)
         self.live.update(table)
-
-    def note(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, highlight=False)
 
 
 def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> None:
