@@ -36,26 +36,25 @@ class Progress:
     def add(self, step: int, numbers: dict[str, float]) -> None:
         done = step - self.first_step + 1
         left = (self.total_steps - step) * (time.perf_counter() - self.started) / done
+        position = f"step {step}/{self.total_steps}"
+        eta = f"ETA {int(left) // 60}:{int(left) % 60:02d}"
         cells = {
-            "step": f"{step}/{self.total_steps}",
             "accuracy": f"{numbers['reward/accuracy']:.1%}",
             "KD reward": f"{numbers['reward/kd']:+.4f}",
             "tokens": f"{numbers['rollout/mean_tokens']:.1f}",
-            **{phase.replace("_", " "): f"{numbers[f'time/{phase}']:.2f}s" for phase in PHASES},
+            **{phase.replace("_", " "): f"{numbers[f'time/{phase}']:.2f}" for phase in PHASES},
             "tokens/s": f"{numbers['tokens_per_second']:.0f}",
-            "ETA": f"{int(left) // 60}:{int(left) % 60:02d}",
         }
         if self.live is None:
-            self.console.print(
-                "  ".join(f"{name} {value}" for name, value in cells.items()),
-                soft_wrap=True,
-                highlight=False,
-            )
+            texts = [position, *(f"{name} {value}" for name, value in cells.items()), eta]
+            self.note("  ".join(texts))
             return
-        self.rows = [*self.rows, list(cells.values())][-ROWS:]
-        # No edges and one space between columns: it fits a terminal of 80 columns.
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        for name in cells:
+        self.rows = [*self.rows, [str(step), *cells.values()]][-ROWS:]
+        # Without edges and padding it fits a terminal of 80 columns.
+        table = Table(
+            box=box.SIMPLE_HEAD, padding=0, caption=f"{position}, {eta}; times in seconds"
+        )
+        for name in ("step", *cells):
             table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(*row)
@@ -75,8 +74,8 @@ def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
     console.print(table)
     count, minutes = summary["problems"], summary["seconds"] / 60
     console.print(
-        f"{count} held-out problems; after: mean of the last {summary['evaluations_averaged']} "
-        f"evaluations (small), last (large). {summary['steps']} steps, {minutes:.1f} minutes.",
+        f"{count} problems; small: mean of the last {summary['evaluations_averaged']} evaluations; "
+        f"{summary['steps']} steps, {minutes:.1f} minutes",
         soft_wrap=True,
         highlight=False,
     )
