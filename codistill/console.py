@@ -47,7 +47,7 @@ class Progress:
         }
         if self.live is None:
             texts = [position, *(f"{name} {value}" for name, value in cells.items()), eta]
-            self.note("  ".join(texts))
+            self.console.print("  ".join(texts), soft_wrap=True, highlight=False)
             return
         self.rows = [*self.rows, [str(step), *cells.values()]][-ROWS:]
         # Without edges and padding it fits a terminal of 80 columns.
