@@ -11,6 +11,7 @@ PROCESSES ?= $(if $(shell command -v nvidia-smi),1,2)
 .PHONY: demo test lint clean
 
 demo: .venv/installed
+	WORLD_SIZE=$(PROCESSES) $(BIN)/python -m codistill doctor --config configs/demo.yaml $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(PROCESSES) train.py --config configs/demo.yaml $(ARGS)
 
 test: .venv/installed

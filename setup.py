@@ -62,7 +62,6 @@ setup(
     name="codistill-grpo",
     version="0.1.0",
     description="CoDistill-GRPO: fused loss kernels and a co-distillation trainer",
-    license="Apache-2.0",
     python_requires=">=3.11",
     packages=["codistill", "codistill_kernels"],
     package_dir={"codistill_kernels": "kernels/codistill_kernels"},

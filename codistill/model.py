@@ -83,7 +83,8 @@ def shard(policy: Policy, *, dtype: torch.dtype) -> Policy:
 
 
 def load_causal_lm(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    """From safetensors only: other formats are pickles, which may run code."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
 
 
 def load_policy(

@@ -76,11 +76,16 @@ class EngineSpec:
     kv_cache_gib: float
 
 
-def make_engine(kind: str, spec: EngineSpec) -> Engine:
-    """kind: "vllm", "hf", or "auto", which is vllm where it is installed."""
+def engine_kind(kind: str) -> str:
+    """ "vllm" or "hf"; "auto" is vllm where it is installed."""
     if kind == "auto":
-        kind = "vllm" if importlib.util.find_spec("vllm") else "hf"
-    return VLLMEngine(spec) if kind == "vllm" else HFEngine(spec)
+        return "vllm" if importlib.util.find_spec("vllm") else "hf"
+    return kind
+
+
+def make_engine(kind: str, spec: EngineSpec) -> Engine:
+    """kind: as in the configuration, rollout.engine."""
+    return VLLMEngine(spec) if engine_kind(kind) == "vllm" else HFEngine(spec)
 
 
 class VLLMEngine:

@@ -20,7 +20,7 @@ from codistill.model import export, load_tokenizers, quiet_transformers
 from codistill.rewards import Grader
 from codistill.rollout import SyncError
 from codistill.run_directory import RunDirectory
-from codistill.trainer import Trainer
+from codistill.trainer import Inputs, Trainer
 
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a run that a signal stopped and that can go on."""
@@ -33,16 +33,12 @@ def run(config: Config) -> int:
         ConfigError: an input is missing or wrong; no model was loaded.
     """
     quiet_libraries()
-    tokenizer = load_tokenizers(config)
-    limit = config.rollout.max_prompt_tokens
-    problems = load_problems("data.train", config.data, tokenizer, max_prompt_tokens=limit)
-    held_out = load_problems("data.eval", config.data, tokenizer, max_prompt_tokens=limit)
-    check_same_run(config)
+    inputs = load_inputs(config)
     console = Console(quiet=not distributed.is_first())
     device = distributed.start()
     console.print("loading models and engine ...")
     with Grader(timeout=config.reward.timeout) as grader:
-        trainer = Trainer(config, tokenizer, problems, held_out, device, grader)
+        trainer = Trainer(config, inputs, device, grader)
         try:
             return Loop(trainer, console).run()
         except (SyncError, FloatingPointError) as error:
@@ -73,7 +69,8 @@ class Loop:
         done = self.restore()
         self.console.print(
             f"rollout engine: {trainer.engine.name}, {dist.get_world_size()} processes on "
-            f"{trainer.device.type}, {len(trainer.problems)} problems, files in {self.folder}"
+            f"{trainer.device.type}, {len(trainer.inputs.problems)} problems, "
+            f"files in {self.folder}"
         )
         if done == 0:
             self.evaluate(0)
@@ -125,10 +122,12 @@ class Loop:
     def export(self, step: int) -> None:
         for learner in self.learners:
             path = self.folder / "export" / f"step_{step}" / learner.name
-            export(learner.policy, self.trainer.tokenizer, path, write=distributed.is_first())
+            export(
+                learner.policy, self.trainer.inputs.tokenizer, path, write=distributed.is_first()
+            )
 
     def finish(self, directory: RunDirectory) -> None:
-        summary = report.summarize(self.folder, problems=len(self.trainer.held_out))
+        summary = report.summarize(self.folder, problems=len(self.trainer.inputs.held_out))
         directory.write_summary(summary)
         report.plot(self.folder)
         print_summary(self.console, summary, self.folder)
@@ -145,6 +144,20 @@ class Loop:
         flag = torch.tensor(float(self.signalled), device=self.trainer.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Everything that can be wrong about a run, checked before a model is loaded.
+
+    Raises:
+        ConfigError: a tokenizer or a problem is missing or wrong, or the run is not the same.
+    """
+    tokenizer = load_tokenizers(config)
+    limit = config.rollout.max_prompt_tokens
+    problems = load_problems("data.train", config.data, tokenizer, max_prompt_tokens=limit)
+    held_out = load_problems("data.eval", config.data, tokenizer, max_prompt_tokens=limit)
+    check_same_run(config)
+    return Inputs(tokenizer, problems, held_out)
 
 
 def check_same_run(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,23 +31,29 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FLOAT32_GAP_LIMIT = 1e-4  # nats; vLLM and the trainer differ by 2e-6 to 1e-5 in float32
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads besides its models."""
+
+    tokenizer: Any
+    problems: list[Problem]
+    held_out: list[Problem]
+
+
 class Trainer:
-    """Both models, the engine of the small one, and the problems of this process."""
+    """Both models and the engine of the small one."""
 
     def __init__(
         self,
         config: Config,
-        tokenizer: Any,
-        problems: list[Problem],
-        held_out: list[Problem],
+        inputs: Inputs,
         device: torch.device,
         grader: Grader,
     ) -> None:
-        self.config, self.tokenizer, self.device, self.grader = config, tokenizer, device, grader
-        self.problems, self.held_out = problems, held_out
+        self.config, self.inputs, self.device, self.grader = config, inputs, device, grader
         self.dtype = DTYPES[config.training.dtype]
         self.total_steps = config.training.steps or math.ceil(
-            config.training.epochs * len(problems) / config.rollout.prompts_per_step
+            config.training.epochs * len(inputs.problems) / config.rollout.prompts_per_step
         )
         # The engine comes first: vLLM measures free memory while it starts.
         self.engine = make_engine(config.rollout.engine, self.engine_spec(config.small))
@@ -57,8 +64,8 @@ class Trainer:
         rollout = self.config.rollout
         return EngineSpec(
             path=model.path,
-            vocab_size=len(self.tokenizer),
-            end_token_ids=end_token_ids(self.config.small.path, self.tokenizer),
+            vocab_size=len(self.inputs.tokenizer),
+            end_token_ids=end_token_ids(self.config.small.path, self.inputs.tokenizer),
             max_model_tokens=rollout.max_prompt_tokens + rollout.max_completion_tokens,
             dtype=self.dtype,
             device=self.device,
@@ -68,7 +75,7 @@ class Trainer:
     def make_learner(self, name: str, model: ModelConfig) -> Learner:
         policy = load_policy(
             model.path,
-            vocab_size=len(self.tokenizer),
+            vocab_size=len(self.inputs.tokenizer),
             dtype=self.dtype,
             device=self.device,
             checkpointing=self.config.training.gradient_checkpointing,
@@ -109,9 +116,9 @@ class Trainer:
     def generate(self, step: int, metrics: StepMetrics) -> Rollouts:
         """M graded completions of each of this process's prompts by the small model."""
         rollout, seed = self.config.rollout, self.config.seed
-        indices = draw(len(self.problems), rollout.prompts_per_step, step - 1, seed)
+        indices = draw(len(self.inputs.problems), rollout.prompts_per_step, step - 1, seed)
         share = indices[dist.get_rank() :: dist.get_world_size()]
-        problems = [self.problems[i] for i in share]
+        problems = [self.inputs.problems[i] for i in share]
         completions = self.engine.generate(
             [problem.prompt_ids for problem in problems],
             prompt_seeds(seed, step, share),
@@ -119,7 +126,7 @@ class Trainer:
         )
         problems = [problem for problem in problems for _ in range(rollout.num_generations)]
         texts = [
-            self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            self.inputs.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
             for completion in completions
         ]
         with metrics.timer("time/grade"):
@@ -223,8 +230,8 @@ class Trainer:
         return evaluate(
             engine,
             self.grader,
-            self.tokenizer,
-            self.held_out,
+            self.inputs.tokenizer,
+            self.inputs.held_out,
             temperature=self.config.evaluation.temperature,
             max_tokens=self.config.rollout.max_completion_tokens,
             seed=self.config.seed,

@@ -8,6 +8,7 @@ import importlib
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +23,7 @@ PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 def pip(*arguments: str) -> bool:
     """Run pip install; whether it worked."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-warn-conflicts", *arguments]
-    print("pip install", *arguments, flush=True)
+    print(textwrap.shorten(f"pip install {' '.join(arguments)}", 100), flush=True)
     return subprocess.run(command, cwd=ROOT).returncode == 0
 
 

@@ -165,9 +165,12 @@ def test_wrong_input_stops_the_run(settings, tmp_path, tokenizer, change, expect
     assert not torch.distributed.is_initialized()  # nothing was loaded or started
 
 
-def test_command_prints_one_line_and_ends_with_code_2(settings, train):
+def test_commands_print_one_line_and_end_with_code_2(settings, train, tmp_path):
     settings["data"]["eval"] = "nowhere.jsonl"
     done = train(settings)
     assert done.returncode == 2
-    line = "train.py: data.eval = 'nowhere.jsonl': expected a file that exists\n"
-    assert (done.stderr, done.stdout) == (line, "")
+    line = "data.eval = 'nowhere.jsonl': expected a file that exists\n"
+    assert (done.stderr, done.stdout) == (f"train.py: {line}", "")
+    doctor = [sys.executable, "-m", "codistill", "doctor", "--config", tmp_path / "config.yaml"]
+    done = subprocess.run(doctor, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (2, f"codistill: {line}", "")

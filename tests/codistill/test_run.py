@@ -68,6 +68,11 @@ def test_run_with_hugging_face_engine(settings, train, models):
     assert "rollout engine: hf, 1 processes on cpu" in done.stdout
     assert "step 3/3" in done.stdout and "held-out accuracy" in done.stdout
     check_files(settings, models)
+    folder = Path(settings["output_dir"]) / settings["name"]
+    (folder / "curves.png").unlink()
+    report = [sys.executable, "-m", "codistill", "report", str(folder)]
+    printed = subprocess.run(report, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "held-out accuracy" in printed and "3 steps" in printed
     again = train(settings)  # nothing left to do
     assert again.returncode == 0 and "going on after step 3" in again.stdout
     check_files(settings, models)

