@@ -59,8 +59,6 @@ class Policy(nn.Module):
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """All weights by Hugging Face name, gathered one by one: every process must iterate."""
-        if isinstance(self, FSDPModule):
-            self.reshard()  # a forward pass without a backward pass leaves gathered weights behind
         for name, parameter in self.lm.named_parameters():
             weight = parameter.detach()
             yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight

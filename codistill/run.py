@@ -85,6 +85,7 @@ class Loop:
         if done < total:
             self.export(total)
         self.on_first(lambda directory: self.finish(directory))
+        dist.barrier()  # who leaves early closes connections that the others still use
         return 0
 
     def step(self, step: int, progress: Progress) -> None:

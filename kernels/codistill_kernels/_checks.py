@@ -25,6 +25,12 @@ def require_float(name: str, tensor: Tensor) -> None:
     require(tensor.dtype in FLOATS, name, "float32, bfloat16, float16 or float64", tensor.dtype)
 
 
+def require_mask(mask: Tensor | None, tokens: int) -> None:
+    if mask is not None:
+        require_shape("mask", mask, (tokens,), "[N]")
+        require(mask.dtype == torch.bool, "mask", "bool", mask.dtype)
+
+
 def require_sequences(cu_seqlens: Tensor, tokens: int) -> None:
     """cu_seqlens is [S + 1] integers, rising from 0 to `tokens` where one can look."""
     require(

@@ -4,7 +4,8 @@
 softmax of hidden_states @ lm_head_weight.T.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +51,11 @@ def chunk_logits(hidden: Tensor, head: Head, rows: Tensor, dtype: torch.dtype) -
     return capped.mul_(head.softcap).div_(temperature), slope
 
 
+def convert_once(head: Head, dtype: torch.dtype) -> Head:
+    """The head as `matmul` would convert it for every chunk."""
+    return head if head.weight.is_cuda else replace(head, weight=head.weight.to(dtype))
+
+
 def statistics(hidden_states: Tensor, head: Head, token_ids: Tensor) -> Tensor:
     """[4, N]: max m, rest of sum exp(z - m), sum exp(z - m) (z - m), target logit.
 
@@ -57,28 +63,34 @@ def statistics(hidden_states: Tensor, head: Head, token_ids: Tensor) -> Tensor:
     log-probability of a token that has nearly all the mass. The target is 0 outside the rows.
     """
     dtype = compute_dtype(hidden_states)
+    head = convert_once(head, dtype)
     out = hidden_states.new_empty((4, len(token_ids)), dtype=dtype)
     every = torch.arange(len(token_ids), device=token_ids.device)
     for rows in every.split(CHUNK_ROWS):
         logits, _ = chunk_logits(hidden_states[rows], head, rows, dtype)
-        here, owned = local_columns(token_ids[rows], logits.shape[1])
-        target = torch.where(owned, logits.gather(1, here[:, None]).squeeze(1), 0.0)
-        out[:, rows] = torch.stack((*softmax_state(logits), target))
+        out[:, rows] = chunk_statistics(logits, token_ids[rows])
     return out
 
 
-def softmax_state(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """m, rest and sum exp(z - m) (z - m) of `statistics`, [R] each."""
+def chunk_statistics(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """`statistics` of a chunk of rows, [4, R]."""
+    if not logits.shape[1]:  # a shard of nothing but rows outside the vocabulary
+        empty = logits.new_zeros((4, len(logits)))
+        empty[0] = -torch.inf
+        return empty
+    here, owned = local_columns(token_ids, logits.shape[1])
+    target = torch.where(owned, logits.gather(1, here[:, None]).squeeze(1), 0.0)
     maximum, at = logits.max(dim=1, keepdim=True)
     shifted = logits - maximum
     exps = shifted.exp()
-    weighted = (exps * shifted).sum(dim=1)
-    return maximum.squeeze(1), exps.scatter_(1, at, 0.0).sum(dim=1), weighted
+    weighted = shifted.mul_(exps).sum(dim=1)
+    rest = exps.scatter_(1, at, 0.0).sum(dim=1)
+    return torch.stack((maximum.squeeze(1), rest, weighted, target))
 
 
-def normalizers(logits: Tensor) -> Tensor:
-    """log_softmax of `gradients`, [3, R], from all logits of the rows."""
-    maximum, rest, weighted = softmax_state(logits)
+def normalizers(statistics: Tensor) -> Tensor:
+    """[3, R]: m, log sum exp(z - m), E_p[z - m], from the statistics of the whole vocabulary."""
+    maximum, rest, weighted, _ = statistics
     return torch.stack((maximum, rest.log1p(), weighted / (1 + rest)))
 
 
@@ -88,44 +100,78 @@ def gradients(
     token_ids: Tensor,
     coefficients: Tensor,
     log_softmax: Tensor | None,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden_states, weight and bias, fp32 (fp64 for fp64), from per-row coefficients:
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden_states, weight and bias from per-row coefficients, by recomputation.
 
-    dz_j = c0 p_j - c1 [j = y] + c2 p_j (z_j - E_p z).
-
-    coefficients: [3, N] c0, c1, c2. Rows where all three are zero are left out of the work.
-    log_softmax: [3, N] m, log sum exp(z - m), E_p[z - m] over the whole vocabulary; None where the
-        weight is the whole vocabulary: then they come from the recomputed logits themselves, and
-        p sums to 1 whatever rounding the forward pass had.
+    log_softmax: [3, N], `normalizers` of the whole vocabulary; None where the weight is the whole
+        vocabulary: then they come from the recomputed logits themselves, and p sums to 1 whatever
+        rounding the forward pass had. Otherwise as in `Gradients`.
     """
     dtype = compute_dtype(hidden_states)
-    options = dict(dtype=dtype, device=hidden_states.device)
-    dx = torch.zeros(hidden_states.shape, **options) if needs[0] else None
-    dw = torch.zeros(head.weight.shape, **options) if needs[1] else None
-    db = torch.zeros(len(head.weight), **options) if needs[2] else None
+    head = convert_once(head, dtype)
+    out = Gradients(hidden_states, head, needs)
     active = coefficients.ne(0).any(dim=0).nonzero().squeeze(1)
-    if not len(head.weight):  # a shard of nothing but rows outside the vocabulary
-        return dx, dw, db
     for rows in active.split(CHUNK_ROWS):
-        hidden = hidden_states[rows]
-        logits, slope = chunk_logits(hidden, head, rows, dtype)
-        softmax = normalizers(logits) if log_softmax is None else log_softmax[:, rows]
-        dz = logit_gradients(logits, token_ids[rows], coefficients[:, rows], softmax)
+        logits, slope = chunk_logits(hidden_states[rows], head, rows, dtype)
+        if log_softmax is None:
+            softmax = normalizers(chunk_statistics(logits, token_ids[rows]))
+        else:
+            softmax = log_softmax[:, rows]
+        out.add(rows, logits, slope, token_ids[rows], coefficients[:, rows], softmax)
+    return out.results()
+
+
+class Gradients:
+    """Gradients of hidden_states, weight and bias, summed over chunks in fp32 (fp64 for fp64):
+
+    dz_j = c0 p_j - c1 [j = y] + c2 p_j (z_j - E_p z)
+
+    with coefficients c0, c1, c2 of each row. What is not needed is not computed.
+    """
+
+    def __init__(self, hidden_states: Tensor, head: Head, needs: Sequence[bool]) -> None:
+        self.hidden_states, self.head = hidden_states, head
+        self.dtype = compute_dtype(hidden_states)
+        shapes = (hidden_states.shape, head.weight.shape, head.weight.shape[:1])
+        options = dict(dtype=self.dtype, device=hidden_states.device)
+        self.dx, self.dw, self.db = (
+            torch.zeros(shape, **options) if need else None
+            for shape, need in zip(shapes, needs, strict=True)
+        )
+
+    def add(
+        self,
+        rows: Tensor,
+        logits: Tensor,
+        slope: Tensor,
+        token_ids: Tensor,
+        coefficients: Tensor,
+        log_softmax: Tensor,
+    ) -> None:
+        """Rows [R] with their logits and slope from `chunk_logits`; coefficients [3, R]."""
+        if not logits.shape[1]:  # a shard of nothing but rows outside the vocabulary
+            return
+        dz = logit_gradients(logits, token_ids, coefficients, log_softmax)
         dz *= slope
-        if dx is not None:
-            dx[rows] = matmul(dz, head.weight, dtype)
-        if dw is not None:
-            dw += matmul(dz.T, hidden, dtype)
-        if db is not None:
-            db += dz.sum(dim=0)
-    return dx, dw, db
+        if self.dx is not None:
+            self.dx[rows] = matmul(dz, self.head.weight, self.dtype)
+        if self.dw is not None:
+            self.dw.addmm_(dz.T, self.hidden_states[rows].to(self.dtype))
+        if self.db is not None:
+            self.db += dz.sum(dim=0)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """An empty tensor for each that is not needed."""
+        empty = self.hidden_states.new_empty(0, dtype=self.dtype)
+        dx, dw, db = (empty.clone() if g is None else g for g in (self.dx, self.dw, self.db))
+        return dx, dw, db
 
 
 def logit_gradients(
     logits: Tensor, token_ids: Tensor, coefficients: Tensor, log_softmax: Tensor
 ) -> Tensor:
-    """dz of `gradients` for a chunk, [R, V]."""
+    """dz of `Gradients` for a chunk, [R, V]."""
     c0, c1, c2 = coefficients[:, :, None]  # [R, 1] each
     maximum, log_sum, mean = log_softmax[:, :, None]
     here, owned = local_columns(token_ids, logits.shape[1])
@@ -133,11 +179,11 @@ def logit_gradients(
     shifted = logits - maximum
     logps = shifted - log_sum
     target_logp, target_shifted = logps.gather(1, here), shifted.gather(1, here)
-    dz = logps.exp_() * (c0 + c2 * (shifted - mean))
+    dz = logps.exp_().mul_(shifted.sub_(mean).mul_(c2).add_(c0))
     # c0 p_y - c1 loses all digits where p_y is near 1 and c0 = c1: expm1 keeps them.
     entropy_part = c2 * target_logp.exp() * (target_shifted - mean)
     at_target = c0 * target_logp.expm1() + (c0 - c1) + entropy_part
-    return dz.scatter(1, here, torch.where(owned[:, None], at_target, dz.gather(1, here)))
+    return dz.scatter_(1, here, torch.where(owned[:, None], at_target, dz.gather(1, here)))
 
 
 def local_columns(token_ids: Tensor, columns: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """Log-probabilities of given tokens from hidden states, without the [N, V] logits."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,12 +24,9 @@ def linear_statistics(
     backend: str,
 ) -> Tensor:
     """[4, N] max m, rest of sum exp(z - m), sum exp(z - m) (z - m), target: of these vocab rows."""
-    if not lm_head_weight.shape[0]:  # a shard of nothing but rows outside the vocabulary
-        empty = temperature.new_zeros((4, hidden_states.shape[0]))
-        empty[0] = -torch.inf
-        return empty
     # Chosen here, where torch.compile does not look: the extension is loaded at the first call.
-    if _backends.choose(backend, hidden_states.device, hidden_states.dtype) == "cpu":
+    chosen = _backends.choose(backend, hidden_states.device, hidden_states.dtype)
+    if chosen == "cpu" and len(lm_head_weight):
         return torch.ops.codistill_cpu.linear_statistics(
             hidden_states.contiguous(),
             lm_head_weight.contiguous(),
@@ -62,16 +61,8 @@ def linear_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in the compute dtype; an empty tensor for each that is not needed."""
     head = Head(lm_head_weight, bias, temperature, softcap)
-    found = _linear_torch.gradients(
-        hidden_states,
-        head,
-        token_ids,
-        coefficients,
-        log_softmax,
-        (needs_hidden, needs_weight, needs_bias),
-    )
-    dx, dw, db = (coefficients.new_empty(0) if part is None else part for part in found)
-    return dx, dw, db
+    needs = (needs_hidden, needs_weight, needs_bias)
+    return _linear_torch.gradients(hidden_states, head, token_ids, coefficients, log_softmax, needs)
 
 
 @linear_gradients.register_fake
@@ -104,6 +95,7 @@ class LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, lm_head_weight, bias, token_ids, temperature, active, options):
         softcap, group, backend = options
+        softcap = softcap or 0.0
         inputs = (hidden_states, lm_head_weight, bias, token_ids, temperature)
         statistics = linear_statistics(*inputs, softcap, backend)
         if group is not None:
@@ -211,43 +203,70 @@ def linear_logps(
     fp32 gradients. Definition: codistill_kernels.reference.linear_logps. Source: online softmax,
     Milakov & Gimelshein 2018 (arXiv:1805.02867).
     """
+    inputs = prepare(
+        hidden_states,
+        lm_head_weight,
+        token_ids,
+        token_ids != ignore_index,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        vocab_size=vocab_size,
+        group=group,
+    )
+    logps, entropy = LinearLogps.apply(*inputs.tensors, inputs.active, (softcap, group, backend))
     shape = token_ids.shape
+    if len(shape) != 1:
+        logps, entropy = logps.view(shape), entropy.view(shape)
+    return (logps, entropy) if return_entropy else logps
+
+
+@dataclass(frozen=True)
+class LinearInputs:
+    """Checked arguments of an op over a linear head, flat, cut to this process's vocab rows."""
+
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
+    """hidden_states [N, H], weight, bias, token_ids (column here; -1 if not active), temperature"""
+    active: Tensor
+    """[N] bool"""
+
+
+def prepare(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    token_ids: Tensor,
+    active: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    vocab_size: int | None,
+    group: dist.ProcessGroup | None,
+) -> LinearInputs:
+    """active: [...] bool, tokens that count; only their ids and hidden states need make sense."""
     check_inputs(hidden_states, lm_head_weight, token_ids, bias, temperature, softcap)
     shards, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     local_rows = lm_head_weight.shape[0]
-    vocab_size = local_rows * shards if vocab_size is None else vocab_size
-    require(
-        0 < vocab_size <= local_rows * shards,
-        "vocab_size",
-        f"in 1 .. {local_rows * shards}",
-        vocab_size,
-    )
-    flat_ids = token_ids.reshape(-1)
-    active = flat_ids != ignore_index
+    all_rows = local_rows * shards
+    vocab_size = all_rows if vocab_size is None else vocab_size
+    require(0 < vocab_size <= all_rows, "vocab_size", f"in 1 .. {all_rows}", vocab_size)
+    flat_ids, active = token_ids.reshape(-1), active.reshape(-1)
     if can_look(flat_ids):
         wrong = flat_ids[active & ((flat_ids < 0) | (flat_ids >= vocab_size))]
-        require(
-            not len(wrong),
-            "token_ids",
-            f"in [0, {vocab_size}) or {ignore_index}",
-            wrong[:3].tolist(),
-        )
+        allowed = f"in [0, {vocab_size}) where it counts"
+        require(not len(wrong), "token_ids", allowed, wrong[:3].tolist())
     first_row = rank * local_rows
     rows = min(max(vocab_size - first_row, 0), local_rows)
     dtype = _linear_torch.compute_dtype(hidden_states)
     per_token = torch.as_tensor(temperature, device=hidden_states.device).detach().to(dtype)
-    logps, entropy = LinearLogps.apply(
+    tensors = (
         hidden_states.reshape(-1, hidden_states.shape[-1]),
         lm_head_weight[:rows],
         None if bias is None else bias[:rows],
         torch.where(active, flat_ids - first_row, -1),
-        per_token.expand(shape).reshape(-1),
-        active,
-        (softcap or 0.0, group, backend),
+        per_token.expand(token_ids.shape).reshape(-1),
     )
-    if len(shape) != 1:
-        logps, entropy = logps.view(shape), entropy.view(shape)
-    return (logps, entropy) if return_entropy else logps
+    return LinearInputs(tensors, active)
 
 
 def check_inputs(
@@ -282,7 +301,8 @@ def check_inputs(
         if temperature.ndim:
             require_shape("temperature", temperature, tuple(token_ids.shape), "[...]")
         if can_look(temperature):
-            require(bool((temperature > 0).all()), "temperature", "> 0", temperature.min())
+            wrong = temperature[~(temperature > 0)]
+            require(not len(wrong), "temperature", "> 0", wrong[:3].tolist())
     else:
         require(temperature > 0, "temperature", "> 0", temperature)
     require(softcap is None or softcap > 0, "softcap", "> 0 or None", softcap)

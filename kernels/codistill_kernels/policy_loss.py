@@ -9,6 +9,7 @@ from codistill_kernels._checks import (
     can_look,
     require,
     require_float,
+    require_mask,
     require_sequences,
     require_shape,
 )
@@ -40,6 +41,11 @@ class PolicyLoss:
         require(0 <= self.epsilon_low < 1, "epsilon_low", "in [0, 1)", self.epsilon_low)
         require(self.epsilon_high >= 0, "epsilon_high", ">= 0", self.epsilon_high)
         require(self.dual_clip is None or self.dual_clip > 1, "dual_clip", "> 1", self.dual_clip)
+
+    def bounds(self) -> list[float]:
+        """epsilon_low, epsilon_high and dual_clip, if there is one: arguments of a custom op."""
+        bounds = [self.epsilon_low, self.epsilon_high]
+        return bounds if self.dual_clip is None else [*bounds, self.dual_clip]
 
 
 def policy_loss(
@@ -119,6 +125,12 @@ def clipped_surrogate(
     return bounded * advantages, low, high
 
 
+def token_gradients(ratio: Tensor, advantages: Tensor, loss: PolicyLoss) -> Tensor:
+    """d(-surrogate) / d logp of each token, [N]: -r A, and 0 where a bound cuts."""
+    _, low, high = clipped_surrogate(ratio, advantages, loss)
+    return torch.where(low | high, 0.0, -ratio * advantages)
+
+
 def summarize(
     ratio: Tensor, log_ratio: Tensor, keep: Tensor, low: Tensor, high: Tensor
 ) -> dict[str, Tensor]:
@@ -154,9 +166,7 @@ def check_inputs(
     for name, tensor in (("old_logps", old_logps), ("importance_weights", importance_weights)):
         if tensor is not None:
             require_shape(name, tensor, tokens, "[N]")
-    if mask is not None:
-        require_shape("mask", mask, tokens, "[N]")
-        require(mask.dtype == torch.bool, "mask", "bool", mask.dtype)
+    require_mask(mask, len(logps))
     if cu_seqlens is None:
         require_shape("advantages", advantages, tokens, "[N]")
     else:

@@ -56,6 +56,7 @@ def sharded_step(rank: int, folder: str, path: str, world_size: int) -> None:
     numbers = metrics.reduce()
     if rank == 0:
         torch.save((grads, weights, numbers), f"{folder}/result{world_size}.pt")
+    dist.barrier()  # who leaves early closes connections that the other still uses
     dist.destroy_process_group()
 
 
