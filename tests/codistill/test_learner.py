@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+from processes import spawn
 from torch.distributed.tensor import DTensor
 
 from codistill.batching import TokenBatch
@@ -81,9 +82,7 @@ def test_two_processes_one_process_and_plain_pytorch_agree(models, tmp_path):
         path = str(models[model])
         results = {}
         for world_size in (1, 2):
-            torch.multiprocessing.spawn(
-                sharded_step, (str(tmp_path), path, world_size), nprocs=world_size
-            )
+            spawn(sharded_step, str(tmp_path), path, world_size, processes=world_size)
             results[world_size] = torch.load(tmp_path / f"result{world_size}.pt")
             (tmp_path / f"init{world_size}").unlink(missing_ok=True)
         gold, gold_loss = plain_gradients(path)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from processes import spawn
 from torch.distributed.tensor import DTensor
 
 from codistill import distributed
@@ -72,4 +73,4 @@ def check_engine(rank: int, kind: str, path: str) -> None:
 def test_engine_samples_what_it_says_and_syncs(models, kind, model):
     if kind == "vllm":
         pytest.importorskip("vllm", reason="vLLM cannot be installed on this machine")
-    torch.multiprocessing.spawn(check_engine, (kind, str(models[model])), nprocs=1)
+    spawn(check_engine, kind, str(models[model]), processes=1)

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from processes import spawn
 
 from codistill_kernels import _backends, linear_logps
 
@@ -121,4 +122,4 @@ def sharded(rank: int, folder: str, vocab_size: int) -> None:
 
 @pytest.mark.parametrize("vocab_size", [64, 40, 20], ids=["even", "cut shard", "empty shard"])
 def test_sharded_vocabulary_equals_whole(tmp_path, vocab_size):
-    torch.multiprocessing.spawn(sharded, (str(tmp_path), vocab_size), nprocs=2)
+    spawn(sharded, str(tmp_path), vocab_size, processes=2)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from numerics import assert_as_accurate_as_eager
+from processes import spawn
 
 from codistill_kernels import (
     PolicyLoss,
@@ -235,7 +236,7 @@ def sharded(rank: int, folder: str) -> None:
 
 
 def test_sharded_vocabulary_equals_whole(tmp_path):
-    torch.multiprocessing.spawn(sharded, (str(tmp_path),), nprocs=2)
+    spawn(sharded, str(tmp_path), processes=2)
 
 
 @pytest.mark.parametrize(
