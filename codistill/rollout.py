@@ -77,7 +77,7 @@ class EngineSpec:
 
 
 def engine_kind(kind: str) -> str:
-    """ "vllm" or "hf"; "auto" is vllm where it is installed."""
+    """Name of the engine that `kind` stands for: auto is vllm where it is installed."""
     if kind == "auto":
         return "vllm" if importlib.util.find_spec("vllm") else "hf"
     return kind
@@ -86,6 +86,9 @@ def engine_kind(kind: str) -> str:
 def make_engine(kind: str, spec: EngineSpec) -> Engine:
     """kind: as in the configuration, rollout.engine."""
     return VLLMEngine(spec) if engine_kind(kind) == "vllm" else HFEngine(spec)
+
+
+NEVER = -100.0  # the lowest logit bias that vLLM takes: a probability of about 1e-43
 
 
 class VLLMEngine:
@@ -116,6 +119,9 @@ class VLLMEngine:
             disable_log_stats=True,
             use_tqdm_on_load=False,
         )
+        # vLLM's own way to allow some ids only takes the list of them, 150 thousand a request.
+        rows = self.llm.llm_engine.model_config.get_vocab_size()
+        self.logit_bias = {row: NEVER for row in range(spec.vocab_size, rows)} or None
 
     def generate(
         self, prompts: list[list[int]], seeds: list[int], sampling: Sampling
@@ -131,7 +137,7 @@ class VLLMEngine:
                 logprobs=0,
                 flat_logprobs=True,
                 stop_token_ids=list(self.spec.end_token_ids),
-                allowed_token_ids=list(range(self.spec.vocab_size)),
+                logit_bias=self.logit_bias,
                 detokenize=False,
             )
             for seed in seeds

@@ -60,6 +60,7 @@ class Loop:
         self.directory = RunDirectory(trainer.config) if distributed.is_first() else None
         folder = trainer.config.output_dir / trainer.config.name
         self.folder, self.checkpoints = folder, folder / "checkpoints"
+        self.finished = (folder / "summary.json").is_file()  # by an earlier start of this run
         self.signalled = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
@@ -78,11 +79,11 @@ class Loop:
         with progress.show():
             for step in range(done + 1, total + 1):
                 self.step(step, progress)
-                if self.stop_wanted():
+                if step < total and self.stop_wanted():
                     self.save(step)
                     self.console.print(f"stopped after step {step}; the same command goes on")
                     return STOPPED
-        if done < total:
+        if done < total or not self.finished:
             self.export(total)
         self.on_first(lambda directory: self.finish(directory))
         dist.barrier()  # who leaves early closes connections that the others still use
