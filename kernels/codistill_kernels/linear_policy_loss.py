@@ -215,7 +215,8 @@ def linear_policy_loss(
             weighted_advantages(inputs.tensors[4], advantages, keep, **terms),
             keep,
             loss.bounds(),
-            rows_within(workspace_mib, inputs.tensors[1], inputs.tensors[4]),
+            # Of the whole shard, cut or not: all processes must make the same chunks.
+            rows_within(workspace_mib, lm_head_weight, inputs.tensors[4]),
             "" if group is None else group.group_name,
             needs,
         )
