@@ -124,7 +124,7 @@ class CheckpointConfig(Section):
 class Config(BaseSettings):
     """CoDistill-GRPO: train a large and a small model at the same time.
 
-    --config FILE reads a YAML file; the options below go before it.
+    --config FILE reads a YAML file; the options below win over it.
     """
 
     model_config = SettingsConfigDict(
