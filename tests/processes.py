@@ -13,6 +13,7 @@ def spawn(function: Callable, *arguments: object, processes: int) -> None:
 
 def run(rank: int, function: Callable, arguments: tuple) -> None:
     function(rank, *arguments)
-    # Past here there is only the interpreter's end, where gloo's threads, about once in forty
-    # times, outlive their owner and abort a process whose test has passed.
+    # Past here there is only the interpreter's end. There a process whose test had passed aborted
+    # now and then ("terminate called without an active exception": a thread of some library that
+    # nobody joined; which one is not known).
     os._exit(0)
