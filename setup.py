@@ -6,6 +6,7 @@ The extension is the kernels' CPU backend. Without a C++ compiler, or without to
 everything still installs and the torch backend serves.
 """
 
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -28,6 +29,8 @@ EXTRAS = {
     "gpu": ["vllm==0.32.0", "triton>=3.6"],
     "dev": ["mypy==2.4.1", "pytest>=9,<10", "ruff==0.15.14", "types-PyYAML"],
 }
+# at::parallel_for is a header: without OpenMP here it runs on one thread, and says nothing.
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
 
 def extensions() -> tuple[list, dict]:
@@ -41,7 +44,8 @@ def extensions() -> tuple[list, dict]:
         "codistill_kernels._C",
         sorted(str(path) for path in Path("csrc").glob("*.cpp")),
         depends=[str(path) for path in Path("csrc").glob("*.h")],
-        extra_compile_args=["-O3", "-Wno-psabi"],
+        extra_compile_args=["-O3", "-Wno-psabi", *OPENMP],
+        extra_link_args=OPENMP,
         optional=True,
     )
 

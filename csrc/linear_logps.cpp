@@ -13,10 +13,15 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <vector>
 
 #include "softmax_state.h"
+
+#if defined(__linux__) && !defined(_OPENMP)
+#error "compile with -fopenmp: at::parallel_for would run on one thread"
+#endif
 
 namespace codistill {
 namespace {
@@ -34,21 +39,37 @@ struct Problem {
   float softcap;      // 0: none
 };
 
-// Weights [columns, depth] -> slices [kColumns / kSlice][depth, kSlice], of 32-bit elements. For fp32
+// Element k of a row in 32 bits: a pair of bf16, or one number as fp32, which loses nothing.
+template <typename T, typename W>
+uint32_t word(const W* row, int64_t k) {
+  uint32_t out;
+  if constexpr (sizeof(T) == sizeof(uint32_t)) {
+    const float value = static_cast<float>(row[k]);
+    std::memcpy(&out, &value, sizeof(out));
+  } else {
+    std::memcpy(&out, row + 2 * k, sizeof(out));
+  }
+  return out;
+}
+
+// Weights of `columns` rows -> slices [kColumns / kSlice][depth, kSlice], of 32-bit elements. For fp32
 // that is the layout brgemm wants of B; for pairs of bf16 it is its VNNI layout.
-void pack(const uint32_t* in, int64_t columns, int64_t depth, uint32_t* out) {
+template <typename T, typename W>
+void pack(const W* in, int64_t columns, int64_t hidden, uint32_t* out) {
+  const int64_t depth = hidden * sizeof(T) / sizeof(uint32_t);
   constexpr int64_t kStep = 16;  // a cache line of every row at a time
   for (int64_t k0 = 0; k0 < depth; k0 += kStep)
     for (int64_t n = 0; n < kColumns; ++n) {
       uint32_t* slice = out + n / kSlice * depth * kSlice + n % kSlice;
       for (int64_t k = k0; k < std::min(k0 + kStep, depth); ++k)
-        slice[k * kSlice] = n < columns ? in[n * depth + k] : 0;
+        slice[k * kSlice] = n < columns ? word<T>(in + n * hidden, k) : 0;
     }
 }
 
-// Operands are multiplied as T: float, or BFloat16 where the CPU has instructions for it.
-template <typename T>
-void block_states(const Problem& p, const T* hidden, const T* weight, int64_t block,
+// Operands are multiplied as T: float, or BFloat16 where the CPU has instructions for it. The weight
+// is converted tile by tile: a converted copy of it would be the largest thing in memory.
+template <typename T, typename W>
+void block_states(const Problem& p, const T* hidden, const W* weight, int64_t block,
                   int64_t first_row, int64_t last_row, State* states) {
   const int64_t per_word = sizeof(uint32_t) / sizeof(T);
   const int64_t depth = p.hidden / per_word;
@@ -61,8 +82,7 @@ void block_states(const Problem& p, const T* hidden, const T* weight, int64_t bl
     states[row] = State{kMinusInf, 0.0f, 0.0f, 0.0f};
   for (int64_t column = block * kBlockColumns; column < stop; column += kColumns) {
     const int64_t valid = std::min(kColumns, stop - column);
-    pack(reinterpret_cast<const uint32_t*>(weight + column * p.hidden), valid, depth,
-         packed.data());
+    pack<T>(weight + column * p.hidden, valid, p.hidden, packed.data());
     if (p.bias != nullptr) std::copy_n(p.bias + column, valid, bias);
     for (int64_t row = first_row; row < last_row; row += kRows) {
       const int64_t count = std::min(kRows, last_row - row);
@@ -88,8 +108,8 @@ void block_states(const Problem& p, const T* hidden, const T* weight, int64_t bl
   at::native::cpublas::brgemm_release(per_word > 1);
 }
 
-template <typename T>
-void run(const Problem& p, const T* hidden, const T* weight, float* out) {
+template <typename T, typename W>
+void run(const Problem& p, const T* hidden, const W* weight, float* out) {
   const int64_t blocks = (p.vocab + kBlockColumns - 1) / kBlockColumns;
   const int64_t tiles = (p.rows + kRows - 1) / kRows;
   // A small vocabulary has fewer blocks than there are threads: then cut the rows as well.
@@ -137,11 +157,19 @@ at::Tensor linear_statistics(const at::Tensor& hidden_states, const at::Tensor& 
   if (halves) {
     run(p, hidden_states.const_data_ptr<at::BFloat16>(),
         lm_head_weight.const_data_ptr<at::BFloat16>(), out.data_ptr<float>());
-  } else {  // bf16 and fp16 are fp32 numbers: nothing is lost
-    const auto hidden32 = hidden_states.to(at::kFloat), weight32 = lm_head_weight.to(at::kFloat);
-    run(p, hidden32.const_data_ptr<float>(), weight32.const_data_ptr<float>(),
-        out.data_ptr<float>());
+    return out;
   }
+  const auto hidden32 = hidden_states.to(at::kFloat);
+  const float* hidden = hidden32.const_data_ptr<float>();
+  float* result = out.data_ptr<float>();
+  if (lm_head_weight.scalar_type() == at::kBFloat16)
+    run(p, hidden, lm_head_weight.const_data_ptr<at::BFloat16>(), result);
+  else if (lm_head_weight.scalar_type() == at::kHalf)
+    run(p, hidden, lm_head_weight.const_data_ptr<at::Half>(), result);
+  else if (lm_head_weight.scalar_type() == at::kFloat)
+    run(p, hidden, lm_head_weight.const_data_ptr<float>(), result);
+  else
+    run(p, hidden, lm_head_weight.const_data_ptr<double>(), result);
   return out;
 }
 

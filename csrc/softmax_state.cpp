@@ -95,6 +95,11 @@ State tile_state(float* row, int64_t columns, int64_t valid, const float* bias, 
     std::memcpy(row + j, &z, sizeof(z));
   }
   State out{max_lanes(best), 0.0f, 0.0f, target >= 0 ? row[target] : 0.0f};
+  if (out.max == kMinusInf) {  // no probability here; but NaN, which no comparison sees, must show
+    for (int64_t j = 0; j < valid; ++j)
+      if (std::isnan(row[j])) out.max = out.rest = out.weighted = kNaN;
+    return out;
+  }
   Vec rest = Vec{}, maxima = Vec{}, weighted = Vec{};
   for (int64_t j = 0; j < columns; j += kLanes) {
     Vec z;

@@ -16,15 +16,18 @@ namespace codistill {
 // Columns of a tile come in this many; see softmax_state.cpp.
 constexpr int64_t kLanes = 8;
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 struct State {
   float max, rest, weighted, target;
 };
 
-// Combine the states of two disjoint vocab ranges of one row; either may be empty (max = -inf).
+// Combine the states of two disjoint vocab ranges of one row; either may be empty (max = -inf), and
+// NaN in either stays.
 inline State merge(const State& a, const State& b) {
-  const State& high = a.max >= b.max ? a : b;
-  const State& low = a.max >= b.max ? b : a;
+  const bool first = a.max >= b.max || std::isnan(a.max);
+  const State& high = first ? a : b;
+  const State& low = first ? b : a;
   State out{high.max, high.rest, high.weighted, a.target + b.target};
   if (low.max == kMinusInf) return out;
   const float shift = low.max - high.max;

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 CHUNK_ROWS = 256  # fp32 logits of a chunk: 148 MiB at V = 151936; chosen, untested
+FAR = -1e4  # exp of it is 0 in fp64 too; a logit of -inf would give 0 * inf
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def chunk_statistics(logits: Tensor, token_ids: Tensor) -> Tensor:
     here, owned = local_columns(token_ids, logits.shape[1])
     target = torch.where(owned, logits.gather(1, here[:, None]).squeeze(1), 0.0)
     maximum, at = logits.max(dim=1, keepdim=True)
-    shifted = logits - maximum
+    shifted = (logits - maximum).clamp_(min=FAR)
     exps = shifted.exp()
     weighted = shifted.mul_(exps).sum(dim=1)
     rest = exps.scatter_(1, at, 0.0).sum(dim=1)
@@ -176,7 +177,7 @@ def logit_gradients(
     maximum, log_sum, mean = log_softmax[:, :, None]
     here, owned = local_columns(token_ids, logits.shape[1])
     here = here[:, None]
-    shifted = logits - maximum
+    shifted = (logits - maximum).clamp_(min=FAR)
     logps = shifted - log_sum
     target_logp, target_shifted = logps.gather(1, here), shifted.gather(1, here)
     dz = logps.exp_().mul_(shifted.sub_(mean).mul_(c2).add_(c0))

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from codistill_kernels._checks import require, require_mask
+from codistill_kernels._checks import can_look, require, require_mask
 from codistill_kernels._linear_torch import (
     Gradients,
     Head,
@@ -186,6 +186,10 @@ def linear_policy_loss(
     require(workspace_mib > 0, "workspace_mib", "> 0", workspace_mib)
     require(backend in ("auto", "torch"), "backend", "'auto' or 'torch'", repr(backend))
     require_mask(mask, len(hidden_states))
+    if importance_weights is not None and can_look(importance_weights):
+        counted = importance_weights if mask is None else importance_weights[mask]
+        wrong = counted[~(counted >= 0)]
+        require(not len(wrong), "importance_weights", ">= 0", wrong[:3].tolist())
     keep = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
     inputs = prepare(
         hidden_states,

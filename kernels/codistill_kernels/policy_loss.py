@@ -102,52 +102,59 @@ def policy_loss(
     log_ratio = torch.where(keep, logps - old.detach(), 0.0)
     advantages = torch.where(keep, advantages.detach().to(logps.dtype), 0.0)
     weights = torch.where(keep, weights.detach().to(logps.dtype), 0.0)
-    ratio = log_ratio.exp()
-    surrogate, low, high = clipped_surrogate(ratio, advantages, loss)
-    statistics = summarize(ratio.detach(), log_ratio.detach(), keep, low, high)
+    surrogate, low, high = clipped_surrogate(log_ratio, advantages, loss)
+    statistics = summarize(log_ratio.detach(), keep, low, high)
     return -(weights * surrogate).sum() / normalizer, statistics | {"logps": logps.detach()}
 
 
-def clipped_surrogate(
-    ratio: Tensor, advantages: Tensor, loss: PolicyLoss
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The surrogate of each token, and where the low and the high bound cut its gradient."""
+def cuts(ratio: Tensor, advantages: Tensor, loss: PolicyLoss) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the low and the high bound cut the gradient, and the ratio that stands there."""
     low = (advantages < 0) & (ratio < 1 - loss.epsilon_low)
     high = (advantages > 0) & (ratio > 1 + loss.epsilon_high)
-    # Chosen by comparison: torch.minimum would split the gradient of a tie.
-    bounded = torch.where(
-        low, 1 - loss.epsilon_low, torch.where(high, 1 + loss.epsilon_high, ratio)
-    )
+    bound = torch.where(low, 1 - loss.epsilon_low, torch.full_like(ratio, 1 + loss.epsilon_high))
     if loss.dual_clip is not None:
         far = (advantages < 0) & (ratio > loss.dual_clip)
-        bounded = torch.where(far, loss.dual_clip, bounded)
-        high = high | far
-    return bounded * advantages, low, high
+        bound, high = torch.where(far, loss.dual_clip, bound), high | far
+    return low, high, bound
+
+
+def clipped_surrogate(
+    log_ratio: Tensor, advantages: Tensor, loss: PolicyLoss
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The surrogate of each token, and where the low and the high bound cut its gradient."""
+    low, high, bound = cuts(log_ratio.detach().exp(), advantages, loss)
+    # Chosen by comparison: torch.minimum would split the gradient of a tie. And before exp: a ratio
+    # that overflows where nothing depends on it would make the gradient 0 * inf.
+    free = ~(low | high)
+    ratio = torch.where(free & (advantages != 0), log_ratio, 0.0).exp()
+    return torch.where(free, ratio, bound) * advantages, low, high
 
 
 def token_gradients(ratio: Tensor, advantages: Tensor, loss: PolicyLoss) -> Tensor:
     """d(-surrogate) / d logp of each token, [N]: -r A, and 0 where a bound cuts."""
-    _, low, high = clipped_surrogate(ratio, advantages, loss)
-    return torch.where(low | high, 0.0, -ratio * advantages)
+    low, high, _ = cuts(ratio, advantages, loss)
+    return torch.where(low | high | (advantages == 0), 0.0, -ratio * advantages)
 
 
-def summarize(
-    ratio: Tensor, log_ratio: Tensor, keep: Tensor, low: Tensor, high: Tensor
-) -> dict[str, Tensor]:
+def summarize(log_ratio: Tensor, keep: Tensor, low: Tensor, high: Tensor) -> dict[str, Tensor]:
     """Statistics of `policy_loss`. Masked tokens have ratio 1 and are taken out again."""
-    tokens = keep.sum().to(ratio.dtype)
+    tokens = keep.sum().to(log_ratio.dtype)
     count = tokens.clamp(min=1)
-    ratio = torch.where(keep, ratio, 0.0)
-    total, squares = ratio.sum(), ratio.square().sum()
+    ratio = torch.where(keep, log_ratio.exp(), 0.0)
+    # ess does not change when all ratios are scaled: by the largest, no square overflows.
+    largest = torch.where(keep, log_ratio, -torch.inf).max() if len(keep) else tokens
+    scaled = torch.where(keep, (log_ratio - largest).exp(), 0.0)
     kl = torch.where(keep, log_ratio.expm1() - log_ratio, 0.0)
     return {
         "tokens": tokens,
-        "ratio_mean": total / count,
+        "ratio_mean": ratio.sum() / count,
         "ratio_max": ratio.max() if ratio.numel() else tokens,
         "clip_fraction_low": low.sum() / count,
         "clip_fraction_high": high.sum() / count,
         "approx_kl": kl.sum() / count,
-        "ess": torch.where(tokens > 0, total.square() / (count * squares), 0.0),
+        "ess": torch.where(
+            tokens > 0, scaled.sum().square() / (count * scaled.square().sum()), 0.0
+        ),
     }
 
 
@@ -172,5 +179,7 @@ def check_inputs(
     else:
         require_sequences(cu_seqlens, len(logps))
         require_shape("advantages", advantages, (len(cu_seqlens) - 1,), "[S]")
+    if isinstance(normalizer, Tensor):
+        require_shape("normalizer", normalizer, (), "a scalar")
     if not isinstance(normalizer, Tensor) or can_look(normalizer):
         require(normalizer > 0, "normalizer", "> 0", normalizer)

@@ -5,7 +5,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from codistill_kernels._checks import can_look, require, require_sequences, require_shape
+from codistill_kernels._checks import (
+    can_look,
+    require,
+    require_float,
+    require_sequences,
+    require_shape,
+)
 
 
 def kd_rewards(
@@ -42,6 +48,8 @@ def kd_rewards(
     Source: Eq. 6. Definition: codistill_kernels.reference.kd_rewards.
     """
     require(rewards.ndim == 1, "rewards", "[S]", tuple(rewards.shape))
+    require_float("rewards", rewards)
+    require(teacher_logps.ndim == 1, "teacher_logps", "[N]", tuple(teacher_logps.shape))
     require_sequences(cu_seqlens, len(teacher_logps))
     require_shape("cu_seqlens", cu_seqlens, (len(rewards) + 1,), "[S + 1]")
     require_shape("student_logps", student_logps, tuple(teacher_logps.shape), "[N]")
@@ -74,6 +82,7 @@ def group_advantages(
     Source: Eq. 7, Eq. 3. Definition: codistill_kernels.reference.group_advantages.
     """
     require(scale in (None, "std"), "scale", "None or 'std'", repr(scale))
+    require_float("rewards", rewards)
     groups = in_groups("rewards", rewards, group_size).detach()
     centred = groups - groups.mean(dim=1, keepdim=True)
     # The mean of equal numbers may round: what is left is no advantage.

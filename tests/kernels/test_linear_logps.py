@@ -75,13 +75,24 @@ def check(case: Case, backend: str, upstream: Tensor | None = None, **tolerance)
         dict(),
         dict(temperature=0.7),
         dict(softcap=5.0),
+        dict(softcap=300.0),
         dict(vocab_size=1000),
         dict(hidden=576, rows=65),
         dict(hidden=63, rows=1),
         dict(hidden=896, vocab=4099, rows=300),
         dict(hidden=16, vocab=128256, rows=3),
     ],
-    ids=["plain", "temperature", "softcap", "vocab_size", "H576", "odd H, N1", "H896", "large V"],
+    ids=[
+        "plain",
+        "temperature",
+        "softcap",
+        "weak softcap",
+        "vocab_size",
+        "H576",
+        "odd H, N1",
+        "H896",
+        "large V",
+    ],
 )
 def test_equals_fp64_as_well_as_eager(backend, dtype, options):
     case = make_case(dtype=dtype, std=2.0, **options)
@@ -154,6 +165,28 @@ def test_ignored_rows_are_zero_whatever_they_hold(backend):
     kept = Case(case.hidden_states[others], case.lm_head_weight, case.token_ids[others])
     alone = linear_logps(**kept.leaves(), token_ids=kept.token_ids, backend=backend)
     assert torch.equal(logps[others], alone)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [slice(100, 101), slice(0, 1021)], ids=["a column", "all"])
+def test_nan_is_never_hidden(backend, bad):
+    """All of 64 columns: a tile in which no comparison finds a maximum."""
+    for rows in (bad, slice(64, 128)):
+        case = make_case()
+        case.lm_head_weight[rows] = torch.nan
+        case.token_ids[:] = 5  # outside the bad columns, but for "all"
+        result = linear_logps(**case.leaves(), token_ids=case.token_ids, return_entropy=True)
+        assert all(part.isnan().all() for part in result)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_banned_columns_take_no_part(backend):
+    """A bias of -inf, here over a whole tile: values and gradients of a vocabulary without them."""
+    bias = torch.zeros(1021)
+    bias[64:128] = -torch.inf
+    case = make_case(std=2.0, bias=bias)
+    case.token_ids %= 64
+    check(case, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

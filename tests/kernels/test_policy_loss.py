@@ -103,6 +103,21 @@ def test_nan_behind_the_mask_reaches_nothing():
         assert torch.equal(stats[name], clean_stats[name]), name
 
 
+@pytest.mark.parametrize(
+    ("advantage", "settings"),
+    [(1.0, PolicyLoss()), (0.0, PolicyLoss()), (-1.0, PolicyLoss(dual_clip=3.0))],
+    ids=["clipped", "no advantage", "dual clip"],
+)
+def test_ratio_that_overflows_reaches_no_gradient(advantage, settings):
+    # exp(99) is inf in fp32; the token's gradient is cut, or 0 by its advantage
+    old, logps = torch.tensor([-100.0, -1.0]), torch.tensor([-1.0, -1.0]).requires_grad_()
+    advantages = torch.tensor([advantage, 1.0])
+    loss, stats = policy_loss(logps, old, advantages, loss=settings, normalizer=1)
+    loss.backward()
+    assert loss.isfinite() and logps.grad.tolist() == [0.0, -1.0]
+    assert stats["ess"].item() == pytest.approx(0.5)  # one token has all the weight
+
+
 def test_without_old_logps_it_is_the_policy_gradient():
     case = random_case(30)
     loss, stats = policy_loss(case["logps"], None, case["advantages"], normalizer=5)
@@ -150,6 +165,7 @@ def test_without_a_token_all_is_zero_and_finite(tokens):
         (dict(advantages=torch.zeros(2)), "advantages"),
         (dict(mask=torch.zeros(3)), "mask"),
         (dict(normalizer=0), "normalizer"),
+        (dict(normalizer=torch.ones(2)), "normalizer"),
         (dict(cu_seqlens=torch.tensor([0, 2])), "cu_seqlens"),
         (dict(importance_weights=torch.zeros(4)), "importance_weights"),
     ],

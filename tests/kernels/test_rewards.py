@@ -72,6 +72,7 @@ TOKENS, ENDS = torch.zeros(4), torch.tensor([0, 1, 4])
     ("call", "name"),
     [
         (lambda: group_advantages(torch.zeros(5), 2), "group_size"),
+        (lambda: group_advantages(torch.tensor([1, 0]), 2), "rewards"),
         (lambda: group_advantages(torch.zeros(4), 2, scale="max"), "scale"),
         (lambda: downsample(torch.zeros(4), 4, 3), "keep"),
         (lambda: downsample(torch.zeros(4), 4, 6), "keep"),
@@ -79,6 +80,7 @@ TOKENS, ENDS = torch.zeros(4), torch.tensor([0, 1, 4])
         (lambda: downsample(torch.zeros(4), 4, 2, method="best"), "method"),
         (lambda: eq6(cu_seqlens=torch.tensor([0, 1, 5])), "cu_seqlens"),
         (lambda: eq6(rewards=torch.zeros(3)), "cu_seqlens"),
+        (lambda: eq6(teacher_logps=torch.zeros(4, 1)), "teacher_logps"),
         (lambda: eq6(student_logps=torch.zeros(3)), "student_logps"),
         (lambda: eq6(alpha=-1.0), "alpha"),
         (lambda: eq6(max_completion_tokens=0), "max_completion_tokens"),
