@@ -6,9 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from codistill_kernels import _backends, _linear_torch
 from codistill_kernels._checks import can_look, require, require_float, require_shape
-from codistill_kernels._linear_torch import Head
+from codistill_kernels._head import Head, compute_dtype
+from codistill_kernels._linear import make_chunks, recomputed_gradients
+from codistill_kernels._softmax_torch import normalizers
 
 # --- custom ops --------------------------------------------------------------------------------
 
@@ -24,20 +25,8 @@ def linear_statistics(
     backend: str,
 ) -> Tensor:
     """[4, N] max m, rest of sum exp(z - m), sum exp(z - m) (z - m), target: of these vocab rows."""
-    # Chosen here, where torch.compile does not look: the extension is loaded at the first call.
-    chosen = _backends.choose(backend, hidden_states.device, hidden_states.dtype)
-    if chosen == "cpu" and len(lm_head_weight):
-        return torch.ops.codistill_cpu.linear_statistics(
-            hidden_states.contiguous(),
-            lm_head_weight.contiguous(),
-            token_ids.contiguous(),
-            temperature.contiguous(),
-            bias,
-            softcap,
-            lm_head_weight.shape[0],
-        )
     head = Head(lm_head_weight, bias, temperature, softcap)
-    return _linear_torch.statistics(hidden_states, head, token_ids)
+    return make_chunks(hidden_states, head, token_ids, backend).statistics()
 
 
 @linear_statistics.register_fake
@@ -54,15 +43,21 @@ def linear_gradients(
     temperature: Tensor,
     softcap: float,
     coefficients: Tensor,
-    log_softmax: Tensor | None,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
+    log_softmax: Tensor,
+    is_whole: bool,
+    needs: list[bool],
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in the compute dtype; an empty tensor for each that is not needed."""
+    """hidden_states' gradient in the compute dtype, the others in those of weight and bias.
+
+    From coefficients and log_softmax [3, N]; is_whole: the weight is the whole vocabulary. An empty
+    tensor for each that is not needed.
+    """
     head = Head(lm_head_weight, bias, temperature, softcap)
-    needs = (needs_hidden, needs_weight, needs_bias)
-    return _linear_torch.gradients(hidden_states, head, token_ids, coefficients, log_softmax, needs)
+    dx, dw, db = recomputed_gradients(
+        hidden_states, head, token_ids, coefficients, log_softmax, is_whole, needs, backend
+    )
+    return dx, dw.to(lm_head_weight.dtype), db if bias is None else db.to(bias.dtype)
 
 
 @linear_gradients.register_fake
@@ -75,14 +70,15 @@ def _(
     softcap,
     coefficients,
     log_softmax,
-    needs_hidden,
-    needs_weight,
-    needs_bias,
+    is_whole,
+    needs,
+    backend,
 ):
+    db = coefficients if bias is None else bias
     return (
-        coefficients.new_empty(hidden_states.shape if needs_hidden else 0),
-        coefficients.new_empty(lm_head_weight.shape if needs_weight else 0),
-        coefficients.new_empty(lm_head_weight.shape[0] if needs_bias else 0),
+        coefficients.new_empty(hidden_states.shape if needs[0] else 0),
+        lm_head_weight.new_empty(lm_head_weight.shape if needs[1] else 0),
+        db.new_empty(lm_head_weight.shape[0] if needs[2] else 0),
     )
 
 
@@ -100,36 +96,33 @@ class LinearLogps(torch.autograd.Function):
         statistics = linear_statistics(*inputs, softcap, backend)
         if group is not None:
             statistics = merge_shards(statistics, group)
-        maximum, rest, weighted, target = statistics
-        log_sum, mean = rest.log1p(), weighted / (1 + rest)
+        log_softmax = normalizers(statistics)
+        maximum, log_sum, mean = log_softmax
         # Select, not multiply: an ignored row may hold NaN.
-        logps = torch.where(active, (target - maximum) - log_sum, 0.0)
+        logps = torch.where(active, (statistics[3] - maximum) - log_sum, 0.0)
         entropy = torch.where(active, log_sum - mean, 0.0)
-        # Shards cannot recompute what belongs to the whole vocabulary.
-        log_softmax = None if group is None else torch.stack((maximum, log_sum, mean))
         ctx.save_for_backward(*inputs, active, log_softmax)
-        ctx.softcap, ctx.group = softcap, group
+        ctx.softcap, ctx.group, ctx.backend = softcap, group, backend
         return logps, entropy
 
     @staticmethod
     def backward(ctx, dlogps, dentropy):
         *inputs, active, log_softmax = ctx.saved_tensors
-        hidden_states, lm_head_weight, bias, *_ = inputs
         zero = torch.zeros_like(dlogps)
         c0 = torch.where(active, -dlogps, zero)
         c2 = torch.where(active, -dentropy, zero)
-        needs = ctx.needs_input_grad[:3]
-        dx, dw, db = linear_gradients(
-            *inputs, ctx.softcap, torch.stack((c0, c0, c2)), log_softmax, *needs
+        coefficients = torch.stack((c0, c0, c2))
+        needs = list(ctx.needs_input_grad[:3])
+        is_whole = ctx.group is None
+        gradients = linear_gradients(
+            *inputs, ctx.softcap, coefficients, log_softmax, is_whole, needs, ctx.backend
         )
-        if needs[0] and ctx.group is not None:
-            dist.all_reduce(dx, group=ctx.group)
-        found = (dx, dw, db)
-        parts = (hidden_states, lm_head_weight, bias)
-        return *(
-            grad.to(part.dtype) if need else None
-            for grad, part, need in zip(found, parts, needs, strict=True)
-        ), *[None] * 4
+        dx, dw, db = (g if need else None for g, need in zip(gradients, needs, strict=True))
+        if dx is not None:
+            if not is_whole:
+                dist.all_reduce(dx, group=ctx.group)
+            dx = dx.to(inputs[0].dtype)
+        return dx, dw, db, *[None] * 4
 
 
 def merge_shards(statistics: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -199,8 +192,8 @@ def linear_logps(
         ValueError: an argument has a wrong shape, dtype, device or value. The message names it.
 
     Logits are fp32 sums, never rounded. Memory besides the inputs: the forward pass holds a tile
-    of logits a thread (cpu) or a chunk of 256 rows (torch); the backward pass, such a chunk and the
-    fp32 gradients. Definition: codistill_kernels.reference.linear_logps. Source: online softmax,
+    of logits a thread (cpu) or a chunk of 256 rows (torch); the backward pass recomputes them, at
+    most 128 MiB at a time, and holds the gradients, of hidden_states in fp32. Definition: codistill_kernels.reference.linear_logps. Source: online softmax,
     Milakov & Gimelshein 2018 (arXiv:1805.02867).
     """
     inputs = prepare(
@@ -257,7 +250,7 @@ def prepare(
         require(not len(wrong), "token_ids", allowed, wrong[:3].tolist())
     first_row = rank * local_rows
     rows = min(max(vocab_size - first_row, 0), local_rows)
-    dtype = _linear_torch.compute_dtype(hidden_states)
+    dtype = compute_dtype(hidden_states)
     per_token = torch.as_tensor(temperature, device=hidden_states.device).detach().to(dtype)
     tensors = (
         hidden_states.reshape(-1, hidden_states.shape[-1]),

@@ -12,15 +12,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from codistill_kernels._checks import can_look, require, require_mask
-from codistill_kernels._linear_torch import (
-    Gradients,
-    Head,
-    chunk_logits,
-    chunk_statistics,
-    compute_dtype,
-    convert_once,
-    normalizers,
+from codistill_kernels._head import Head
+from codistill_kernels._linear import (
+    WORKSPACE_MIB,
+    GradientSums,
+    bytes_per_logit,
+    kind_of_chunks,
+    make_chunks,
+    rows_within,
+    split_rows,
 )
+from codistill_kernels._softmax_torch import normalizers
 from codistill_kernels.linear_logps import merge_shards, prepare
 from codistill_kernels.policy_loss import (
     PolicyLoss,
@@ -28,9 +30,6 @@ from codistill_kernels.policy_loss import (
     policy_loss,
     token_gradients,
 )
-
-BUFFERS = 3  # [R, V] tensors alive at once in a chunk: logits, their exponentials, their gradient
-
 
 # --- custom op ---------------------------------------------------------------------------------
 
@@ -47,24 +46,28 @@ def linear_policy_gradients(
     weighted_advantages: Tensor,
     mask: Tensor,
     bounds: list[float],
-    chunk_rows: int,
+    shard_rows: int,
+    workspace_mib: int,
     group_name: str,
     needs: list[bool],
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logps [N], and the gradients of -sum of the surrogate: empty tensors where not needed.
 
     weighted_advantages: importance weight times advantage; the weight is not negative. bounds:
-    epsilon_low, epsilon_high and dual_clip, if there is one.
+    epsilon_low, epsilon_high and dual_clip, if there is one. shard_rows: of a whole shard of the
+    weight, this one may be cut: all processes must make the same chunks.
     """
     loss = PolicyLoss("clip", *bounds)
     group = dist.distributed_c10d._resolve_process_group(group_name) if group_name else None
-    dtype = compute_dtype(hidden_states)
-    head = convert_once(Head(lm_head_weight, bias, temperature, softcap), dtype)
-    gradients = Gradients(hidden_states, head, needs)
-    logps = torch.zeros(len(token_ids), dtype=dtype, device=token_ids.device)
-    for rows in mask.nonzero().squeeze(1).split(chunk_rows):
-        logits, slope = chunk_logits(hidden_states[rows], head, rows, dtype)
-        statistics = chunk_statistics(logits, token_ids[rows])
+    head = Head(lm_head_weight, bias, temperature, softcap)
+    kind = kind_of_chunks(hidden_states, backend)
+    chunks = make_chunks(hidden_states, head, token_ids, backend)
+    sums = GradientSums(chunks, needs)
+    logps = torch.zeros_like(temperature)
+    most = rows_within(workspace_mib, shard_rows, bytes_per_logit(kind, hidden_states))
+    for rows in split_rows(mask.nonzero().squeeze(1), most):
+        statistics = chunks.hold(rows)
         if group is not None:
             statistics = merge_shards(statistics, group)
         softmax = normalizers(statistics)
@@ -73,15 +76,11 @@ def linear_policy_gradients(
         logps[rows] = chunk_logps
         old = chunk_logps if old_logps is None else old_logps[rows]
         g = token_gradients((chunk_logps - old).exp(), weighted_advantages[rows], loss)
-        kept = g.ne(0).nonzero().squeeze(1)
-        if not any(needs) or not len(kept):
-            continue
-        if len(kept) < len(rows):  # exact: the others would add zeros
-            rows, logits, slope, g = rows[kept], logits[kept], slope[kept], g[kept]
-            softmax = softmax[:, kept]
-        coefficients = torch.stack((-g, -g, torch.zeros_like(g)))
-        gradients.add(rows, logits, slope, token_ids[rows], coefficients, softmax)
-    return logps, *gradients.results()
+        kept = g.ne(0).nonzero().squeeze(1)  # exact: the others would add zeros
+        if any(needs) and len(kept):
+            coefficients = torch.stack((-g, -g, torch.zeros_like(g)))
+            sums.add(rows, kept, coefficients[:, kept], softmax[:, kept])
+    return logps, *sums.results()
 
 
 @linear_policy_gradients.register_fake
@@ -96,9 +95,11 @@ def _(
     weighted_advantages,
     mask,
     bounds,
-    chunk_rows,
+    shard_rows,
+    workspace_mib,
     group_name,
     needs,
+    backend,
 ):
     shapes = (hidden_states.shape, lm_head_weight.shape, lm_head_weight.shape[:1])
     return temperature.new_empty(len(token_ids)), *(
@@ -124,16 +125,26 @@ class WithGradients(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
         factor = dloss / ctx.normalizer
-        scaled = [
-            (gradient * factor) if need else None
-            for gradient, need in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-        ]
-        if scaled[0] is not None and ctx.group is not None:
-            dist.all_reduce(scaled[0], group=ctx.group)
-        return *(
-            None if gradient is None else gradient.to(dtype)
-            for gradient, dtype in zip(scaled, ctx.dtypes, strict=True)
-        ), *[None] * 4
+        needs = ctx.needs_input_grad
+        dx, dw, db = (
+            gradient if need else None
+            for gradient, need in zip(ctx.saved_tensors, needs, strict=False)
+        )
+        if dx is not None and ctx.group is not None:
+            dx = dx.clone()
+            dist.all_reduce(dx, group=ctx.group)
+        scaled = (scale(g, factor, d) for g, d in zip((dx, dw, db), ctx.dtypes, strict=True))
+        return *scaled, *[None] * 4
+
+
+def scale(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """gradient * factor, rounded once. By parts: the whole product in fp32 would be the peak."""
+    if gradient is None or gradient.dtype == dtype:
+        return None if gradient is None else gradient * factor
+    out = torch.empty_like(gradient, dtype=dtype)
+    for part, result in zip(gradient.split(4096), out.split(4096), strict=True):
+        result.copy_(part * factor)
+    return out
 
 
 # --- public function ---------------------------------------------------------------------------
@@ -156,7 +167,7 @@ def linear_policy_loss(
     softcap: float | None = None,
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
-    workspace_mib: int = 256,
+    workspace_mib: int = WORKSPACE_MIB,
     backend: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`policy_loss` of `linear_logps`, in one pass: 6 N H V operations, no [N, V] logits.
@@ -170,7 +181,7 @@ def linear_policy_loss(
         bias, temperature, softcap, vocab_size, group: as in `linear_logps`.
         workspace_mib: bound of the logits held at once (MiB); more rows a pass, fewer passes over
             the weight. Does not grow with N.
-        backend: "auto" or "torch"; there is no other implementation yet.
+        backend: as in `linear_logps`.
 
     Returns:
         (loss, statistics) as `policy_loss`. Gradients are made here, for the inputs that require
@@ -184,7 +195,6 @@ def linear_policy_loss(
     """
     require(hidden_states.ndim == 2, "hidden_states", "[N, H]", tuple(hidden_states.shape))
     require(workspace_mib > 0, "workspace_mib", "> 0", workspace_mib)
-    require(backend in ("auto", "torch"), "backend", "'auto' or 'torch'", repr(backend))
     require_mask(mask, len(hidden_states))
     if importance_weights is not None and can_look(importance_weights):
         counted = importance_weights if mask is None else importance_weights[mask]
@@ -219,10 +229,11 @@ def linear_policy_loss(
             weighted_advantages(inputs.tensors[4], advantages, keep, **terms),
             keep,
             loss.bounds(),
-            # Of the whole shard, cut or not: all processes must make the same chunks.
-            rows_within(workspace_mib, lm_head_weight, inputs.tensors[4]),
+            len(lm_head_weight),
+            workspace_mib,
             "" if group is None else group.group_name,
             needs,
+            backend,
         )
         value, statistics = policy_loss(
             logps, old_logps, advantages, keep, loss=loss, normalizer=normalizer, **terms
@@ -247,7 +258,3 @@ def weighted_advantages(
         advantages = advantages * importance_weights
     return torch.where(mask, advantages.to(like.dtype), 0.0)
 
-
-def rows_within(workspace_mib: int, weight: Tensor, like: Tensor) -> int:
-    """Rows a chunk may have."""
-    return max(1, workspace_mib * 2**20 // (BUFFERS * like.element_size() * max(1, len(weight))))

@@ -72,9 +72,9 @@ def test_ops_pass_opcheck(backend):
     head = (hidden.detach(), weight.detach(), bias, ids, temperature, 5.0)
     torch.library.opcheck(MODULE.linear_statistics, (*head, backend))
     coefficients, softmax = torch.randn(3, 6), torch.rand(3, 6)
-    for needs in ((True, True, True), (False, True, False)):
-        for log_softmax in (None, softmax):
-            arguments = (*head, coefficients, log_softmax, *needs)
+    for needs in ([True, True, True], [False, True, False]):
+        for is_whole in (True, False):
+            arguments = (*head, coefficients, softmax, is_whole, needs, backend)
             torch.library.opcheck(MODULE.linear_gradients, arguments)
 
 

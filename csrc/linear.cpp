@@ -1,0 +1,284 @@
+// Softmax statistics and gradients of hidden_states @ lm_head_weight.T, in tiles that stay in cache.
+//
+//   forward   weight panel, packed once, reused by all rows -> tile of raw logits -> states
+//   backward  panel of raw logits -> dz in its place -> dW panel; then dX from all panels
+//
+// Panels are shared by the threads; the states of blocks of panels are merged in block order, and
+// every product has the same shape. Results depend neither on threads nor on the other rows.
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <optional>
+
+#include "softmax.h"
+
+namespace codistill {
+namespace {
+
+constexpr int64_t kBlock = 8;    // panels of a block, the unit of work of the forward pass
+
+struct Rows {
+  int64_t count, padded;  // padded to a multiple of kRows
+  const int64_t* token_ids;
+  const float* temperature;
+  float softcap;
+
+  Rows(const at::Tensor& token_ids, const at::Tensor& temperature, double softcap)
+      : count(token_ids.size(0)),
+        padded(round_up(count, kRows)),
+        token_ids(token_ids.const_data_ptr<int64_t>()),
+        temperature(temperature.const_data_ptr<float>()),
+        softcap(static_cast<float>(softcap)) {}
+
+  Scale scale(int64_t row) const { return {softcap, temperature[row]}; }
+
+  // Column of the row's token in [first, first + valid), counted from `first`, or -1.
+  int64_t target(int64_t row, int64_t first, int64_t valid) const {
+    const int64_t column = token_ids[row] - first;
+    return column >= 0 && column < valid ? column : -1;
+  }
+};
+
+struct Weight {
+  int64_t vocab, hidden, panels;
+
+  explicit Weight(const at::Tensor& weight)
+      : vocab(weight.size(0)),
+        hidden(weight.size(1)),
+        panels((vocab + kPanel - 1) / kPanel) {}
+
+  int64_t valid(int64_t panel) const { return std::min(kPanel, vocab - panel * kPanel); }
+};
+
+// States of rows [first, last) over a block of panels. raw: [panels][rows.padded][kPanel], or null.
+template <typename T, typename W>
+void block_states(const Rows& rows, const Weight& shape, const T* x, int64_t stride_x, const W* weight,
+                  const float* bias, int64_t block, int64_t first, int64_t last, float* raw,
+                  State* states) {
+  std::vector<uint32_t> packed(packed_words<T>(stride_x, kPanel));
+  std::vector<float> tile(raw == nullptr ? kRows * kPanel : 0);
+  const int64_t slice = slice_width(), slice_words = packed_words<T>(stride_x, slice);
+  const int64_t stop = std::min((block + 1) * kBlock, shape.panels);
+  std::fill(states + first, states + std::min(last, rows.count), empty_state());
+  for (int64_t panel = block * kBlock; panel < stop; ++panel) {
+    const int64_t column = panel * kPanel, valid = shape.valid(panel);
+    pack_transposed<T>(weight + column * shape.hidden, valid, shape.hidden, stride_x, kPanel,
+                       packed.data());
+    for (int64_t row = first; row < last; row += kRows) {
+      float* c = raw == nullptr ? tile.data() : raw + (panel * rows.padded + row) * kPanel;
+      for (int64_t n = 0; n < kPanel / slice; ++n)
+        multiply<T>(stride_x, x + row * stride_x, stride_x, packed.data() + n * slice_words,
+                    c + n * slice, kPanel, /*add=*/false);
+      for (int64_t i = row; i < std::min(row + kRows, rows.count); ++i, c += kPanel) {
+        if (bias != nullptr)
+          for (int64_t j = 0; j < valid; ++j) c[j] += bias[column + j];
+        const int64_t target = rows.target(i, column, valid);
+        states[i] = merge(states[i], row_state(c, valid, rows.scale(i), target));
+      }
+    }
+  }
+  release<T>();
+}
+
+template <typename T, typename W>
+void forward(const Rows& rows, const Weight& shape, const T* x, int64_t stride_x, const W* weight,
+             const float* bias, float* raw, float* out) {
+  const int64_t blocks = (shape.panels + kBlock - 1) / kBlock, tiles = rows.padded / kRows;
+  // A small vocabulary has fewer blocks than there are threads: then cut the rows as well.
+  const int64_t wanted = (at::get_num_threads() + blocks - 1) / blocks;
+  const int64_t groups = std::min(tiles, wanted);
+  const int64_t group_rows = (tiles + groups - 1) / groups * kRows;
+  std::vector<State> states(blocks * rows.count);
+  at::parallel_for(0, blocks * groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t block = item / groups, first = item % groups * group_rows;
+      if (first < rows.padded)
+        block_states(rows, shape, x, stride_x, weight, bias, block, first,
+                     std::min(first + group_rows, rows.padded), raw,
+                     states.data() + block * rows.count);
+    }
+  });
+  for (int64_t row = 0; row < rows.count; ++row) {
+    State state = states[row];
+    for (int64_t block = 1; block < blocks; ++block)
+      state = merge(state, states[block * rows.count + row]);
+    const float parts[] = {state.sum.max, state.sum.rest, state.weighted, state.target};
+    for (int64_t i = 0; i < 4; ++i) out[i * rows.count + row] = parts[i];
+  }
+}
+
+// One panel of raw logits becomes dz, as T, from the panel's start on: row i comes from raw row
+// kept[i] >= i, so nothing is overwritten before it is read. db: [kPanel] sums, or null.
+template <typename T>
+void panel_gradients(const Rows& rows, const int64_t* kept, const float* coefficients,
+                     const float* log_softmax, int64_t column, int64_t valid, float* panel,
+                     float* db) {
+  alignas(64) float dz[kPanel];
+  T* out = reinterpret_cast<T*>(panel);
+  const int64_t n = rows.count;
+  for (int64_t i = 0; i < n; ++i, out += kPanel) {
+    const Coefficients c{coefficients[i],    coefficients[n + i], coefficients[2 * n + i],
+                         log_softmax[i],     log_softmax[n + i],  log_softmax[2 * n + i]};
+    row_gradient(panel + kept[i] * kPanel, valid, rows.scale(i), rows.target(i, column, valid), c, dz);
+    for (int64_t j = 0; j < kPanel; ++j) out[j] = static_cast<T>(dz[j]);
+    if (db != nullptr)
+      for (int64_t j = 0; j < valid; ++j) db[j] += dz[j];
+  }
+  std::fill(out, out + (rows.padded - n) * kPanel, T(0));
+}
+
+// dw [kPanel rows] += dz^T @ x, for dz [rows, kPanel] and x packed.
+template <typename T>
+void add_weight_gradients(int64_t rows, const T* dz, const uint32_t* x, int64_t stride_dw,
+                          std::vector<T>& transposed, float* dw) {
+  const int64_t slice = slice_width();
+  transposed.resize(kPanel * kDepth<T>);
+  for (int64_t k0 = 0; k0 < rows; k0 += kDepth<T>) {
+    const int64_t depth = std::min(kDepth<T>, rows - k0);
+    for (int64_t i0 = 0; i0 < depth; i0 += 16)
+      for (int64_t j = 0; j < kPanel; ++j)
+        for (int64_t i = i0; i < i0 + 16; ++i)
+          transposed[j * kDepth<T> + i] = dz[(k0 + i) * kPanel + j];
+    for (int64_t h = 0; h < stride_dw; h += slice) {
+      const uint32_t* b = x + packed_words<T>(rows, h) + packed_words<T>(k0, slice);
+      for (int64_t j = 0; j < kPanel; j += kRows)
+        multiply<T>(depth, transposed.data() + j * kDepth<T>, kDepth<T>, b, dw + j * stride_dw + h,
+                    stride_dw, /*add=*/true);
+    }
+  }
+}
+
+// dx [rows [first, last), columns [h0, h1)] += dz @ weight, panel after panel.
+template <typename T, typename W>
+void add_hidden_gradients(const Rows& rows, const Weight& shape, const float* raw, int64_t raw_rows,
+                          const W* weight, int64_t first, int64_t last, int64_t h0, int64_t h1,
+                          int64_t stride_dx, float* dx) {
+  const int64_t slice = slice_width(), slice_words = packed_words<T>(kPanel, slice);
+  std::vector<uint32_t> packed(packed_words<T>(kPanel, h1 - h0));
+  for (int64_t panel = 0; panel < shape.panels; ++panel) {
+    pack<T>(weight + panel * kPanel * shape.hidden + h0, shape.valid(panel), shape.hidden,
+            std::min(h1, shape.hidden) - h0, kPanel, packed.data());
+    const T* dz = reinterpret_cast<const T*>(raw + panel * raw_rows * kPanel);
+    for (int64_t row = first; row < last; row += kRows)
+      for (int64_t h = h0; h < h1; h += slice)
+        multiply<T>(kPanel, dz + row * kPanel, kPanel, packed.data() + (h - h0) / slice * slice_words,
+                    dx + row * stride_dx + h, stride_dx, /*add=*/true);
+  }
+  release<T>();
+}
+
+template <typename T, typename W>
+void backward(const Rows& rows, const Weight& shape, float* raw, int64_t raw_rows, const T* x,
+              int64_t stride_x, const W* weight, const int64_t* kept, const float* coefficients,
+              const float* log_softmax, float* dx, float* dw, float* db) {
+  const int64_t slice = slice_width(), stride = round_up(shape.hidden, slice);
+  std::vector<uint32_t> packed(dw == nullptr ? 0 : packed_words<T>(rows.padded, stride));
+  if (dw != nullptr)
+    at::parallel_for(0, stride / slice, 1, [&](int64_t begin, int64_t end) {
+      const int64_t h = begin * slice;
+      pack<T>(x + h, rows.count, stride_x, std::min(end * slice, shape.hidden) - h, rows.padded,
+              packed.data() + packed_words<T>(rows.padded, h));
+    });
+  at::parallel_for(0, shape.panels, 1, [&](int64_t begin, int64_t end) {
+    std::vector<T> transposed;
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t column = panel * kPanel;
+      float* dz = raw + panel * raw_rows * kPanel;
+      panel_gradients<T>(rows, kept, coefficients, log_softmax, column, shape.valid(panel), dz,
+                         db == nullptr ? nullptr : db + column);
+      if (dw != nullptr)
+        add_weight_gradients<T>(rows.padded, reinterpret_cast<const T*>(dz), packed.data(), stride,
+                                transposed, dw + column * stride);
+    }
+    release<T>();
+  });
+  if (dx == nullptr) return;
+  // Columns first: each part packs its own columns of the weight, so no panel is packed twice.
+  const int64_t threads = at::get_num_threads(), slices = stride / slice, tiles = rows.padded / kRows;
+  const int64_t across = std::min(threads, slices), width = (slices + across - 1) / across * slice;
+  const int64_t down = std::min(tiles, (threads + across - 1) / across);
+  const int64_t height = (tiles + down - 1) / down * kRows;
+  at::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t h = item % across * width, first = item / across * height;
+      if (h < stride && first < rows.padded)
+        add_hidden_gradients<T>(rows, shape, raw, raw_rows, weight, first,
+                                std::min(first + height, rows.padded), h, std::min(h + width, stride),
+                                stride, dx);
+    }
+  });
+}
+
+// Call body(const T* x, const W* weight) with the types that the two tensors have.
+template <typename Body>
+void with_types(const at::Tensor& x, const at::Tensor& weight, Body body) {
+  if (x.scalar_type() == at::kBFloat16) {
+    body(x.const_data_ptr<at::BFloat16>(), weight.const_data_ptr<at::BFloat16>());
+    return;
+  }
+  const float* data = x.const_data_ptr<float>();
+  switch (weight.scalar_type()) {
+    case at::kBFloat16: return body(data, weight.const_data_ptr<at::BFloat16>());
+    case at::kHalf: return body(data, weight.const_data_ptr<at::Half>());
+    case at::kDouble: return body(data, weight.const_data_ptr<double>());
+    default: return body(data, weight.const_data_ptr<float>());
+  }
+}
+
+float* data_or_null(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() ? tensor->data_ptr<float>() : nullptr;
+}
+
+// The columns of x beyond the hidden size are zero; there are as many as pairs of bf16 need.
+at::Tensor linear_forward(const at::Tensor& x, const at::Tensor& weight,
+                          const std::optional<at::Tensor>& bias, const at::Tensor& token_ids,
+                          const at::Tensor& temperature, double softcap,
+                          const std::optional<at::Tensor>& raw) {
+  const Rows rows(token_ids, temperature, softcap);
+  const Weight shape(weight);
+  const auto out = at::empty({4, rows.count}, x.options().dtype(at::kFloat));
+  if (rows.count == 0) return out;
+  with_types(x, weight, [&](const auto* x_data, const auto* weight_data) {
+    forward(rows, shape, x_data, x.size(1), weight_data, data_or_null(bias), data_or_null(raw),
+            out.template data_ptr<float>());
+  });
+  return out;
+}
+
+void linear_backward(const at::Tensor& raw, const at::Tensor& x, const at::Tensor& weight,
+                     const at::Tensor& kept, const at::Tensor& token_ids,
+                     const at::Tensor& temperature, double softcap, const at::Tensor& coefficients,
+                     const at::Tensor& log_softmax, const std::optional<at::Tensor>& dx,
+                     const std::optional<at::Tensor>& dw, const std::optional<at::Tensor>& db) {
+  const Rows rows(token_ids, temperature, softcap);
+  const Weight shape(weight);
+  with_types(x, weight, [&](const auto* x_data, const auto* weight_data) {
+    backward(rows, shape, raw.data_ptr<float>(), raw.size(1), x_data, x.size(1), weight_data,
+             kept.const_data_ptr<int64_t>(), coefficients.const_data_ptr<float>(),
+             log_softmax.const_data_ptr<float>(), data_or_null(dx), data_or_null(dw),
+             data_or_null(db));
+  });
+}
+
+}  // namespace
+}  // namespace codistill
+
+TORCH_LIBRARY_FRAGMENT(codistill_cpu, m) {
+  using namespace codistill;
+  // Shapes in kernels/codistill_kernels/_linear_cpu.py, the only caller.
+  m.def(
+      "linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor token_ids, Tensor temperature, "
+      "float softcap, Tensor(a!)? raw) -> Tensor",
+      &linear_forward);
+  m.def(
+      "linear_backward(Tensor(a!) raw, Tensor x, Tensor weight, Tensor kept, Tensor token_ids, "
+      "Tensor temperature, float softcap, Tensor coefficients, Tensor log_softmax, Tensor(b!)? dx, "
+      "Tensor(c!)? dw, Tensor(d!)? db) -> ()",
+      &linear_backward);
+  m.def("multiplies_bf16() -> bool", &multiplies_bf16);
+  m.def("tile_shape() -> (int, int, int)", [] {
+    return std::make_tuple(kRows, kPanel, slice_width());
+  });
+}

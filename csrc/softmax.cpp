@@ -1,0 +1,238 @@
+#include "softmax.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+// One source, compiled for AVX-512, AVX2 and the baseline; the loader picks. Eight lanes on all of
+// them: the order of a sum does not depend on the machine's vector width.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define CODISTILL_CLONES \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CODISTILL_CLONES
+#endif
+#define CODISTILL_INLINE inline __attribute__((always_inline))
+
+namespace codistill {
+namespace {
+
+constexpr int64_t kLanes = 8;
+constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kFar = -1e4f;  // exp of it is 0; a shifted logit of -inf would give 0 * inf
+
+using Vec = float __attribute__((vector_size(kLanes * sizeof(float))));
+using IntVec = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+// exp(x) for x <= 0, at most 2 ulp off; 0 below -87.3, where the result would be subnormal.
+CODISTILL_INLINE void exp_nonpositive(const Vec& x, Vec& result) {
+  const Vec clamped = x < -87.3f ? Vec{} - 87.3f : x;
+  const Vec shifted = clamped * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds
+  const Vec n = shifted - 12582912.0f;
+  // ln 2 in two parts: n times the first is exact.
+  const Vec r = (clamped - n * 0.693359375f) + n * 2.12194440054690583e-4f;
+  Vec p = r * (1.0f / 5040.0f) + (1.0f / 720.0f);
+  p = p * r + (1.0f / 120.0f);
+  p = p * r + (1.0f / 24.0f);
+  p = p * r + (1.0f / 6.0f);
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+  const IntVec scale = (__builtin_convertvector(n, IntVec) + 127) << 23;
+  Vec power;
+  std::memcpy(&power, &scale, sizeof(power));
+  result = x < -87.3f ? Vec{} : p * power;
+}
+
+// tanh through expm1(-2|x|), which near 0 is its series: no cancellation.
+CODISTILL_INLINE void tanh_all(const Vec& x, Vec& result) {
+  const Vec u = (x < 0.0f ? x : -x) * 2.0f;
+  Vec e;
+  exp_nonpositive(u, e);
+  Vec series = u * (1.0f / 40320.0f) + (1.0f / 5040.0f);
+  series = series * u + (1.0f / 720.0f);
+  series = series * u + (1.0f / 120.0f);
+  series = series * u + (1.0f / 24.0f);
+  series = series * u + (1.0f / 6.0f);
+  series = series * u + 0.5f;
+  series = series * u * u + u;
+  const Vec em = u > -0.5f ? series : e - 1.0f;
+  const Vec magnitude = -em / (em + 2.0f);
+  result = x < 0.0f ? -magnitude : magnitude;
+}
+
+
+CODISTILL_INLINE float sum_lanes(const Vec& v) {
+  float part[kLanes];
+  std::memcpy(part, &v, sizeof(part));
+  for (int64_t width = kLanes / 2; width > 0; width /= 2)
+    for (int64_t i = 0; i < width; ++i) part[i] += part[i + width];
+  return part[0];
+}
+
+CODISTILL_INLINE float max_lanes(const Vec& v) {
+  float best = v[0];
+  for (int64_t i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// Logits of the row into z, and their maximum; columns from `valid` on become -inf.
+CODISTILL_INLINE float scale_row(const float* raw, int64_t valid, Scale scale, float* z) {
+  Vec best = Vec{} + kMinusInf;
+  for (int64_t j = 0; j < kPanel; j += kLanes) {
+    Vec v;
+    std::memcpy(&v, raw + j, sizeof(v));
+    if (scale.softcap != 0.0f) {
+      Vec capped;
+      tanh_all(v / scale.softcap, capped);
+      v = capped * scale.softcap;
+    }
+    // Not times the reciprocal: that rounds once more, and |z| ulps are the error of a logp.
+    if (scale.temperature != 1.0f) v /= scale.temperature;
+    if (j + kLanes > valid)
+      for (int64_t lane = valid > j ? valid - j : 0; lane < kLanes; ++lane) v[lane] = kMinusInf;
+    best = v > best ? v : best;
+    std::memcpy(z + j, &v, sizeof(v));
+  }
+  return max_lanes(best);
+}
+
+// A row without a finite maximum has no probability; but NaN, which no comparison sees, must show.
+CODISTILL_INLINE bool has_nan(const float* z, int64_t valid) {
+  bool found = false;
+  for (int64_t j = 0; j < valid; ++j) found |= std::isnan(z[j]);
+  return found;
+}
+
+}  // namespace
+
+State empty_state() { return {kMinusInf, 0.0f, 0.0f, 0.0f}; }
+
+PairState empty_pair_state() { return {{kMinusInf, 0.0f}, {kMinusInf, 0.0f}, 0.0f}; }
+
+Sum merge(const Sum& a, const Sum& b) {
+  const bool first = a.max >= b.max || std::isnan(a.max);
+  const Sum& high = first ? a : b;
+  const Sum& low = first ? b : a;
+  if (low.max == kMinusInf) return high;
+  return {high.max, high.rest + std::exp(low.max - high.max) * (1.0f + low.rest)};
+}
+
+State merge(const State& a, const State& b) {
+  const Sum sum = merge(a.sum, b.sum);
+  State out{sum, 0.0f, a.target + b.target};
+  for (const State* part : {&a, &b}) {
+    if (part->sum.max == kMinusInf) continue;
+    const float shift = part->sum.max - sum.max;
+    out.weighted += std::exp(shift) * (part->weighted + shift * (1.0f + part->sum.rest));
+  }
+  return out;
+}
+
+PairState merge(const PairState& a, const PairState& b) {
+  const Sum student = merge(a.student, b.student), teacher = merge(a.teacher, b.teacher);
+  PairState out{student, teacher, 0.0f};
+  for (const PairState* part : {&a, &b}) {
+    if (part->student.max == kMinusInf) continue;
+    const float shift = part->student.max - student.max;
+    const float apart = shift - (part->teacher.max - teacher.max);
+    out.difference += std::exp(shift) * (part->difference + apart * (1.0f + part->student.rest));
+  }
+  return out;
+}
+
+CODISTILL_CLONES
+State row_state(const float* raw, int64_t valid, Scale scale, int64_t target) {
+  alignas(64) float z[kPanel];
+  State out = empty_state();
+  out.sum.max = scale_row(raw, valid, scale, z);
+  if (target >= 0) out.target = z[target];
+  if (out.sum.max == kMinusInf) {
+    if (has_nan(z, valid)) out.sum.max = out.sum.rest = out.weighted = kNaN;
+    return out;
+  }
+  Vec rest = Vec{}, maxima = Vec{}, weighted = Vec{};
+  for (int64_t j = 0; j < kPanel; j += kLanes) {
+    Vec v, e;
+    std::memcpy(&v, z + j, sizeof(v));
+    const Vec shifted = v - out.sum.max;
+    exp_nonpositive(shifted, e);
+    rest += v == out.sum.max ? Vec{} : e;
+    maxima += v == out.sum.max ? Vec{} + 1.0f : Vec{};
+    weighted += e * (shifted < kFar ? Vec{} : shifted);
+  }
+  out.sum.rest = sum_lanes(rest) + (sum_lanes(maxima) - 1.0f);
+  out.weighted = sum_lanes(weighted);
+  return out;
+}
+
+CODISTILL_CLONES
+PairState row_pair_state(const float* student, const float* teacher, int64_t valid, Scale scale_s,
+                         Scale scale_t) {
+  alignas(64) float z_s[kPanel], z_t[kPanel];
+  PairState out = empty_pair_state();
+  out.student.max = scale_row(student, valid, scale_s, z_s);
+  out.teacher.max = scale_row(teacher, valid, scale_t, z_t);
+  if (has_nan(z_s, valid) || has_nan(z_t, valid)) return {{kNaN, kNaN}, {kNaN, kNaN}, kNaN};
+  Vec rest_s = Vec{}, rest_t = Vec{}, maxima_s = Vec{}, maxima_t = Vec{}, difference = Vec{};
+  const Vec none = Vec{}, one = Vec{} + 1.0f;
+  for (int64_t j = 0; j < kPanel; j += kLanes) {
+    Vec s, t, p_s, p_t;
+    std::memcpy(&s, z_s + j, sizeof(s));
+    std::memcpy(&t, z_t + j, sizeof(t));
+    const Vec far_s = s - out.student.max, far_t = t - out.teacher.max;
+    exp_nonpositive(far_s, p_s);
+    exp_nonpositive(far_t, p_t);
+    rest_s += s == out.student.max ? none : p_s;
+    rest_t += t == out.teacher.max ? none : p_t;
+    maxima_s += s == out.student.max ? one : none;
+    maxima_t += t == out.teacher.max ? one : none;
+    difference += p_s > 0.0f ? p_s * (far_s - far_t) : none;
+  }
+  // A range that one model excludes wholly is empty for it: -inf - -inf above was NaN.
+  const bool empty_s = out.student.max == kMinusInf, empty_t = out.teacher.max == kMinusInf;
+  out.student.rest = empty_s ? 0.0f : sum_lanes(rest_s) + (sum_lanes(maxima_s) - 1.0f);
+  out.teacher.rest = empty_t ? 0.0f : sum_lanes(rest_t) + (sum_lanes(maxima_t) - 1.0f);
+  out.difference = empty_s ? 0.0f : empty_t ? -kMinusInf : sum_lanes(difference);
+  return out;
+}
+
+CODISTILL_CLONES
+void row_gradient(const float* raw, int64_t valid, Scale scale, int64_t target,
+                  const Coefficients& c, float* out) {
+  alignas(64) float z[kPanel];
+  scale_row(raw, valid, scale, z);
+  float at_target = target >= 0 ? z[target] - c.max : 0.0f;
+  if (at_target < kFar) at_target = kFar;
+  for (int64_t j = 0; j < kPanel; j += kLanes) {
+    Vec v, p;
+    std::memcpy(&v, z + j, sizeof(v));
+    Vec shifted = v - c.max;
+    shifted = shifted < kFar ? Vec{} + kFar : shifted;
+    exp_nonpositive(shifted - c.log_sum, p);
+    v = p * (c.c0 + c.c2 * (shifted - c.mean));
+    std::memcpy(z + j, &v, sizeof(v));
+  }
+  if (target >= 0) {
+    // c0 p - c1 loses all digits where p is near 1 and c0 = c1: expm1 keeps them.
+    const float logp = at_target - c.log_sum;
+    z[target] = c.c0 * std::expm1(logp) + (c.c0 - c.c1) +
+                c.c2 * std::exp(logp) * (at_target - c.mean);
+  }
+  for (int64_t j = 0; j < kPanel; j += kLanes) {
+    Vec v;
+    std::memcpy(&v, z + j, sizeof(v));
+    if (scale.softcap != 0.0f) {
+      Vec a, t;
+      std::memcpy(&a, raw + j, sizeof(a));
+      tanh_all(a / scale.softcap, t);
+      v *= 1.0f - t * t;
+    }
+    if (scale.temperature != 1.0f) v /= scale.temperature;
+    if (j + kLanes > valid)
+      for (int64_t lane = valid > j ? valid - j : 0; lane < kLanes; ++lane) v[lane] = 0.0f;
+    std::memcpy(out + j, &v, sizeof(v));
+  }
+}
+
+}  // namespace codistill

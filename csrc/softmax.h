@@ -1,0 +1,58 @@
+// Row-wise softmax on a panel of raw logits, a = x . w + bias, while it is in cache.
+//
+//   z = softcap tanh(a / softcap) / temperature      (softcap 0: z = a / temperature)
+#pragma once
+
+#include <cstdint>
+
+#include "tiles.h"
+
+namespace codistill {
+
+// How the raw logits of one row become logits.
+struct Scale {
+  float softcap;  // 0: none
+  float temperature;
+};
+
+// Of a vocabulary range: max z, and sum exp(z - max) without one term of the maximum. That term is 1;
+// left out, log1p(rest) keeps the digits of the small log-probability of a peaked row's token.
+struct Sum {
+  float max, rest;
+};
+
+struct State {
+  Sum sum;
+  float weighted;  // sum exp(z - max) (z - max)
+  float target;    // z of the token, 0 if it is not in the range
+};
+
+// Of two models over the same vocabulary range, s the student and t the teacher.
+struct PairState {
+  Sum student, teacher;
+  float difference;  // sum exp(z_s - max_s) ((z_s - max_s) - (z_t - max_t))
+};
+
+// The gradient of a row: dz_j = c0 p_j - c1 [j = target] + c2 p_j (z_j - E_p z).
+struct Coefficients {
+  float c0, c1, c2;
+  float max, log_sum, mean;  // of the whole vocabulary: max z, log sum exp(z - max), E_p[z - max]
+};
+
+State empty_state();
+PairState empty_pair_state();
+
+// Combine two disjoint ranges of one row. Either may be empty (max = -inf); NaN in either stays.
+State merge(const State& a, const State& b);
+PairState merge(const PairState& a, const PairState& b);
+
+// State of `valid` <= kPanel columns. `raw` [kPanel] is read whole; `target` is a column, or -1.
+State row_state(const float* raw, int64_t valid, Scale scale, int64_t target);
+PairState row_pair_state(const float* student, const float* teacher, int64_t valid, Scale scale_s,
+                         Scale scale_t);
+
+// out[j] = dz_j dz/da, [kPanel]; 0 from `valid` on. May be `raw` itself.
+void row_gradient(const float* raw, int64_t valid, Scale scale, int64_t target,
+                  const Coefficients& coefficients, float* out);
+
+}  // namespace codistill

@@ -1,0 +1,106 @@
+"""Logits of a linear head in C++ (csrc/linear.cpp): tiles that stay in cache."""
+
+import torch
+from torch import Tensor
+
+from codistill_kernels._head import Head
+
+ROWS = 4096  # of a chunk whose logits need not be held: a copy of this many hidden states
+
+
+def round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
+
+
+class CpuChunks:
+    """Raw logits x . w + bias of one chunk of rows at a time."""
+
+    BUFFERS = 1  # [R, V] tensors alive at once: the gradient takes the place of the raw logits
+
+    def __init__(
+        self,
+        hidden_states: Tensor,
+        head: Head,
+        token_ids: Tensor,
+        workspace: Tensor | None = None,
+    ) -> None:
+        """workspace: of other chunks that are done with theirs, to be used again."""
+        self.hidden_states, self.token_ids, self.head = hidden_states, token_ids, head
+        self.weight = head.weight.contiguous()
+        self.bias = None if head.bias is None else head.bias.float().contiguous()
+        self.tile_rows, self.panel, self.slice = torch.ops.codistill_cpu.tile_shape()
+        both_bf16 = hidden_states.dtype == head.weight.dtype == torch.bfloat16
+        # Elsewhere bf16 and fp16 become fp32, tile by tile: nothing is lost.
+        use_bf16 = both_bf16 and torch.ops.codistill_cpu.multiplies_bf16()
+        self.operand_dtype = torch.bfloat16 if use_bf16 else torch.float32
+        self.workspace = torch.empty(0) if workspace is None else workspace
+
+    def statistics(self) -> Tensor:
+        """[4, N] of all rows, none of them held."""
+        every = torch.arange(len(self.token_ids))
+        return torch.cat([self._forward(rows, None) for rows in every.split(ROWS)], dim=1)
+
+    def hold(self, rows: Tensor) -> Tensor:
+        """Keep the raw logits of these rows; their statistics [4, R]."""
+        self.rows = rows
+        panels = -(-len(self.weight) // self.panel)
+        shape = (panels, round_up(len(rows), self.tile_rows), self.panel)
+        if self.workspace.numel() < panels * shape[1] * self.panel:
+            self.workspace = torch.empty(panels * shape[1] * self.panel)
+        self.raw = self.workspace[: panels * shape[1] * self.panel].view(shape)
+        return self._forward(rows, self.raw)
+
+    def _forward(self, rows: Tensor, raw: Tensor | None) -> Tensor:
+        return torch.ops.codistill_cpu.linear_forward(
+            self._operand(rows),
+            self.weight,
+            self.bias,
+            self.token_ids[rows],
+            self.head.temperature[rows],
+            self.head.softcap,
+            raw,
+        )
+
+    def _operand(self, rows: Tensor) -> Tensor:
+        """Hidden states of the rows: whole tiles of rows and of columns, zeros beyond."""
+        width = self.hidden_states.shape[1]
+        shape = (round_up(len(rows), self.tile_rows), round_up(width, 16))
+        out = torch.zeros(shape, dtype=self.operand_dtype)
+        out[: len(rows), :width] = self.hidden_states[rows]
+        return out
+
+    def weight_gradients(self) -> Tensor:
+        """Zeros for `gradients` to add to, in whole tiles; the first [V, H] count."""
+        vocab, width = self.weight.shape
+        return torch.zeros((round_up(vocab, self.panel), round_up(width, self.slice)))
+
+    def gradients(
+        self,
+        kept: Tensor,
+        coefficients: Tensor,
+        log_softmax: Tensor,
+        needs_hidden: bool,
+        dw: Tensor | None,
+        db: Tensor | None,
+    ) -> Tensor | None:
+        """dx [K, H] of rows `kept` of those held, which ends their being held; adds to dw, db."""
+        rows, width = self.rows[kept], self.weight.shape[1]
+        x = self._operand(rows)
+        shape = (len(x), round_up(width, self.slice))
+        dx = torch.zeros(shape) if needs_hidden else None
+        torch.ops.codistill_cpu.linear_backward(
+            self.raw,
+            x,
+            self.weight,
+            kept,
+            self.token_ids[rows],
+            self.head.temperature[rows],
+            self.head.softcap,
+            coefficients.contiguous(),
+            log_softmax.contiguous(),
+            dx,
+            dw,
+            db,
+        )
+        self.raw = None
+        return None if dx is None else dx[: len(rows), :width]
