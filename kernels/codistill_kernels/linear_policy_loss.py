@@ -50,13 +50,14 @@ def linear_policy_gradients(
     chunk_rows: int,
     group_name: str,
     needs: list[bool],
+    kind: str = "clip",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logps [N], and the gradients of -sum of the surrogate: empty tensors where not needed.
 
-    weighted_advantages: importance weight times advantage; the weight is not negative. bounds:
-    epsilon_low, epsilon_high and dual_clip, if there is one.
+    weighted_advantages: importance weight times advantage; the weight is not negative. kind and
+    bounds: those of the loss, token-level.
     """
-    loss = PolicyLoss("clip", *bounds)
+    loss = PolicyLoss(kind, *bounds)
     group = dist.distributed_c10d._resolve_process_group(group_name) if group_name else None
     dtype = compute_dtype(hidden_states)
     head = convert_once(Head(lm_head_weight, bias, temperature, softcap), dtype)
@@ -72,7 +73,7 @@ def linear_policy_gradients(
         chunk_logps = (statistics[3] - maximum) - log_sum
         logps[rows] = chunk_logps
         old = chunk_logps if old_logps is None else old_logps[rows]
-        g = token_gradients((chunk_logps - old).exp(), weighted_advantages[rows], loss)
+        g = token_gradients(chunk_logps - old, weighted_advantages[rows], loss)
         kept = g.ne(0).nonzero().squeeze(1)
         if not any(needs) or not len(kept):
             continue
@@ -99,6 +100,7 @@ def _(
     chunk_rows,
     group_name,
     needs,
+    kind="clip",
 ):
     shapes = (hidden_states.shape, lm_head_weight.shape, lm_head_weight.shape[:1])
     return temperature.new_empty(len(token_ids)), *(
@@ -186,6 +188,8 @@ def linear_policy_loss(
     require(workspace_mib > 0, "workspace_mib", "> 0", workspace_mib)
     require(backend in ("auto", "torch"), "backend", "'auto' or 'torch'", repr(backend))
     require_mask(mask, len(hidden_states))
+    if loss.is_sequence_level:
+        raise NotImplementedError(f"linear_policy_loss with kind {loss.kind!r}")
     if importance_weights is not None and can_look(importance_weights):
         counted = importance_weights if mask is None else importance_weights[mask]
         wrong = counted[~(counted >= 0)]
@@ -223,6 +227,7 @@ def linear_policy_loss(
             rows_within(workspace_mib, lm_head_weight, inputs.tensors[4]),
             "" if group is None else group.group_name,
             needs,
+            loss.kind,
         )
         value, statistics = policy_loss(
             logps, old_logps, advantages, keep, loss=loss, normalizer=normalizer, **terms
