@@ -180,6 +180,7 @@ def linear_policy_loss(
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value. The message names it.
+        NotImplementedError: the loss is sequence-level.
 
     Rows without a gradient (masked, clipped, advantage 0) are left out of both gradient products.
     Source: Eq. 5 and Eq. 10. Definition: reference.policy_loss of reference.linear_logps.

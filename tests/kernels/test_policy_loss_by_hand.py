@@ -66,23 +66,23 @@ def test_cispo_by_hand():
 
 
 def test_gspo_by_hand():
-    # sequence 0, A 2: mean log-ratio 0.2, s = 1.2214 > 1.2: two tokens of 1.2 * 2
+    # sequence 0, A 2: mean log-ratio 0.2, s = 1.2214 > 1.2: two tokens of 1.2 * 2, one masked
     # sequence 1, A -1: mean -0.2, s = 0.8187 < 0.9: two tokens of -0.9
     # sequence 3, A -3, weights 0.5 and 1: mean 0.15, not cut: 1.5 * s * -3. Its last is masked.
     s = math.exp(0.15)
     loss, gradient, stats = with_gradient(
-        leaf([0.3, 0.1, -0.5, 0.1, 0.4, -0.1, 5.0]),
-        torch.zeros(7, dtype=torch.float64),
+        leaf([0.3, 9.0, 0.1, -0.5, 0.1, 0.4, -0.1, 5.0]),
+        torch.zeros(8, dtype=torch.float64),
         torch.tensor([2.0, -1.0, 99.0, -3.0]),
-        torch.tensor([1, 1, 1, 1, 1, 1, 0]).bool(),
+        torch.tensor([1, 0, 1, 1, 1, 1, 1, 0]).bool(),
         loss=PolicyLoss("gspo", epsilon_low=0.1),
         normalizer=10,
-        importance_weights=torch.tensor([1, 1, 1, 1, 0.5, 1, 7]),
-        cu_seqlens=torch.tensor([0, 2, 4, 4, 7]),
+        importance_weights=torch.tensor([1, 7, 1, 1, 1, 0.5, 1, 7]),
+        cu_seqlens=torch.tensor([0, 3, 5, 5, 8]),
     )
     assert loss.item() == pytest.approx(-(2 * 2.4 - 2 * 0.9 - 4.5 * s) / 10)
     # d s / d logp = s / 2 for both unmasked tokens of sequence 3
-    assert gradient.tolist() == pytest.approx([0, 0, 0, 0, 0.225 * s, 0.225 * s, 0])
+    assert gradient.tolist() == pytest.approx([0, 0, 0, 0, 0, 0.225 * s, 0.225 * s, 0])
     assert stats["tokens"] == 6
     assert stats["clip_fraction_low"].item() == pytest.approx(2 / 6)
     assert stats["clip_fraction_high"].item() == pytest.approx(2 / 6)
