@@ -5,13 +5,14 @@ Importing does no work: no GPU is asked for, no compiled extension is loaded.
 
 from codistill_kernels.linear_logps import linear_logps
 from codistill_kernels.linear_policy_loss import linear_policy_loss
-from codistill_kernels.policy_loss import PolicyLoss, policy_loss
+from codistill_kernels.policy_loss import PolicyLoss, importance_weights, policy_loss
 from codistill_kernels.rewards import downsample, group_advantages, kd_rewards
 
 __all__ = [
     "PolicyLoss",
     "downsample",
     "group_advantages",
+    "importance_weights",
     "kd_rewards",
     "linear_logps",
     "linear_policy_loss",

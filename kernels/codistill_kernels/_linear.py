@@ -45,9 +45,7 @@ class GradientSums:
     def add(self, rows: Tensor, kept: Tensor, coefficients: Tensor, log_softmax: Tensor) -> None:
         """From `rows`, those the chunks hold, only the `kept` [K] with their [3, K] numbers."""
         needs_hidden = self.dx is not None
-        dx = self.chunks.gradients(
-            kept, coefficients, log_softmax, needs_hidden, self.dw, self.db
-        )
+        dx = self.chunks.gradients(kept, coefficients, log_softmax, needs_hidden, self.dw, self.db)
         if needs_hidden:
             self.dx[rows[kept]] = dx
 
@@ -69,18 +67,21 @@ def recomputed_gradients(
     is_whole: bool,
     needs: Sequence[bool],
     backend: str,
+    workspace_mib: int = WORKSPACE_MIB,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients from per-row coefficients [3, N]; rows whose coefficients are 0 are left out.
 
     log_softmax: [3, N], `normalizers` of the whole vocabulary. is_whole: so is the weight. dw comes
     in the dtype of the weight, or in fp32, to be rounded.
     """
-    active = coefficients.ne(0).any(dim=0).nonzero().squeeze(1)
+    active = (coefficients.ne(0).any(dim=0) & any(needs)).nonzero().squeeze(1)
     chunks = make_chunks(hidden_states, head, token_ids, backend)
     if isinstance(chunks, CpuChunks):
-        return by_columns(hidden_states, head, token_ids, coefficients, log_softmax, active, needs)
+        numbers = (coefficients, log_softmax)
+        return by_columns(hidden_states, head, token_ids, active, *numbers, needs, workspace_mib)
     sums = GradientSums(chunks, needs)
-    most = rows_within(WORKSPACE_MIB, len(head.weight), bytes_per_logit(type(chunks), hidden_states))
+    size = bytes_per_logit(type(chunks), hidden_states)
+    most = rows_within(workspace_mib, len(head.weight), size)
     for rows in split_rows(active, most):
         statistics = chunks.hold(rows)
         # Of these very logits where they are all: no kernel promises a matrix product's bits, and a
@@ -95,10 +96,11 @@ def by_columns(
     hidden_states: Tensor,
     head: Head,
     token_ids: Tensor,
+    active: Tensor,
     coefficients: Tensor,
     log_softmax: Tensor,
-    active: Tensor,
     needs: Sequence[bool],
+    workspace_mib: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`recomputed_gradients` with vocabulary ranges outermost: needs no fp32 copy of dW.
 
@@ -115,7 +117,7 @@ def by_columns(
     hidden, ids, head = hidden_states[active], token_ids[active], head.of_rows(active)
     numbers = coefficients[:, active], log_softmax[:, active]
     every = torch.arange(len(active))
-    width = columns_within(WORKSPACE_MIB, len(active))
+    width = columns_within(workspace_mib, len(active))
     workspace = None
     for first in range(0, len(head.weight), width):
         columns = slice(first, first + width)

@@ -16,6 +16,7 @@ class CpuChunks:
     """Raw logits x . w + bias of one chunk of rows at a time."""
 
     BUFFERS = 1  # [R, V] tensors alive at once: the gradient takes the place of the raw logits
+    FEW_ROWS = 256  # below, a chunk is not worth packing the weight for
 
     def __init__(
         self,

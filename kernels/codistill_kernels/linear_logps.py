@@ -94,12 +94,10 @@ class LinearLogps(torch.autograd.Function):
         softcap = softcap or 0.0
         inputs = (hidden_states, lm_head_weight, bias, token_ids, temperature)
         statistics = linear_statistics(*inputs, softcap, backend)
-        if group is not None:
-            statistics = merge_shards(statistics, group)
-        log_softmax = normalizers(statistics)
-        maximum, log_sum, mean = log_softmax
+        logps, log_softmax = log_probabilities(statistics, group)
+        _, log_sum, mean = log_softmax
         # Select, not multiply: an ignored row may hold NaN.
-        logps = torch.where(active, (statistics[3] - maximum) - log_sum, 0.0)
+        logps = torch.where(active, logps, 0.0)
         entropy = torch.where(active, log_sum - mean, 0.0)
         ctx.save_for_backward(*inputs, active, log_softmax)
         ctx.softcap, ctx.group, ctx.backend = softcap, group, backend
@@ -123,6 +121,15 @@ class LinearLogps(torch.autograd.Function):
                 dist.all_reduce(dx, group=ctx.group)
             dx = dx.to(inputs[0].dtype)
         return dx, dw, db, *[None] * 4
+
+
+def log_probabilities(statistics: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """logps [N], and `normalizers` [3, N] of the whole vocabulary."""
+    if group is not None:
+        statistics = merge_shards(statistics, group)
+    log_softmax = normalizers(statistics)
+    maximum, log_sum, _ = log_softmax
+    return (statistics[3] - maximum) - log_sum, log_softmax
 
 
 def merge_shards(statistics: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -193,8 +200,9 @@ def linear_logps(
 
     Logits are fp32 sums, never rounded. Memory besides the inputs: the forward pass holds a tile
     of logits a thread (cpu) or a chunk of 256 rows (torch); the backward pass recomputes them, at
-    most 128 MiB at a time, and holds the gradients, of hidden_states in fp32. Definition: codistill_kernels.reference.linear_logps. Source: online softmax,
-    Milakov & Gimelshein 2018 (arXiv:1805.02867).
+    most 128 MiB at a time, and holds the gradients, of hidden_states in fp32.
+    Definition: codistill_kernels.reference.linear_logps. Source: online softmax, Milakov &
+    Gimelshein 2018 (arXiv:1805.02867).
     """
     inputs = prepare(
         hidden_states,

@@ -7,11 +7,13 @@ recomputing backward pass needs 8. Rows without a gradient (masked, clipped, adv
 out of the two gradient products, exactly.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from codistill_kernels._checks import can_look, require, require_mask
+from codistill_kernels._checks import require, require_mask
 from codistill_kernels._head import Head
 from codistill_kernels._linear import (
     WORKSPACE_MIB,
@@ -19,15 +21,17 @@ from codistill_kernels._linear import (
     bytes_per_logit,
     kind_of_chunks,
     make_chunks,
+    recomputed_gradients,
     rows_within,
     split_rows,
 )
-from codistill_kernels._softmax_torch import normalizers
-from codistill_kernels.linear_logps import merge_shards, prepare
+from codistill_kernels.linear_logps import log_probabilities, prepare
 from codistill_kernels.policy_loss import (
     PolicyLoss,
     check_inputs,
     policy_loss,
+    require_cu_seqlens,
+    to_tokens,
     token_gradients,
 )
 
@@ -43,8 +47,11 @@ def linear_policy_gradients(
     temperature: Tensor,
     softcap: float,
     old_logps: Tensor | None,
-    weighted_advantages: Tensor,
+    advantages: Tensor,
+    importance_weights: Tensor | None,
     mask: Tensor,
+    cu_seqlens: Tensor | None,
+    kind: str,
     bounds: list[float],
     shard_rows: int,
     workspace_mib: int,
@@ -54,33 +61,20 @@ def linear_policy_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logps [N], and the gradients of -sum of the surrogate: empty tensors where not needed.
 
-    weighted_advantages: importance weight times advantage; the weight is not negative. bounds:
-    epsilon_low, epsilon_high and dual_clip, if there is one. shard_rows: of a whole shard of the
-    weight, this one may be cut: all processes must make the same chunks.
+    kind, bounds: of the loss. shard_rows: of a whole shard of the weight, this one may be cut: all
+    processes must make the same chunks.
     """
-    loss = PolicyLoss("clip", *bounds)
+    loss = PolicyLoss(kind, *bounds)
     group = dist.distributed_c10d._resolve_process_group(group_name) if group_name else None
     head = Head(lm_head_weight, bias, temperature, softcap)
-    kind = kind_of_chunks(hidden_states, backend)
-    chunks = make_chunks(hidden_states, head, token_ids, backend)
-    sums = GradientSums(chunks, needs)
-    logps = torch.zeros_like(temperature)
-    most = rows_within(workspace_mib, shard_rows, bytes_per_logit(kind, hidden_states))
-    for rows in split_rows(mask.nonzero().squeeze(1), most):
-        statistics = chunks.hold(rows)
-        if group is not None:
-            statistics = merge_shards(statistics, group)
-        softmax = normalizers(statistics)
-        maximum, log_sum, _ = softmax
-        chunk_logps = (statistics[3] - maximum) - log_sum
-        logps[rows] = chunk_logps
-        old = chunk_logps if old_logps is None else old_logps[rows]
-        g = token_gradients((chunk_logps - old).exp(), weighted_advantages[rows], loss)
-        kept = g.ne(0).nonzero().squeeze(1)  # exact: the others would add zeros
-        if any(needs) and len(kept):
-            coefficients = torch.stack((-g, -g, torch.zeros_like(g)))
-            sums.add(rows, kept, coefficients[:, kept], softmax[:, kept])
-    return logps, *sums.results()
+    terms = Terms(old_logps, advantages, importance_weights, mask, cu_seqlens, loss)
+    chunks = kind_of_chunks(hidden_states, backend)
+    most = rows_within(workspace_mib, shard_rows, bytes_per_logit(chunks, hidden_states))
+    few = most < min(chunks.FEW_ROWS, len(mask))
+    arguments = (hidden_states, head, token_ids, terms, group, needs, backend)
+    if few or not any(needs) or loss.is_sequence_level:
+        return two_passes(*arguments, workspace_mib)
+    return single_pass(*arguments, most)
 
 
 @linear_policy_gradients.register_fake
@@ -92,8 +86,11 @@ def _(
     temperature,
     softcap,
     old_logps,
-    weighted_advantages,
+    advantages,
+    importance_weights,
     mask,
+    cu_seqlens,
+    kind,
     bounds,
     shard_rows,
     workspace_mib,
@@ -106,6 +103,104 @@ def _(
         temperature.new_empty(shape if need else 0)
         for shape, need in zip(shapes, needs, strict=True)
     )
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the loss takes besides log-probabilities."""
+
+    old_logps: Tensor | None
+    advantages: Tensor
+    """[N], or [S] with cu_seqlens"""
+    importance_weights: Tensor | None
+    mask: Tensor
+    cu_seqlens: Tensor | None
+    loss: PolicyLoss
+
+    def coefficients(self, logps: Tensor) -> Tensor:
+        """[3, N] of the gradient of -sum of the surrogate, from all tokens' log-probabilities."""
+        return as_coefficients(
+            token_gradients(
+                torch.zeros_like(logps) if self.old_logps is None else logps - self.old_logps,
+                self.advantages,
+                self.loss,
+                weights=self.importance_weights,
+                keep=self.mask,
+                cu_seqlens=self.cu_seqlens,
+            )
+        )
+
+    def of_rows(self, rows: Tensor) -> "Terms":
+        """Of some tokens; for losses in which no token depends on another."""
+        advantages = self.advantages
+        if self.cu_seqlens is not None:
+            advantages = to_tokens(advantages, self.cu_seqlens, len(self.mask))
+        old, weights = (
+            None if t is None else t[rows] for t in (self.old_logps, self.importance_weights)
+        )
+        return Terms(old, advantages[rows], weights, self.mask[rows], None, self.loss)
+
+
+def as_coefficients(gradients: Tensor) -> Tensor:
+    """dz = g ([j = y] - p): c0 = c1 = -g, c2 = 0."""
+    return torch.stack((-gradients, -gradients, torch.zeros_like(gradients)))
+
+
+def single_pass(
+    hidden_states: Tensor,
+    head: Head,
+    token_ids: Tensor,
+    terms: Terms,
+    group: dist.ProcessGroup | None,
+    needs: list[bool],
+    backend: str,
+    most: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients from the very logits that gave the log-probabilities, `most` rows at a time."""
+    chunks = make_chunks(hidden_states, head, token_ids, backend)
+    sums = GradientSums(chunks, needs)
+    logps = torch.zeros_like(head.temperature)
+    for rows in split_rows(terms.mask.nonzero().squeeze(1), most):
+        logps[rows], softmax = log_probabilities(chunks.hold(rows), group)
+        coefficients = terms.of_rows(rows).coefficients(logps[rows])
+        kept = coefficients[0].nonzero().squeeze(1)  # exact: the others would add zeros
+        if len(kept):
+            sums.add(rows, kept, coefficients[:, kept], softmax[:, kept])
+    return logps, *sums.results()
+
+
+def two_passes(
+    hidden_states: Tensor,
+    head: Head,
+    token_ids: Tensor,
+    terms: Terms,
+    group: dist.ProcessGroup | None,
+    needs: list[bool],
+    backend: str,
+    workspace_mib: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All log-probabilities first, then the gradients from recomputed logits: 8 N H V.
+
+    For losses whose gradient at one token depends on others, for no gradient at all, and for a
+    workspace of so few rows that preparing the weight for each chunk would cost more.
+    """
+    rows = terms.mask.nonzero().squeeze(1)
+    chunks = make_chunks(hidden_states[rows], head.of_rows(rows), token_ids[rows], backend)
+    logps = torch.zeros_like(head.temperature)
+    softmax = logps.new_zeros((3, len(logps)))
+    logps[rows], softmax[:, rows] = log_probabilities(chunks.statistics(), group)
+    gradients = recomputed_gradients(
+        hidden_states,
+        head,
+        token_ids,
+        terms.coefficients(logps),
+        softmax,
+        group is None,
+        needs,
+        backend,
+        workspace_mib,
+    )
+    return logps, *gradients
 
 
 # --- autograd ----------------------------------------------------------------------------------
@@ -177,7 +272,7 @@ def linear_policy_loss(
         lm_head_weight: [V, H]. Differentiable; its gradient is summed in fp32 and rounded once.
         token_ids: [N] int64. Only those under the mask need be in the vocabulary.
         old_logps, advantages, mask, loss, normalizer, importance_weights, cu_seqlens: as in
-            `policy_loss`. Importance weights are >= 0.
+            `policy_loss`.
         bias, temperature, softcap, vocab_size, group: as in `linear_logps`.
         workspace_mib: bound of the logits held at once (MiB); more rows a pass, fewer passes over
             the weight. Does not grow with N.
@@ -196,10 +291,7 @@ def linear_policy_loss(
     require(hidden_states.ndim == 2, "hidden_states", "[N, H]", tuple(hidden_states.shape))
     require(workspace_mib > 0, "workspace_mib", "> 0", workspace_mib)
     require_mask(mask, len(hidden_states))
-    if importance_weights is not None and can_look(importance_weights):
-        counted = importance_weights if mask is None else importance_weights[mask]
-        wrong = counted[~(counted >= 0)]
-        require(not len(wrong), "importance_weights", ">= 0", wrong[:3].tolist())
+    require_cu_seqlens(loss, cu_seqlens)
     keep = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
     inputs = prepare(
         hidden_states,
@@ -226,8 +318,11 @@ def linear_policy_loss(
             *inputs.tensors,
             softcap or 0.0,
             old_logps,
-            weighted_advantages(inputs.tensors[4], advantages, keep, **terms),
+            advantages,
+            importance_weights,
             keep,
+            cu_seqlens,
+            loss.kind,
             loss.bounds(),
             len(lm_head_weight),
             workspace_mib,
@@ -241,20 +336,3 @@ def linear_policy_loss(
     if any(needs):
         value = WithGradients.apply(*differentiable, value, gradients, normalizer, group)
     return value, statistics
-
-
-def weighted_advantages(
-    like: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    importance_weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    """Importance weight times advantage of each token, [N]; 0 behind the mask."""
-    if cu_seqlens is not None:
-        advantages = advantages.repeat_interleave(cu_seqlens.diff(), output_size=len(mask))
-    if importance_weights is not None:
-        advantages = advantages * importance_weights
-    return torch.where(mask, advantages.to(like.dtype), 0.0)
-

@@ -1,6 +1,11 @@
-"""The clipped importance-ratio loss, from log-probabilities."""
+"""The importance-ratio losses of policy optimization, from log-probabilities.
+
+One step serves the loss and its gradient: `surrogate_terms` says which ratio, advantage and weight
+each token (gspo, gmpo: each sequence) has, and where a bound stands in the place of the ratio.
+"""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,21 +19,31 @@ from codistill_kernels._checks import (
     require_shape,
 )
 
-KINDS = ("clip",)
+SEQUENCE_KINDS = ("gspo", "gmpo")
+KINDS = ("clip", "cispo", *SEQUENCE_KINDS)
 
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """Which surrogate, and its bounds.
+    """Which surrogate, and its bounds. r is the ratio of a token, L the unmasked tokens of a
+    sequence, sg() stops the gradient and c() clips to [1 - epsilon_low, 1 + epsilon_high].
 
-    kind: "clip", the token-level surrogate of Eq. 2, 5 and 10.
-    epsilon_low, epsilon_high: the ratio stops pushing below 1 - epsilon_low (negative advantage)
-        and above 1 + epsilon_high (positive advantage).
-    dual_clip: > 1; with a negative advantage the surrogate is at least dual_clip * advantage
-        (Ye et al. 2020, arXiv:1912.09729). None: no such bound.
+    kind: what is summed over unmasked tokens.
+        "clip": min(r A, c(r) A), the token-level surrogate of Eq. 2, 5 and 10. With epsilon_high >
+            epsilon_low it is DAPO's clip-higher (Yu et al. 2025, arXiv:2503.14476).
+        "cispo": sg(c(r)) A logp (MiniMax-M1, arXiv:2506.13585). Bounds the weight of a token,
+            whatever the sign of A, and never cuts its gradient. epsilon_low = 1: no lower bound.
+        "gspo": min(s A, c(s) A) with s = exp(1/L sum_sequence log r) (Zheng et al. 2025,
+            arXiv:2507.18071). The gradient flows through the mean to every token.
+        "gmpo": exp(1/L sum_sequence b(log r)) A (Zhao et al. 2025, arXiv:2507.20673), where b
+            bounds nats: at most epsilon_high where A > 0, at least -epsilon_low where A < 0.
+    epsilon_low, epsilon_high: the ratio (gspo: s, gmpo: log r) stops pushing below the low bound
+        where A < 0 and above the high bound where A > 0. A ratio exactly on a bound is not cut.
+    dual_clip: > 1, "clip" only; with a negative advantage the surrogate is at least
+        dual_clip * advantage (Ye et al. 2020, arXiv:1912.09729). None: no such bound.
 
     Raises:
-        ValueError: a field is out of range.
+        ValueError: a field is out of range, or set and not used by the kind.
     """
 
     kind: str = "clip"
@@ -38,9 +53,20 @@ class PolicyLoss:
 
     def __post_init__(self) -> None:
         require(self.kind in KINDS, "kind", f"one of {', '.join(KINDS)}", repr(self.kind))
-        require(0 <= self.epsilon_low < 1, "epsilon_low", "in [0, 1)", self.epsilon_low)
+        valid, expected = {
+            "cispo": (0 <= self.epsilon_low <= 1, "in [0, 1]"),
+            "gmpo": (self.epsilon_low >= 0, ">= 0"),
+        }.get(self.kind, (0 <= self.epsilon_low < 1, "in [0, 1)"))
+        require(valid, "epsilon_low", expected, self.epsilon_low)
         require(self.epsilon_high >= 0, "epsilon_high", ">= 0", self.epsilon_high)
         require(self.dual_clip is None or self.dual_clip > 1, "dual_clip", "> 1", self.dual_clip)
+        unused = self.dual_clip is not None and self.kind != "clip"
+        require(not unused, "dual_clip", f"None with kind {self.kind!r}", self.dual_clip)
+
+    @property
+    def is_sequence_level(self) -> bool:
+        """Whether a token's gradient depends on the other tokens of its sequence."""
+        return self.kind in SEQUENCE_KINDS
 
     def bounds(self) -> list[float]:
         """epsilon_low, epsilon_high and dual_clip, if there is one: arguments of a custom op."""
@@ -59,11 +85,10 @@ def policy_loss(
     importance_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped surrogate over flat tokens: a sum, divided once.
+    """Surrogate over flat tokens: a sum, divided once.
 
     r[n] = exp(logps[n] - old_logps[n])
-    c[n] = clip(r[n], 1 - epsilon_low, 1 + epsilon_high)
-    loss = -(1/normalizer) sum_n w[n] min(r[n] A[n], c[n] A[n])
+    loss = -(1/normalizer) sum_n w[n] surrogate[n], over unmasked tokens; surrogate: see PolicyLoss
 
     Args:
         logps: [N] log-probabilities of the policy in training, nats. Differentiable.
@@ -73,67 +98,221 @@ def policy_loss(
         mask: [N] bool; False takes a token out of everything, whatever its other values are.
         loss: which surrogate.
         normalizer: > 0; the count that the sum is divided by, over all processes and micro-batches:
-            Eq. 5 has prompts * G * max completion tokens.
-        importance_weights: [N] w, e.g. the truncated ratio of trainer to engine. No gradient.
-        cu_seqlens: [S + 1]; tokens of sequence s are cu_seqlens[s] : cu_seqlens[s + 1].
+            prompts * G * max completion tokens: Eq. 5, Eq. 10, Dr. GRPO (arXiv:2503.20783);
+            unmasked tokens of the local batch: BNPO; of the global batch: DAPO (arXiv:2503.14476);
+            prompts * G: the 1/|o_i| of Eq. 2 (GRPO), GSPO and GMPO, with advantages A_i / |o_i|
+            (every surrogate is positively homogeneous in A).
+        importance_weights: [N] w, e.g. those of `importance_weights`. No gradient.
+        cu_seqlens: [S + 1]; tokens of sequence s are cu_seqlens[s] : cu_seqlens[s + 1]. Needed by
+            the sequence-level kinds; a sequence must not be divided between calls there.
 
     Returns:
         loss, a scalar (fp32; fp64 for fp64 logps), and statistics over unmasked tokens, tensors on
         the device of logps: `tokens`, `ratio_mean`, `ratio_max`, `clip_fraction_low` and
-        `clip_fraction_high` (share of tokens whose gradient a bound cuts), `approx_kl` (mean of
-        r - 1 - log r, nats), `ess` (effective sample size, (sum r)^2 / (tokens sum r^2), in (0, 1])
-        and `logps`, detached. Without a token all are 0.
+        `clip_fraction_high` (share of tokens whose gradient a bound cuts; cispo: whose ratio is
+        bounded; gspo: all tokens of a clipped sequence), `approx_kl` (mean of r - 1 - log r, nats),
+        `ess` (effective sample size, (sum r)^2 / (tokens sum r^2), in (0, 1]) and `logps`,
+        detached. Ratios are those of tokens in every kind. Without a token all are 0.
 
-    A ratio exactly on a bound is not clipped: the gradient there is that of r A.
+    A ratio exactly on a bound is not clipped: the gradient there is that of r A. A token or a
+    sequence of advantage or weight 0 adds exactly 0, even if its ratio overflows.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or value. The message names it.
 
-    Source: Eq. 5 and Eq. 10. Definition: codistill_kernels.reference.policy_loss.
+    Source: Eq. 2, Eq. 5, Eq. 10. Definition: codistill_kernels.reference.policy_loss.
     """
     check_inputs(logps, old_logps, advantages, mask, normalizer, importance_weights, cu_seqlens)
+    require_cu_seqlens(loss, cu_seqlens)
     logps = logps if logps.dtype == torch.float64 else logps.float()
     keep = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask
-    if cu_seqlens is not None:
-        advantages = advantages.repeat_interleave(cu_seqlens.diff(), output_size=len(logps))
     old = logps if old_logps is None else old_logps
-    weights = torch.ones_like(logps) if importance_weights is None else importance_weights
     # Select before exp: NaN behind the mask must reach neither the loss nor its gradient.
     log_ratio = torch.where(keep, logps - old.detach(), 0.0)
-    advantages = torch.where(keep, advantages.detach().to(logps.dtype), 0.0)
-    weights = torch.where(keep, weights.detach().to(logps.dtype), 0.0)
-    surrogate, low, high = clipped_surrogate(log_ratio, advantages, loss)
-    statistics = summarize(log_ratio.detach(), keep, low, high)
-    return -(weights * surrogate).sum() / normalizer, statistics | {"logps": logps.detach()}
+    terms = surrogate_terms(log_ratio, advantages, loss, importance_weights, keep, cu_seqlens)
+    objective = terms.weights * (terms.ratio * terms.advantages)
+    if loss.kind == "cispo":
+        factor = objective.detach()
+        objective = factor * torch.where(factor != 0, logps, 0.0)
+    statistics = summarize(log_ratio.detach(), keep, terms.low, terms.high)
+    return -objective.sum() / normalizer, statistics | {"logps": logps.detach()}
 
 
-def cuts(ratio: Tensor, advantages: Tensor, loss: PolicyLoss) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the low and the high bound cut the gradient, and the ratio that stands there."""
-    low = (advantages < 0) & (ratio < 1 - loss.epsilon_low)
-    high = (advantages > 0) & (ratio > 1 + loss.epsilon_high)
-    bound = torch.where(low, 1 - loss.epsilon_low, torch.full_like(ratio, 1 + loss.epsilon_high))
+def importance_weights(
+    trainer_logps: Tensor,
+    engine_logps: Tensor,
+    mask: Tensor | None = None,
+    *,
+    truncate: float | None = None,
+    drop: tuple[float, float] | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Weights that correct for an engine whose probabilities differ from the trainer's.
+
+    ratio[n] = exp(trainer_logps[n] - engine_logps[n])
+    out[n] = 0 if ratio[n] is outside `drop`, else min(ratio[n], truncate)
+
+    Args:
+        trainer_logps, engine_logps: [N] log-probabilities (nats) of the same tokens under the same
+            weights, as the trainer and as the engine computed them.
+        mask: [N] bool; where False the weight is 0, whatever the values are.
+        truncate: > 0, largest weight: truncated importance sampling (Yao et al. 2025). None: no
+            bound, and a ratio that overflows is inf.
+        drop: (low, high), 0 <= low <= high: a ratio outside has weight 0, on a bound it is kept
+            (masked importance sampling; token by token IcePop, Ling Team 2025). None: all stay.
+        cu_seqlens: [S + 1]; the ratio is that of the whole sequence, exp of the sum over its
+            unmasked tokens, and all its tokens have the same weight.
+
+    Returns:
+        [N] >= 0, detached, fp32 (fp64 for fp64 trainer_logps). NaN logps give NaN, never 0.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype or value. The message names it.
+
+    Definition: codistill_kernels.reference.importance_weights.
+    """
+    require(trainer_logps.ndim == 1, "trainer_logps", "[N]", tuple(trainer_logps.shape))
+    require_float("trainer_logps", trainer_logps)
+    require_shape("engine_logps", engine_logps, tuple(trainer_logps.shape), "[N]")
+    require_mask(mask, len(trainer_logps))
+    require(truncate is None or truncate > 0, "truncate", "> 0", truncate)
+    low, high = (0.0, float("inf")) if drop is None else drop
+    require(0 <= low <= high, "drop", "(low, high) with 0 <= low <= high", drop)
+    dtype = torch.float64 if trainer_logps.dtype == torch.float64 else torch.float32
+    log_ratio = trainer_logps.detach().to(dtype) - engine_logps.detach().to(dtype)
+    keep = torch.ones_like(log_ratio, dtype=torch.bool) if mask is None else mask
+    log_ratio = torch.where(keep, log_ratio, 0.0)
+    if cu_seqlens is not None:
+        require_sequences(cu_seqlens, len(trainer_logps))
+        log_ratio = to_tokens(sequence_sums(log_ratio, cu_seqlens), cu_seqlens, len(log_ratio))
+    ratio = log_ratio.exp()
+    ratio = torch.where(keep & ~((ratio < low) | (ratio > high)), ratio, 0.0)
+    return ratio if truncate is None else ratio.clamp(max=truncate)
+
+
+class Terms(NamedTuple):
+    """Of each token [N] (gspo, gmpo: of each sequence [S]): sum of weights * ratio * advantages."""
+
+    ratio: Tensor  # differentiable in log_ratio where no bound cuts
+    advantages: Tensor
+    weights: Tensor  # [S]: the sum over unmasked tokens
+    low: Tensor  # [N] bool in every kind: cut by the low bound
+    high: Tensor
+
+
+def surrogate_terms(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    loss: PolicyLoss,
+    weights: Tensor | None,
+    keep: Tensor,
+    cu_seqlens: Tensor | None,
+) -> Terms:
+    """log_ratio is 0 where not `keep`; the others may be anything there."""
+    dtype = log_ratio.dtype
+    advantages = advantages.detach().to(dtype)
+    weights = torch.ones_like(log_ratio) if weights is None else weights.detach().to(dtype)
+    weights = torch.where(keep, weights, 0.0)
+    if loss.is_sequence_level:
+        assert cu_seqlens is not None, loss.kind
+        return sequence_terms(log_ratio, advantages, loss, weights, keep, cu_seqlens)
+    if cu_seqlens is not None:
+        advantages = to_tokens(advantages, cu_seqlens, len(log_ratio))
+    advantages = torch.where(keep, advantages, 0.0)
+    ratio, low, high = bounded_ratio(log_ratio, advantages, weights, loss)
+    return Terms(ratio, advantages, weights, low, high)
+
+
+def sequence_terms(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    loss: PolicyLoss,
+    weights: Tensor,
+    keep: Tensor,
+    cu_seqlens: Tensor,
+) -> Terms:
+    count = sequence_sums(keep.to(log_ratio.dtype), cu_seqlens)
+    advantages = torch.where(count > 0, advantages, 0.0)
+    weights = sequence_sums(weights, cu_seqlens)
+    if loss.kind == "gspo":
+        mean = sequence_sums(log_ratio, cu_seqlens) / count.clamp(min=1)
+        ratio, low, high = bounded_ratio(mean, advantages, weights, loss)
+        low, high = (keep & to_tokens(cut, cu_seqlens, len(keep)) for cut in (low, high))
+        return Terms(ratio, advantages, weights, low, high)
+    low, high, bound = cuts(log_ratio.detach(), to_tokens(advantages, cu_seqlens, len(keep)), loss)
+    log_ratio = torch.where(low | high, bound, log_ratio)
+    mean = sequence_sums(log_ratio, cu_seqlens) / count.clamp(min=1)
+    ratio = torch.where((advantages != 0) & (weights != 0), mean, 0.0).exp()
+    return Terms(ratio, advantages, weights, low, high)
+
+
+def bounded_ratio(
+    log_ratio: Tensor, advantages: Tensor, weights: Tensor, loss: PolicyLoss
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The ratio or the bound in its place, and where the low and the high bound cut."""
+    low, high, bound = cuts(log_ratio.detach(), advantages, loss)
+    # Chosen by comparison: torch.minimum would split the gradient of a tie. And before exp: a ratio
+    # that overflows where nothing depends on it would make the gradient 0 * inf.
+    free = ~(low | high)
+    needed = free & (advantages != 0) & (weights != 0)
+    ratio = torch.where(needed, log_ratio, 0.0).exp()
+    return torch.where(free, ratio, bound), low, high
+
+
+def cuts(log_ratio: Tensor, advantages: Tensor, loss: PolicyLoss) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the low and the high bound cut, and the ratio (gmpo: log-ratio) that stands there."""
+    if loss.kind == "gmpo":
+        value, floor, ceiling = log_ratio, -loss.epsilon_low, loss.epsilon_high
+    else:
+        value, floor, ceiling = log_ratio.exp(), 1 - loss.epsilon_low, 1 + loss.epsilon_high
+    low, high = value < floor, value > ceiling
+    if loss.kind != "cispo":
+        low, high = low & (advantages < 0), high & (advantages > 0)
+    bound = torch.where(low, floor, torch.full_like(value, ceiling))
     if loss.dual_clip is not None:
-        far = (advantages < 0) & (ratio > loss.dual_clip)
+        far = (advantages < 0) & (value > loss.dual_clip)
         bound, high = torch.where(far, loss.dual_clip, bound), high | far
     return low, high, bound
 
 
-def clipped_surrogate(
-    log_ratio: Tensor, advantages: Tensor, loss: PolicyLoss
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The surrogate of each token, and where the low and the high bound cut its gradient."""
-    low, high, bound = cuts(log_ratio.detach().exp(), advantages, loss)
-    # Chosen by comparison: torch.minimum would split the gradient of a tie. And before exp: a ratio
-    # that overflows where nothing depends on it would make the gradient 0 * inf.
-    free = ~(low | high)
-    ratio = torch.where(free & (advantages != 0), log_ratio, 0.0).exp()
-    return torch.where(free, ratio, bound) * advantages, low, high
+def token_gradients(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    loss: PolicyLoss,
+    *,
+    weights: Tensor | None = None,
+    keep: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """d(-sum of weight * surrogate) / d logp of each token, [N]; arguments as in `policy_loss`.
+
+    clip: -w r A, cispo: -w c(r) A, gspo and gmpo: -(sum_sequence w) ratio A / L; 0 where a bound
+    cuts. Zero weights may stand for `keep` and weighted advantages for weights in clip and cispo.
+    """
+    keep = torch.ones_like(log_ratio, dtype=torch.bool) if keep is None else keep
+    log_ratio = torch.where(keep, log_ratio, 0.0)
+    terms = surrogate_terms(log_ratio, advantages, loss, weights, keep, cu_seqlens)
+    gradients = -terms.weights * (terms.ratio * terms.advantages)
+    if loss.is_sequence_level:
+        assert cu_seqlens is not None, loss.kind
+        count = sequence_sums(keep.to(gradients.dtype), cu_seqlens).clamp(min=1)
+        gradients = to_tokens(gradients / count, cu_seqlens, len(keep))
+    cut = terms.low | terms.high
+    return torch.where(keep if loss.kind == "cispo" else keep & ~cut, gradients, 0.0)
 
 
-def token_gradients(ratio: Tensor, advantages: Tensor, loss: PolicyLoss) -> Tensor:
-    """d(-surrogate) / d logp of each token, [N]: -r A, and 0 where a bound cuts."""
-    low, high, _ = cuts(ratio, advantages, loss)
-    return torch.where(low | high | (advantages == 0), 0.0, -ratio * advantages)
+def sequence_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[N] -> [S], in the order of the tokens: no atomics, so equal inputs give equal bits."""
+    # unsafe: lengths are not looked at, which would wait for a GPU.
+    sums = torch.segment_reduce(
+        values.double(), "sum", lengths=cu_seqlens.diff(), initial=0.0, unsafe=True
+    )
+    return sums.to(values.dtype)
+
+
+def to_tokens(values: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """[S] -> [N]"""
+    return values.repeat_interleave(cu_seqlens.diff(), output_size=tokens)
 
 
 def summarize(log_ratio: Tensor, keep: Tensor, low: Tensor, high: Tensor) -> dict[str, Tensor]:
@@ -183,3 +362,8 @@ def check_inputs(
         require_shape("normalizer", normalizer, (), "a scalar")
     if not isinstance(normalizer, Tensor) or can_look(normalizer):
         require(normalizer > 0, "normalizer", "> 0", normalizer)
+
+
+def require_cu_seqlens(loss: PolicyLoss, cu_seqlens: Tensor | None) -> None:
+    given = cu_seqlens is not None or not loss.is_sequence_level
+    require(given, "cu_seqlens", f"given with kind {loss.kind!r}", None)

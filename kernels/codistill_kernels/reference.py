@@ -3,6 +3,9 @@
 These hold the [N, V] logits: they are the definition, not the product.
 """
 
+import math
+import statistics
+
 import torch
 from torch import Tensor
 
@@ -45,6 +48,7 @@ def policy_loss(
     advantages: Tensor,
     mask: Tensor | None = None,
     *,
+    kind: str = "clip",
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.2,
     dual_clip: float | None = None,
@@ -53,22 +57,69 @@ def policy_loss(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """The loss alone. Its gradient on a clip bound is that of the unclipped branch."""
-    if cu_seqlens is not None:
-        advantages = advantages.repeat_interleave(cu_seqlens.diff(), dim=0)
+    bounds = (epsilon_low, epsilon_high)
+    ends = list(range(len(logps) + 1)) if cu_seqlens is None else cu_seqlens.tolist()
     loss = logps.new_zeros(())
-    for n in range(len(logps)):
-        if mask is not None and not mask[n]:
-            continue
-        old = logps[n].detach() if old_logps is None else old_logps[n]
-        ratio, advantage = torch.exp(logps[n] - old), advantages[n]
-        unclipped = ratio * advantage
-        clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high).detach() * advantage
-        surrogate = unclipped if unclipped <= clipped else clipped
-        if dual_clip is not None and advantage < 0 and surrogate < dual_clip * advantage:
-            surrogate = dual_clip * advantage
-        weight = 1.0 if importance_weights is None else importance_weights[n]
-        loss = loss - weight * surrogate
+    for s, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+        tokens = [n for n in range(start, end) if mask is None or mask[n]]
+        log_ratios = {
+            n: logps[n] - (logps[n].detach() if old_logps is None else old_logps[n]) for n in tokens
+        }
+        for n in tokens:
+            if kind == "clip":
+                surrogate = clip_surrogate(log_ratios[n].exp(), advantages[s], bounds, dual_clip)
+            elif kind == "cispo":
+                ratio = log_ratios[n].exp().clamp(1 - epsilon_low, 1 + epsilon_high)
+                surrogate = ratio.detach() * advantages[s] * logps[n]
+            elif kind == "gspo":
+                ratio = (sum(log_ratios.values()) / len(tokens)).exp()
+                surrogate = clip_surrogate(ratio, advantages[s], bounds, None)
+            elif kind == "gmpo":
+                clipped = [gmpo_clip(x, advantages[s], bounds) for x in log_ratios.values()]
+                surrogate = (sum(clipped) / len(tokens)).exp() * advantages[s]
+            weight = 1.0 if importance_weights is None else importance_weights[n]
+            loss = loss - weight * surrogate
     return loss / normalizer
+
+
+def clip_surrogate(
+    ratio: Tensor, advantage: Tensor, bounds: tuple[float, float], dual_clip: float | None
+) -> Tensor:
+    unclipped = ratio * advantage
+    clipped = ratio.clamp(1 - bounds[0], 1 + bounds[1]).detach() * advantage
+    surrogate = unclipped if unclipped <= clipped else clipped
+    if dual_clip is not None and advantage < 0 and surrogate < dual_clip * advantage:
+        surrogate = dual_clip * advantage
+    return surrogate
+
+
+def gmpo_clip(log_ratio: Tensor, advantage: Tensor, bounds: tuple[float, float]) -> Tensor:
+    if advantage > 0 and log_ratio > bounds[1]:
+        return torch.full_like(log_ratio, bounds[1])
+    if advantage < 0 and log_ratio < -bounds[0]:
+        return torch.full_like(log_ratio, -bounds[0])
+    return log_ratio
+
+
+def importance_weights(
+    trainer_logps: Tensor,
+    engine_logps: Tensor,
+    mask: Tensor | None = None,
+    *,
+    truncate: float | None = None,
+    drop: tuple[float, float] | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    weights = torch.zeros_like(trainer_logps)
+    ends = list(range(len(weights) + 1)) if cu_seqlens is None else cu_seqlens.tolist()
+    for start, end in zip(ends[:-1], ends[1:], strict=True):
+        tokens = [n for n in range(start, end) if mask is None or mask[n]]
+        ratio = math.exp(sum(trainer_logps[n].item() - engine_logps[n].item() for n in tokens))
+        if drop is not None and not drop[0] <= ratio <= drop[1]:
+            ratio = 0.0
+        for n in tokens:
+            weights[n] = ratio if truncate is None else min(ratio, truncate)
+    return weights
 
 
 def kd_rewards(
@@ -79,14 +130,15 @@ def kd_rewards(
     *,
     alpha: float,
     max_completion_tokens: int,
+    estimator: str = "k1",
 ) -> Tensor:
     ends = cu_seqlens.tolist()
-    sums = [
-        (teacher_logps[a:b] - student_logps[a:b]).sum()
-        for a, b in zip(ends[:-1], ends[1:], strict=True)
-    ]
-    kd = torch.stack(sums) if sums else rewards.new_zeros(0)
-    return rewards + alpha * kd / max_completion_tokens
+    out = []
+    for reward, start, end in zip(rewards, ends[:-1], ends[1:], strict=True):
+        ratio = (teacher_logps[start:end] - student_logps[start:end]).exp()  # pi_ref / pi of Eq. 4
+        kl = -ratio.log() if estimator == "k1" else ratio - ratio.log() - 1
+        out.append(reward - alpha * kl.sum() / max_completion_tokens)
+    return torch.stack(out) if out else rewards.new_zeros(0)
 
 
 def group_advantages(rewards: Tensor, group_size: int, *, scale: str | None = None) -> Tensor:
@@ -100,11 +152,30 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale: str | None = No
     return out
 
 
-def downsample(scores: Tensor, group_size: int, keep: int) -> Tensor:
+def downsample(
+    scores: Tensor,
+    group_size: int,
+    keep: int,
+    *,
+    method: str = "top_bottom",
+    seed: int | None = None,
+) -> Tensor:
     rows = []
+    if method == "random":
+        generator = torch.Generator().manual_seed(seed)
+        scores = torch.rand(
+            len(scores) // group_size, group_size, dtype=torch.float64, generator=generator
+        )
+        scores = -scores.reshape(-1)  # those of the lowest draws
     for start in range(0, len(scores), group_size):
         group = scores[start : start + group_size].tolist()
         order = sorted(range(group_size), key=lambda i: (-group[i], i))
-        chosen = order[: keep // 2] + order[group_size - keep // 2 :]
+        splits = [order[:k] + order[group_size - (keep - k) :] for k in range(keep, -1, -1)]
+        if method == "top_bottom":
+            chosen = splits[keep // 2]
+        elif method == "max_variance":
+            chosen = max(splits, key=lambda rows: statistics.pvariance([group[i] for i in rows]))
+        else:
+            chosen = splits[0]
         rows += [start + i for i in sorted(chosen)]
     return torch.tensor(rows, dtype=torch.long, device=scores.device)

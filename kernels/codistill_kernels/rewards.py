@@ -22,11 +22,13 @@ def kd_rewards(
     *,
     alpha: float,
     max_completion_tokens: int,
-    estimator: Literal["k1"] = "k1",
+    estimator: Literal["k1", "k3"] = "k1",
 ) -> Tensor:
-    """Effective reward of each rollout.
+    """Effective reward of each rollout: its reward less alpha times a KL estimate.
 
-    kd[s] = 1/max_completion_tokens sum_t (teacher_logps[t] - student_logps[t])
+    d[t] = teacher_logps[t] - student_logps[t]
+    k1: kd[s] = 1/max_completion_tokens sum_t d[t]
+    k3: kd[s] = -1/max_completion_tokens sum_t (exp(d[t]) - 1 - d[t])
     out[s] = rewards[s] + alpha kd[s]
 
     Args:
@@ -36,7 +38,9 @@ def kd_rewards(
         cu_seqlens: [S + 1]; tokens of rollout s are cu_seqlens[s] : cu_seqlens[s + 1].
         alpha: >= 0, weight of the KD reward.
         max_completion_tokens: > 0, N of Eq. 6: a constant, not the length of the rollout.
-        estimator: "k1", the log-ratio itself.
+        estimator: of KL(student || teacher), token by token. "k1", minus the log-ratio, is Eq. 6.
+            "k3" is Eq. 4, as in Figure 9, where it trains less robustly: it is never negative, but
+            one token that the teacher likes far better weighs exp(d) (fp32: -inf from d = 89).
 
     Returns:
         [S] fp32 (fp64 for fp64 rewards), detached: the gradient of the KD term is zero in
@@ -45,7 +49,7 @@ def kd_rewards(
     Raises:
         ValueError: an argument has a wrong shape or value. The message names it.
 
-    Source: Eq. 6. Definition: codistill_kernels.reference.kd_rewards.
+    Source: Eq. 6, Eq. 4. Definition: codistill_kernels.reference.kd_rewards.
     """
     require(rewards.ndim == 1, "rewards", "[S]", tuple(rewards.shape))
     require_float("rewards", rewards)
@@ -55,9 +59,10 @@ def kd_rewards(
     require_shape("student_logps", student_logps, tuple(teacher_logps.shape), "[N]")
     require(alpha >= 0, "alpha", ">= 0", alpha)
     require(max_completion_tokens > 0, "max_completion_tokens", "> 0", max_completion_tokens)
-    require(estimator == "k1", "estimator", "'k1'", repr(estimator))
+    require(estimator in ("k1", "k3"), "estimator", "'k1' or 'k3'", repr(estimator))
     log_ratio = (teacher_logps - student_logps).detach().double()
-    sums = torch.segment_reduce(log_ratio, "sum", lengths=cu_seqlens.diff(), initial=0.0)
+    kd = log_ratio if estimator == "k1" else log_ratio - log_ratio.expm1()
+    sums = torch.segment_reduce(kd, "sum", lengths=cu_seqlens.diff(), initial=0.0)
     out = rewards.detach().double() + alpha * sums / max_completion_tokens
     return out.to(rewards.dtype if rewards.dtype == torch.float64 else torch.float32)
 
@@ -95,38 +100,86 @@ def group_advantages(
 
 
 def downsample(
-    scores: Tensor, group_size: int, keep: int, *, method: Literal["top_bottom"] = "top_bottom"
+    scores: Tensor,
+    group_size: int,
+    keep: int,
+    *,
+    method: Literal["top_bottom", "top", "max_variance", "random"] = "top_bottom",
+    seed: int | None = None,
 ) -> Tensor:
-    """Rows to keep of each group: the keep/2 of highest and the keep/2 of lowest score.
+    """Rows to keep of each group: those of highest score, of lowest score, or any.
 
     Args:
         scores: [S], group after group; Eq. 6's effective reward.
         group_size: M, divides S.
-        keep: G, even, 0 < keep <= group_size.
-        method: "top_bottom".
+        keep: G, 0 < keep <= group_size; even for "top_bottom".
+        method: "top_bottom": the keep/2 highest and the keep/2 lowest. "top": the highest.
+            "max_variance": the rows of largest variance (PODS), which are the k highest and the
+            keep - k lowest for some k; of equal variances the largest k. "random": without a look
+            at the scores.
+        seed: in [0, 2**63), used and needed by "random": equal seeds choose equal rows, on any
+            device. Each group has rows of its own.
 
     Returns:
         [S / group_size * keep] int64, indices into `scores`, rising. Of equal scores the first
         counts as the higher one: always the same rows.
 
     Raises:
-        ValueError: an argument has a wrong shape or value, or a score is NaN (checked on the CPU).
+        ValueError: an argument has a wrong shape or value. On the CPU also: a score is NaN, or for
+            "max_variance" infinite, where no variance is defined; a GPU is not waited for, and such
+            a group keeps its highest scores.
 
     Source: section 3.3, after Xu et al. 2025 (arXiv:2504.13818). Definition:
     codistill_kernels.reference.downsample.
     """
-    require(method == "top_bottom", "method", "'top_bottom'", repr(method))
+    methods = ("top_bottom", "top", "max_variance", "random")
+    require(method in methods, "method", f"one of {', '.join(methods)}", repr(method))
     groups = in_groups("scores", scores, group_size).detach()
-    require(
-        0 < keep <= group_size and keep % 2 == 0, "keep", f"even and in 2 .. {group_size}", keep
-    )
+    require(0 < keep <= group_size, "keep", f"in 1 .. {group_size}", keep)
+    require(method != "top_bottom" or keep % 2 == 0, "keep", "even with 'top_bottom'", keep)
+    if method == "random":
+        valid = seed is not None and 0 <= seed < 2**63
+        require(valid, "seed", "in [0, 2**63) with 'random'", seed)
     if can_look(scores):
         require(not scores.isnan().any(), "scores", "numbers", "NaN")
-    order = groups.argsort(dim=1, descending=True, stable=True)
-    half = keep // 2
-    chosen = torch.cat((order[:, :half], order[:, group_size - half :]), dim=1).sort(dim=1).values
+        infinite = method == "max_variance" and scores.isinf().any()
+        require(not infinite, "scores", "finite with 'max_variance'", "inf")
+    order, highest = ranking(groups, keep, method, seed)
+    # Place j is the j-th highest; from `highest` on they count from the other end.
+    places = torch.arange(keep, device=scores.device)
+    places = torch.where(places < highest, places, places + group_size - keep)
+    chosen = order.gather(1, places.expand(len(groups), keep)).sort(dim=1).values
     first = torch.arange(len(groups), device=scores.device)[:, None] * group_size
     return (chosen + first).reshape(-1)
+
+
+def ranking(
+    groups: Tensor, keep: int, method: str, seed: int | None
+) -> tuple[Tensor, int | Tensor]:
+    """The rows of each group in falling order, [P, M], and how many to keep from its beginning."""
+    if method == "random":
+        generator = torch.Generator().manual_seed(seed)
+        # Drawn on the CPU: the same on every device.
+        draws = torch.rand(groups.shape, dtype=torch.float64, generator=generator, device="cpu")
+        return draws.argsort(dim=1, stable=True).to(groups.device), keep
+    order = groups.argsort(dim=1, descending=True, stable=True)
+    if method == "max_variance":
+        return order, widest_split(groups.gather(1, order), keep)[:, None]
+    return order, keep if method == "top" else keep // 2
+
+
+def widest_split(falling: Tensor, keep: int) -> Tensor:
+    """[P, M] falling scores -> [P]: how many of the highest the `keep` of largest variance have."""
+    # Moved by the lowest, in fp64: offsets do not cancel badly, and whole numbers stay exact, so
+    # that equal variances are found equal.
+    moved = falling.double() - falling[:, -1:].double()
+    highest = torch.arange(keep, -1, -1, device=falling.device)
+    sums = []
+    for values in (moved, moved.square()):
+        prefix = torch.nn.functional.pad(values.cumsum(dim=1), (1, 0))  # [P, M + 1]
+        lowest = prefix[:, -1:] - prefix[:, falling.shape[1] - keep + highest]
+        sums.append(prefix[:, highest] + lowest)
+    return highest[(keep * sums[1] - sums[0].square()).argmax(dim=1)]
 
 
 def in_groups(name: str, values: Tensor, group_size: int) -> Tensor:
