@@ -88,7 +88,8 @@ def policy_loss(
     """Surrogate over flat tokens: a sum, divided once.
 
     r[n] = exp(logps[n] - old_logps[n])
-    loss = -(1/normalizer) sum_n w[n] surrogate[n], over unmasked tokens; surrogate: see PolicyLoss
+    loss = -(1/normalizer) sum_n w[n] surrogate[n] over unmasked tokens, surrogate as in PolicyLoss
+    A ratio on a bound is not clipped. Advantage or weight 0 adds exactly 0, whatever the ratio.
 
     Args:
         logps: [N] log-probabilities of the policy in training, nats. Differentiable.
@@ -100,22 +101,18 @@ def policy_loss(
         normalizer: > 0; the count that the sum is divided by, over all processes and micro-batches:
             prompts * G * max completion tokens: Eq. 5, Eq. 10, Dr. GRPO (arXiv:2503.20783);
             unmasked tokens of the local batch: BNPO; of the global batch: DAPO (arXiv:2503.14476);
-            prompts * G: the 1/|o_i| of Eq. 2 (GRPO), GSPO and GMPO, with advantages A_i / |o_i|
-            (every surrogate is positively homogeneous in A).
+            prompts * G, with advantages A_i / |o_i|: the 1/|o_i| of Eq. 2 (GRPO), GSPO and GMPO, as
+            every surrogate is positively homogeneous in A (|o_i|: unmasked tokens).
         importance_weights: [N] w, e.g. those of `importance_weights`. No gradient.
         cu_seqlens: [S + 1]; tokens of sequence s are cu_seqlens[s] : cu_seqlens[s + 1]. Needed by
-            the sequence-level kinds; a sequence must not be divided between calls there.
+            gspo and gmpo, where every sequence must be whole.
 
     Returns:
-        loss, a scalar (fp32; fp64 for fp64 logps), and statistics over unmasked tokens, tensors on
-        the device of logps: `tokens`, `ratio_mean`, `ratio_max`, `clip_fraction_low` and
-        `clip_fraction_high` (share of tokens whose gradient a bound cuts; cispo: whose ratio is
-        bounded; gspo: all tokens of a clipped sequence), `approx_kl` (mean of r - 1 - log r, nats),
-        `ess` (effective sample size, (sum r)^2 / (tokens sum r^2), in (0, 1]) and `logps`,
-        detached. Ratios are those of tokens in every kind. Without a token all are 0.
-
-    A ratio exactly on a bound is not clipped: the gradient there is that of r A. A token or a
-    sequence of advantage or weight 0 adds exactly 0, even if its ratio overflows.
+        loss, a scalar (fp32; fp64 for fp64 logps), and statistics over unmasked tokens, on the
+        device of logps: `tokens`, `ratio_mean`, `ratio_max`, `clip_fraction_low` and `_high` (share
+        of tokens whose gradient a bound cuts; cispo: whose ratio is bounded; gspo: all tokens of a
+        clipped sequence), `approx_kl` (mean of r - 1 - log r, nats), `ess` (effective sample size,
+        (sum r)^2 / (tokens sum r^2), in (0, 1]) and detached `logps`. Without a token all are 0.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or value. The message names it.
@@ -123,12 +120,13 @@ def policy_loss(
     Source: Eq. 2, Eq. 5, Eq. 10. Definition: codistill_kernels.reference.policy_loss.
     """
     check_inputs(logps, old_logps, advantages, mask, normalizer, importance_weights, cu_seqlens)
-    require_cu_seqlens(loss, cu_seqlens)
+    if loss.is_sequence_level:
+        require(cu_seqlens is not None, "cu_seqlens", f"given with {loss.kind!r}", None)
     logps = logps if logps.dtype == torch.float64 else logps.float()
     keep = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask
-    old = logps if old_logps is None else old_logps
     # Select before exp: NaN behind the mask must reach neither the loss nor its gradient.
-    log_ratio = torch.where(keep, logps - old.detach(), 0.0)
+    old = (logps if old_logps is None else old_logps).detach()
+    log_ratio = torch.where(keep, logps - old, 0.0)
     terms = surrogate_terms(log_ratio, advantages, loss, importance_weights, keep, cu_seqlens)
     objective = terms.weights * (terms.ratio * terms.advantages)
     if loss.kind == "cispo":
@@ -362,8 +360,3 @@ def check_inputs(
         require_shape("normalizer", normalizer, (), "a scalar")
     if not isinstance(normalizer, Tensor) or can_look(normalizer):
         require(normalizer > 0, "normalizer", "> 0", normalizer)
-
-
-def require_cu_seqlens(loss: PolicyLoss, cu_seqlens: Tensor | None) -> None:
-    given = cu_seqlens is not None or not loss.is_sequence_level
-    require(given, "cu_seqlens", f"given with kind {loss.kind!r}", None)
