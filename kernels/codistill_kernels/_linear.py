@@ -44,9 +44,10 @@ class GradientSums:
 
     def add(self, rows: Tensor, kept: Tensor, coefficients: Tensor, log_softmax: Tensor) -> None:
         """From `rows`, those the chunks hold, only the `kept` [K] with their [3, K] numbers."""
-        needs_hidden = self.dx is not None
-        dx = self.chunks.gradients(kept, coefficients, log_softmax, needs_hidden, self.dw, self.db)
-        if needs_hidden:
+        dx = self.chunks.gradients(
+            kept, coefficients, log_softmax, self.dx is not None, self.dw, self.db
+        )
+        if self.dx is not None:
             self.dx[rows[kept]] = dx
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,7 +30,6 @@ from codistill_kernels.policy_loss import (
     PolicyLoss,
     check_inputs,
     policy_loss,
-    require_cu_seqlens,
     to_tokens,
     token_gradients,
 )
@@ -291,7 +290,6 @@ def linear_policy_loss(
     require(hidden_states.ndim == 2, "hidden_states", "[N, H]", tuple(hidden_states.shape))
     require(workspace_mib > 0, "workspace_mib", "> 0", workspace_mib)
     require_mask(mask, len(hidden_states))
-    require_cu_seqlens(loss, cu_seqlens)
     keep = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
     inputs = prepare(
         hidden_states,
@@ -311,7 +309,14 @@ def linear_policy_loss(
     ]
     terms = dict(importance_weights=importance_weights, cu_seqlens=cu_seqlens)
     check_inputs(
-        inputs.tensors[4], old_logps, advantages, keep, normalizer, importance_weights, cu_seqlens
+        loss,
+        inputs.tensors[4],
+        old_logps,
+        advantages,
+        keep,
+        normalizer,
+        importance_weights,
+        cu_seqlens,
     )
     with torch.no_grad():
         logps, *gradients = linear_policy_gradients(

@@ -119,9 +119,9 @@ def policy_loss(
 
     Source: Eq. 2, Eq. 5, Eq. 10. Definition: codistill_kernels.reference.policy_loss.
     """
-    check_inputs(logps, old_logps, advantages, mask, normalizer, importance_weights, cu_seqlens)
-    if loss.is_sequence_level:
-        require(cu_seqlens is not None, "cu_seqlens", f"given with {loss.kind!r}", None)
+    check_inputs(
+        loss, logps, old_logps, advantages, mask, normalizer, importance_weights, cu_seqlens
+    )
     logps = logps if logps.dtype == torch.float64 else logps.float()
     keep = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask
     # Select before exp: NaN behind the mask must reach neither the loss nor its gradient.
@@ -336,6 +336,7 @@ def summarize(log_ratio: Tensor, keep: Tensor, low: Tensor, high: Tensor) -> dic
 
 
 def check_inputs(
+    loss: PolicyLoss,
     logps: Tensor,
     old_logps: Tensor | None,
     advantages: Tensor,
@@ -352,6 +353,7 @@ def check_inputs(
             require_shape(name, tensor, tokens, "[N]")
     require_mask(mask, len(logps))
     if cu_seqlens is None:
+        require(not loss.is_sequence_level, "cu_seqlens", f"given with {loss.kind!r}", None)
         require_shape("advantages", advantages, tokens, "[N]")
     else:
         require_sequences(cu_seqlens, len(logps))
