@@ -19,8 +19,6 @@ namespace codistill {
 
 constexpr int64_t kRows = 64;    // rows of a left operand: always all of them, so always the same bits
 constexpr int64_t kPanel = 256;  // vocabulary rows that are worked on at once
-template <typename T>
-constexpr int64_t kDepth = 128 * kPerWord<T>;  // terms of a sum of products
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -48,6 +46,11 @@ inline bool multiplies_bf16() {
 // interleaved (VNNI), so its unit is 32 bits for both types.
 template <typename T>
 constexpr int64_t kPerWord = sizeof(uint32_t) / sizeof(T);
+
+// Terms of a sum of products: a product adds them up one after the other, and the error of a sum
+// grows with its length.
+template <typename T>
+constexpr int64_t kDepth = 128 * kPerWord<T>;
 
 template <typename T>
 int64_t packed_words(int64_t depth, int64_t width) {
@@ -132,8 +135,7 @@ void pack(const W* in, int64_t rows, int64_t stride, int64_t width, int64_t dept
   }
 }
 
-// c [kRows, slice_width()] (+)= a [kRows, depth] @ one packed slice. In parts: a product adds up its
-// terms one after the other, and the error of a sum grows with its length.
+// c [kRows, slice_width()] (+)= a [kRows, depth] @ one packed slice, kDepth terms at a time.
 template <typename T>
 void multiply(int64_t depth, const T* a, int64_t stride_a, const uint32_t* slice, float* c,
               int64_t stride_c, bool add) {
