@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <utility>
 
 #include "softmax.h"
 
@@ -111,20 +112,24 @@ void forward(const Rows& rows, const Weight& shape, const T* x, int64_t stride_x
 
 // One panel of raw logits becomes dz, as T, from the panel's start on: row i comes from raw row
 // kept[i] >= i, so nothing is overwritten before it is read. db: [kPanel] sums, or null.
+// The target's entry, often as large as all others together, goes to at_target [rows] unrounded and is
+// left out of dz.
 template <typename T>
 void panel_gradients(const Rows& rows, const int64_t* kept, const float* coefficients,
                      const float* log_softmax, int64_t column, int64_t valid, float* panel,
-                     float* db) {
+                     float* at_target, float* db) {
   alignas(64) float dz[kPanel];
   T* out = reinterpret_cast<T*>(panel);
   const int64_t n = rows.count;
   for (int64_t i = 0; i < n; ++i, out += kPanel) {
     const Coefficients c{coefficients[i],    coefficients[n + i], coefficients[2 * n + i],
                          log_softmax[i],     log_softmax[n + i],  log_softmax[2 * n + i]};
-    row_gradient(panel + kept[i] * kPanel, valid, rows.scale(i), rows.target(i, column, valid), c, dz);
-    for (int64_t j = 0; j < kPanel; ++j) out[j] = static_cast<T>(dz[j]);
+    const int64_t target = rows.target(i, column, valid);
+    row_gradient(panel + kept[i] * kPanel, valid, rows.scale(i), target, c, dz);
     if (db != nullptr)
       for (int64_t j = 0; j < valid; ++j) db[j] += dz[j];
+    if (target >= 0) at_target[i] = std::exchange(dz[target], 0.0f);
+    for (int64_t j = 0; j < kPanel; ++j) out[j] = static_cast<T>(dz[j]);
   }
   std::fill(out, out + (rows.padded - n) * kPanel, T(0));
 }
@@ -148,6 +153,12 @@ void add_weight_gradients(int64_t rows, const T* dz, const uint32_t* x, int64_t 
                     stride_dw, /*add=*/true);
     }
   }
+}
+
+// out [size] += factor * in.
+template <typename V>
+void add_scaled(float factor, const V* in, int64_t size, float* out) {
+  for (int64_t i = 0; i < size; ++i) out[i] += factor * static_cast<float>(in[i]);
 }
 
 // dx [rows [first, last), columns [h0, h1)] += dz @ weight, panel after panel.
@@ -181,16 +192,20 @@ void backward(const Rows& rows, const Weight& shape, float* raw, int64_t raw_row
       pack<T>(x + h, rows.count, stride_x, std::min(end * slice, shape.hidden) - h, rows.padded,
               packed.data() + packed_words<T>(rows.padded, h));
     });
+  std::vector<float> at_target(rows.count, 0.0f);
   at::parallel_for(0, shape.panels, 1, [&](int64_t begin, int64_t end) {
     std::vector<T> transposed;
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t column = panel * kPanel;
       float* dz = raw + panel * raw_rows * kPanel;
       panel_gradients<T>(rows, kept, coefficients, log_softmax, column, shape.valid(panel), dz,
-                         db == nullptr ? nullptr : db + column);
-      if (dw != nullptr)
-        add_weight_gradients<T>(rows.padded, reinterpret_cast<const T*>(dz), packed.data(), stride,
-                                transposed, dw + column * stride);
+                         at_target.data(), db == nullptr ? nullptr : db + column);
+      if (dw == nullptr) continue;
+      add_weight_gradients<T>(rows.padded, reinterpret_cast<const T*>(dz), packed.data(), stride,
+                              transposed, dw + column * stride);
+      for (int64_t i = 0; i < rows.count; ++i)
+        if (rows.target(i, column, shape.valid(panel)) >= 0)
+          add_scaled(at_target[i], x + i * stride_x, shape.hidden, dw + rows.token_ids[i] * stride);
     }
     release<T>();
   });
@@ -208,6 +223,12 @@ void backward(const Rows& rows, const Weight& shape, float* raw, int64_t raw_row
                                 std::min(first + height, rows.padded), h, std::min(h + width, stride),
                                 stride, dx);
     }
+  });
+  at::parallel_for(0, rows.count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      if (rows.target(i, 0, shape.vocab) >= 0)
+        add_scaled(at_target[i], weight + rows.token_ids[i] * shape.hidden, shape.hidden,
+                   dx + i * stride);
   });
 }
 

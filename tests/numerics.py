@@ -1,11 +1,28 @@
 """The one tolerance: how accurate a kernel must be, judged against eager and fp64.
 
-A result may be twice as far from fp64 as the same-dtype eager computation is, in its worst row and
+A result may be twice as far from fp64 as the same-dtype eager computation (`MatrixUnit`) is, in its worst row and
 in each named part. Relative, so that gradients of size 1/V count; a row that is zero must be zero.
 """
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class MatrixUnit(TorchDispatchMode):
+    """Eager fp32 with products as hardware makes them of a dtype: operands rounded, sums in fp32.
+
+    Hidden states and weights are rounded already: it is the logits' gradient that this touches.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.mm.default:
+            args = [operand.to(self.dtype).to(operand.dtype) for operand in args]
+        return function(*args, **(kwargs or {}))
 
 
 def row_error(x: Tensor, gold: Tensor) -> float:
