@@ -6,52 +6,16 @@
 // Panels are shared by the threads; the states of blocks of panels are merged in block order, and
 // every product has the same shape. Results depend neither on threads nor on the other rows.
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <optional>
 #include <utility>
 
-#include "softmax.h"
+#include "linear.h"
 
 namespace codistill {
 namespace {
-
-constexpr int64_t kBlock = 8;    // panels of a block, the unit of work of the forward pass
-
-struct Rows {
-  int64_t count, padded;  // padded to a multiple of kRows
-  const int64_t* token_ids;
-  const float* temperature;
-  float softcap;
-
-  Rows(const at::Tensor& token_ids, const at::Tensor& temperature, double softcap)
-      : count(token_ids.size(0)),
-        padded(round_up(count, kRows)),
-        token_ids(token_ids.const_data_ptr<int64_t>()),
-        temperature(temperature.const_data_ptr<float>()),
-        softcap(static_cast<float>(softcap)) {}
-
-  Scale scale(int64_t row) const { return {softcap, temperature[row]}; }
-
-  // Column of the row's token in [first, first + valid), counted from `first`, or -1.
-  int64_t target(int64_t row, int64_t first, int64_t valid) const {
-    const int64_t column = token_ids[row] - first;
-    return column >= 0 && column < valid ? column : -1;
-  }
-};
-
-struct Weight {
-  int64_t vocab, hidden, panels;
-
-  explicit Weight(const at::Tensor& weight)
-      : vocab(weight.size(0)),
-        hidden(weight.size(1)),
-        panels((vocab + kPanel - 1) / kPanel) {}
-
-  int64_t valid(int64_t panel) const { return std::min(kPanel, vocab - panel * kPanel); }
-};
 
 // States of rows [first, last) over a block of panels. raw: [panels][rows.padded][kPanel], or null.
 template <typename T, typename W>
@@ -86,20 +50,11 @@ void block_states(const Rows& rows, const Weight& shape, const T* x, int64_t str
 template <typename T, typename W>
 void forward(const Rows& rows, const Weight& shape, const T* x, int64_t stride_x, const W* weight,
              const float* bias, float* raw, float* out) {
-  const int64_t blocks = (shape.panels + kBlock - 1) / kBlock, tiles = rows.padded / kRows;
-  // A small vocabulary has fewer blocks than there are threads: then cut the rows as well.
-  const int64_t wanted = (at::get_num_threads() + blocks - 1) / blocks;
-  const int64_t groups = std::min(tiles, wanted);
-  const int64_t group_rows = (tiles + groups - 1) / groups * kRows;
+  const int64_t blocks = num_blocks(shape.panels);
   std::vector<State> states(blocks * rows.count);
-  at::parallel_for(0, blocks * groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t block = item / groups, first = item % groups * group_rows;
-      if (first < rows.padded)
-        block_states(rows, shape, x, stride_x, weight, bias, block, first,
-                     std::min(first + group_rows, rows.padded), raw,
-                     states.data() + block * rows.count);
-    }
+  for_blocks(blocks, rows.padded, [&](int64_t block, int64_t first, int64_t last) {
+    block_states(rows, shape, x, stride_x, weight, bias, block, first, last, raw,
+                 states.data() + block * rows.count);
   });
   for (int64_t row = 0; row < rows.count; ++row) {
     State state = states[row];
@@ -230,22 +185,6 @@ void backward(const Rows& rows, const Weight& shape, float* raw, int64_t raw_row
         add_scaled(at_target[i], weight + rows.token_ids[i] * shape.hidden, shape.hidden,
                    dx + i * stride);
   });
-}
-
-// Call body(const T* x, const W* weight) with the types that the two tensors have.
-template <typename Body>
-void with_types(const at::Tensor& x, const at::Tensor& weight, Body body) {
-  if (x.scalar_type() == at::kBFloat16) {
-    body(x.const_data_ptr<at::BFloat16>(), weight.const_data_ptr<at::BFloat16>());
-    return;
-  }
-  const float* data = x.const_data_ptr<float>();
-  switch (weight.scalar_type()) {
-    case at::kBFloat16: return body(data, weight.const_data_ptr<at::BFloat16>());
-    case at::kHalf: return body(data, weight.const_data_ptr<at::Half>());
-    case at::kDouble: return body(data, weight.const_data_ptr<double>());
-    default: return body(data, weight.const_data_ptr<float>());
-  }
 }
 
 float* data_or_null(const std::optional<at::Tensor>& tensor) {

@@ -76,7 +76,11 @@ void logits_gradients(const at::Tensor& out, const at::Tensor& logits, int64_t v
               const Coefficients all{c[row], c[n + row], c[2 * n + row],
                                      s[row], s[n + row], s[2 * n + row]};
               const Scale scale{static_cast<float>(softcap), temperatures[row]};
-              row_gradient(panel, valid, scale, target_in(ids[row], column, valid), all, panel);
+              // A row without a gradient may hold NaN.
+              if (all.c0 == 0.0f && all.c1 == 0.0f && all.c2 == 0.0f)
+                std::fill_n(panel, valid, 0.0f);
+              else
+                row_gradient(panel, valid, scale, target_in(ids[row], column, valid), all, panel);
               scalar_t* to = data + row * stride + column;
               for (int64_t j = 0; j < valid; ++j) to[j] = static_cast<scalar_t>(panel[j]);
               if (column + valid == vocab) std::fill(to + valid, to - column + width, scalar_t(0));

@@ -167,12 +167,11 @@ State row_state(const float* raw, int64_t valid, Scale scale, int64_t target) {
 }
 
 CODISTILL_CLONES
-PairState row_pair_state(const float* student, const float* teacher, int64_t valid, Scale scale_s,
-                         Scale scale_t) {
+PairState row_pair_state(const float* student, const float* teacher, int64_t valid, Scale scale) {
   alignas(64) float z_s[kPanel], z_t[kPanel];
   PairState out = empty_pair_state();
-  out.student.max = scale_row(student, valid, scale_s, z_s);
-  out.teacher.max = scale_row(teacher, valid, scale_t, z_t);
+  out.student.max = scale_row(student, valid, scale, z_s);
+  out.teacher.max = scale_row(teacher, valid, scale, z_t);
   if (has_nan(z_s, valid) || has_nan(z_t, valid)) return {{kNaN, kNaN}, {kNaN, kNaN}, kNaN};
   Vec rest_s = Vec{}, rest_t = Vec{}, maxima_s = Vec{}, maxima_t = Vec{}, difference = Vec{};
   const Vec none = Vec{}, one = Vec{} + 1.0f;
@@ -195,6 +194,12 @@ PairState row_pair_state(const float* student, const float* teacher, int64_t val
   out.teacher.rest = empty_t ? 0.0f : sum_lanes(rest_t) + (sum_lanes(maxima_t) - 1.0f);
   out.difference = empty_s ? 0.0f : empty_t ? -kMinusInf : sum_lanes(difference);
   return out;
+}
+
+float divergence(const PairState& state) {
+  const float expected = state.difference / (1.0f + state.student.rest);
+  const float kl = expected - std::log1p(state.student.rest) + std::log1p(state.teacher.rest);
+  return kl < 0.0f ? 0.0f : kl;  // NaN stays
 }
 
 CODISTILL_CLONES

@@ -48,8 +48,10 @@ PairState merge(const PairState& a, const PairState& b);
 
 // State of `valid` <= kPanel columns. `raw` [kPanel] is read whole; `target` is a column, or -1.
 State row_state(const float* raw, int64_t valid, Scale scale, int64_t target);
-PairState row_pair_state(const float* student, const float* teacher, int64_t valid, Scale scale_s,
-                         Scale scale_t);
+PairState row_pair_state(const float* student, const float* teacher, int64_t valid, Scale scale);
+
+// KL(student || teacher) from the state of the whole vocabulary; nats, not below 0.
+float divergence(const PairState& state);
 
 // out[j] = dz_j dz/da, [kPanel]; 0 from `valid` on. May be `raw` itself.
 void row_gradient(const float* raw, int64_t valid, Scale scale, int64_t target,

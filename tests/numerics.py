@@ -1,7 +1,8 @@
 """The one tolerance: how accurate a kernel must be, judged against eager and fp64.
 
-A result may be twice as far from fp64 as the same-dtype eager computation (`MatrixUnit`) is, in its worst row and
-in each named part. Relative, so that gradients of size 1/V count; a row that is zero must be zero.
+A result may be twice as far from fp64 as the same-dtype eager computation (`MatrixUnit`) is, in its
+worst row and in each named part. Relative, so that gradients of size 1/V count; a row that is zero
+must be zero.
 """
 
 import torch

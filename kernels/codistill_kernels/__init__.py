@@ -5,8 +5,10 @@ Importing does no work: no GPU is asked for, no compiled extension is loaded.
 
 from codistill_kernels.linear_logps import linear_logps
 from codistill_kernels.linear_policy_loss import linear_policy_loss
+from codistill_kernels.linear_reverse_kl import linear_reverse_kl
 from codistill_kernels.policy_loss import PolicyLoss, importance_weights, policy_loss
 from codistill_kernels.rewards import downsample, group_advantages, kd_rewards
+from codistill_kernels.selective_logps import selective_logps
 
 __all__ = [
     "PolicyLoss",
@@ -16,5 +18,7 @@ __all__ = [
     "kd_rewards",
     "linear_logps",
     "linear_policy_loss",
+    "linear_reverse_kl",
     "policy_loss",
+    "selective_logps",
 ]

@@ -48,3 +48,35 @@ def require_sequences(cu_seqlens: Tensor, tokens: int) -> None:
             f"rising from 0 to N = {tokens}",
             cu_seqlens.tolist(),
         )
+
+
+def require_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    expected = f"on {other.device} like {other_name}"
+    require(tensor.device == other.device, name, expected, tensor.device)
+
+
+def require_token_ids(token_ids: Tensor, shape: tuple[int, ...]) -> None:
+    require(token_ids.dtype == torch.int64, "token_ids", "int64", token_ids.dtype)
+    require_shape("token_ids", token_ids, shape, "[...]")
+
+
+def require_in_vocabulary(token_ids: Tensor, active: Tensor, vocab_size: int) -> None:
+    if can_look(token_ids):
+        wrong = token_ids[active & ((token_ids < 0) | (token_ids >= vocab_size))]
+        allowed = f"in [0, {vocab_size}) where it counts"
+        require(not len(wrong), "token_ids", allowed, wrong[:3].tolist())
+
+
+def require_scaling(
+    temperature: float | Tensor, softcap: float | None, shape: tuple[int, ...]
+) -> None:
+    """temperature: a number or a tensor of this shape."""
+    if isinstance(temperature, Tensor):
+        if temperature.ndim:
+            require_shape("temperature", temperature, shape, "[...]")
+        if can_look(temperature):
+            wrong = temperature[~(temperature > 0)]
+            require(not len(wrong), "temperature", "> 0", wrong[:3].tolist())
+    else:
+        require(temperature > 0, "temperature", "> 0", temperature)
+    require(softcap is None or softcap > 0, "softcap", "> 0 or None", softcap)

@@ -30,10 +30,7 @@ class CpuChunks:
         self.weight = head.weight.contiguous()
         self.bias = None if head.bias is None else head.bias.float().contiguous()
         self.tile_rows, self.panel, self.slice = torch.ops.codistill_cpu.tile_shape()
-        both_bf16 = hidden_states.dtype == head.weight.dtype == torch.bfloat16
-        # Elsewhere bf16 and fp16 become fp32, tile by tile: nothing is lost.
-        use_bf16 = both_bf16 and torch.ops.codistill_cpu.multiplies_bf16()
-        self.operand_dtype = torch.bfloat16 if use_bf16 else torch.float32
+        self.dtype = operand_dtype(hidden_states, head.weight)
         self.workspace = torch.empty(0) if workspace is None else workspace
 
     def statistics(self) -> Tensor:
@@ -53,7 +50,7 @@ class CpuChunks:
 
     def _forward(self, rows: Tensor, raw: Tensor | None) -> Tensor:
         return torch.ops.codistill_cpu.linear_forward(
-            self._operand(rows),
+            operand(self.hidden_states[rows], self.dtype),
             self.weight,
             self.bias,
             self.token_ids[rows],
@@ -61,14 +58,6 @@ class CpuChunks:
             self.head.softcap,
             raw,
         )
-
-    def _operand(self, rows: Tensor) -> Tensor:
-        """Hidden states of the rows: whole tiles of rows and of columns, zeros beyond."""
-        width = self.hidden_states.shape[1]
-        shape = (round_up(len(rows), self.tile_rows), round_up(width, 16))
-        out = torch.zeros(shape, dtype=self.operand_dtype)
-        out[: len(rows), :width] = self.hidden_states[rows]
-        return out
 
     def weight_gradients(self) -> Tensor:
         """Zeros for `gradients` to add to, in whole tiles; the first [V, H] count."""
@@ -86,7 +75,7 @@ class CpuChunks:
     ) -> Tensor | None:
         """dx [K, H] of rows `kept` of those held, which ends their being held; adds to dw, db."""
         rows, width = self.rows[kept], self.weight.shape[1]
-        x = self._operand(rows)
+        x = operand(self.hidden_states[rows], self.dtype)
         shape = (len(x), round_up(width, self.slice))
         dx = torch.zeros(shape) if needs_hidden else None
         torch.ops.codistill_cpu.linear_backward(
@@ -105,3 +94,19 @@ class CpuChunks:
         )
         self.raw = None
         return None if dx is None else dx[: len(rows), :width]
+
+
+def operand_dtype(hidden_states: Tensor, weight: Tensor) -> torch.dtype:
+    """Of products. Where it is not bf16, bf16 and fp16 become fp32 tile by tile: none is lost."""
+    both_bf16 = hidden_states.dtype == weight.dtype == torch.bfloat16
+    use_bf16 = both_bf16 and torch.ops.codistill_cpu.multiplies_bf16()
+    return torch.bfloat16 if use_bf16 else torch.float32
+
+
+def operand(hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
+    """Hidden states [R, H] in whole tiles of rows and of columns, zeros beyond."""
+    rows, width = hidden_states.shape
+    tile_rows, _, _ = torch.ops.codistill_cpu.tile_shape()
+    out = torch.zeros((round_up(rows, tile_rows), round_up(width, 16)), dtype=dtype)
+    out[:rows, :width] = hidden_states
+    return out

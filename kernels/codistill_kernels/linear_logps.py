@@ -6,7 +6,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from codistill_kernels._checks import can_look, require, require_float, require_shape
+from codistill_kernels._checks import (
+    require,
+    require_device,
+    require_float,
+    require_in_vocabulary,
+    require_scaling,
+    require_shape,
+    require_token_ids,
+)
 from codistill_kernels._head import Head, compute_dtype
 from codistill_kernels._linear import make_chunks, recomputed_gradients
 from codistill_kernels._softmax_torch import normalizers
@@ -252,10 +260,7 @@ def prepare(
     vocab_size = all_rows if vocab_size is None else vocab_size
     require(0 < vocab_size <= all_rows, "vocab_size", f"in 1 .. {all_rows}", vocab_size)
     flat_ids, active = token_ids.reshape(-1), active.reshape(-1)
-    if can_look(flat_ids):
-        wrong = flat_ids[active & ((flat_ids < 0) | (flat_ids >= vocab_size))]
-        allowed = f"in [0, {vocab_size}) where it counts"
-        require(not len(wrong), "token_ids", allowed, wrong[:3].tolist())
+    require_in_vocabulary(flat_ids, active, vocab_size)
     first_row = rank * local_rows
     rows = min(max(vocab_size - first_row, 0), local_rows)
     dtype = compute_dtype(hidden_states)
@@ -284,26 +289,12 @@ def check_inputs(
     require(lm_head_weight.ndim == 2, "lm_head_weight", "[V, H]", tuple(lm_head_weight.shape))
     vocab, hidden = lm_head_weight.shape
     require_shape("lm_head_weight", lm_head_weight, (vocab, hidden_states.shape[-1]), "[V, H]")
-    require(token_ids.dtype == torch.int64, "token_ids", "int64", token_ids.dtype)
-    require_shape("token_ids", token_ids, tuple(hidden_states.shape[:-1]), "[...]")
+    require_token_ids(token_ids, tuple(hidden_states.shape[:-1]))
     tensors = {"lm_head_weight": lm_head_weight, "token_ids": token_ids}
     if bias is not None:
         require_float("bias", bias)
         require_shape("bias", bias, (vocab,), "[V]")
         tensors["bias"] = bias
     for name, tensor in tensors.items():
-        require(
-            tensor.device == hidden_states.device,
-            name,
-            f"on {hidden_states.device} like hidden_states",
-            tensor.device,
-        )
-    if isinstance(temperature, Tensor):
-        if temperature.ndim:
-            require_shape("temperature", temperature, tuple(token_ids.shape), "[...]")
-        if can_look(temperature):
-            wrong = temperature[~(temperature > 0)]
-            require(not len(wrong), "temperature", "> 0", wrong[:3].tolist())
-    else:
-        require(temperature > 0, "temperature", "> 0", temperature)
-    require(softcap is None or softcap > 0, "softcap", "> 0 or None", softcap)
+        require_device(name, tensor, "hidden_states", hidden_states)
+    require_scaling(temperature, softcap, tuple(token_ids.shape))

@@ -27,7 +27,29 @@ def linear_logps(
     logits = hidden_states @ lm_head_weight.T
     if bias is not None:
         logits = logits + bias
-    logits = logits[..., :vocab_size]
+    return selective_logps(
+        logits,
+        token_ids,
+        temperature=temperature,
+        softcap=softcap,
+        vocab_size=vocab_size,
+        ignore_index=ignore_index,
+        return_entropy=return_entropy,
+    )
+
+
+def selective_logps(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    active = token_ids != ignore_index
+    logits = torch.where(active[..., None], logits, 0.0)[..., :vocab_size]
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     scale = (
@@ -40,6 +62,25 @@ def linear_logps(
     logps = torch.where(active, logps, 0.0)
     entropy = torch.where(active, -(log_p.exp() * log_p).sum(-1), 0.0)
     return (logps, entropy) if return_entropy else logps
+
+
+def linear_reverse_kl(
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor],
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    if vocab_size is None:
+        vocab_size = min(len(student[1]), len(teacher[1]))
+    scale = torch.as_tensor(temperature).reshape(-1, 1)
+    log_p, log_q = (
+        ((hidden @ weight.T)[:, :vocab_size] / scale).log_softmax(-1)
+        for hidden, weight in (student, teacher)
+    )
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return kl if mask is None else torch.where(mask, kl, 0.0)
 
 
 def policy_loss(
@@ -124,20 +165,29 @@ def importance_weights(
 
 def kd_rewards(
     rewards: Tensor,
-    teacher_logps: Tensor,
-    student_logps: Tensor,
+    teacher_logps: Tensor | None,
+    student_logps: Tensor | None,
     cu_seqlens: Tensor,
     *,
     alpha: float,
     max_completion_tokens: int,
     estimator: str = "k1",
+    teacher: tuple[Tensor, Tensor] | None = None,
+    student: tuple[Tensor, Tensor] | None = None,
+    temperature: float | Tensor = 1.0,
+    vocab_size: int | None = None,
 ) -> Tensor:
+    if estimator == "exact":
+        assert student is not None and teacher is not None
+        kl = linear_reverse_kl(student, teacher, temperature=temperature, vocab_size=vocab_size)
+    else:
+        assert student_logps is not None and teacher_logps is not None
+        log_ratio = teacher_logps - student_logps  # log pi_ref / pi of Eq. 4
+        kl = -log_ratio if estimator == "k1" else log_ratio.exp() - log_ratio - 1
     ends = cu_seqlens.tolist()
     out = []
     for reward, start, end in zip(rewards, ends[:-1], ends[1:], strict=True):
-        ratio = (teacher_logps[start:end] - student_logps[start:end]).exp()  # pi_ref / pi of Eq. 4
-        kl = -ratio.log() if estimator == "k1" else ratio - ratio.log() - 1
-        out.append(reward - alpha * kl.sum() / max_completion_tokens)
+        out.append(reward - alpha * kl[start:end].sum() / max_completion_tokens)
     return torch.stack(out) if out else rewards.new_zeros(0)
 
 

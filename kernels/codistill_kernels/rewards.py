@@ -12,35 +12,45 @@ from codistill_kernels._checks import (
     require_sequences,
     require_shape,
 )
+from codistill_kernels.linear_reverse_kl import linear_reverse_kl
 
 
 def kd_rewards(
     rewards: Tensor,
-    teacher_logps: Tensor,
-    student_logps: Tensor,
+    teacher_logps: Tensor | None,
+    student_logps: Tensor | None,
     cu_seqlens: Tensor,
     *,
     alpha: float,
     max_completion_tokens: int,
-    estimator: Literal["k1", "k3"] = "k1",
+    estimator: Literal["k1", "k3", "exact"] = "k1",
+    teacher: tuple[Tensor, Tensor] | None = None,
+    student: tuple[Tensor, Tensor] | None = None,
+    temperature: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Effective reward of each rollout: its reward less alpha times a KL estimate.
 
     d[t] = teacher_logps[t] - student_logps[t]
     k1: kd[s] = 1/max_completion_tokens sum_t d[t]
     k3: kd[s] = -1/max_completion_tokens sum_t (exp(d[t]) - 1 - d[t])
+    exact: kd[s] = -1/max_completion_tokens sum_t KL(student || teacher)[t]
     out[s] = rewards[s] + alpha kd[s]
 
     Args:
         rewards: [S] rewards of the rollouts.
         teacher_logps, student_logps: [N] log-probabilities (nats) of the rollouts' tokens under the
-            large and the small model, sequence after sequence.
+            large and the small model, sequence after sequence. None with "exact".
         cu_seqlens: [S + 1]; tokens of rollout s are cu_seqlens[s] : cu_seqlens[s + 1].
         alpha: >= 0, weight of the KD reward.
         max_completion_tokens: > 0, N of Eq. 6: a constant, not the length of the rollout.
         estimator: of KL(student || teacher), token by token. "k1", minus the log-ratio, is Eq. 6.
             "k3" is Eq. 4, as in Figure 9, where it trains less robustly: it is never negative, but
             one token that the teacher likes far better weighs exp(d) (fp32: -inf from d = 89).
+            "exact" is what both estimate: the divergence over the whole vocabulary.
+        teacher, student: "exact" only: (hidden states [N, H], lm_head weight [V, H]) of each.
+        temperature, vocab_size, backend: "exact" only, as in `linear_reverse_kl`.
 
     Returns:
         [S] fp32 (fp64 for fp64 rewards), detached: the gradient of the KD term is zero in
@@ -53,18 +63,37 @@ def kd_rewards(
     """
     require(rewards.ndim == 1, "rewards", "[S]", tuple(rewards.shape))
     require_float("rewards", rewards)
-    require(teacher_logps.ndim == 1, "teacher_logps", "[N]", tuple(teacher_logps.shape))
-    require_sequences(cu_seqlens, len(teacher_logps))
+    require(estimator in ("k1", "k3", "exact"), "estimator", "k1, k3 or exact", repr(estimator))
+    if estimator == "exact":
+        if teacher is None or student is None:
+            name = "teacher" if teacher is None else "student"
+            raise ValueError(f"{name} must be (hidden states, weight) with 'exact', got None")
+        kl = linear_reverse_kl(
+            student, teacher, temperature=temperature, vocab_size=vocab_size, backend=backend
+        )
+        kd = -kl.double()
+    else:
+        kd = sampled_kd(teacher_logps, student_logps, estimator)
+    require_sequences(cu_seqlens, len(kd))
     require_shape("cu_seqlens", cu_seqlens, (len(rewards) + 1,), "[S + 1]")
-    require_shape("student_logps", student_logps, tuple(teacher_logps.shape), "[N]")
     require(alpha >= 0, "alpha", ">= 0", alpha)
     require(max_completion_tokens > 0, "max_completion_tokens", "> 0", max_completion_tokens)
-    require(estimator in ("k1", "k3"), "estimator", "'k1' or 'k3'", repr(estimator))
-    log_ratio = (teacher_logps - student_logps).detach().double()
-    kd = log_ratio if estimator == "k1" else log_ratio - log_ratio.expm1()
     sums = torch.segment_reduce(kd, "sum", lengths=cu_seqlens.diff(), initial=0.0)
     out = rewards.detach().double() + alpha * sums / max_completion_tokens
     return out.to(rewards.dtype if rewards.dtype == torch.float64 else torch.float32)
+
+
+def sampled_kd(
+    teacher_logps: Tensor | None, student_logps: Tensor | None, estimator: str
+) -> Tensor:
+    """[N] fp64: minus the estimate of KL(student || teacher) at each sampled token."""
+    if teacher_logps is None or student_logps is None:
+        name = "teacher_logps" if teacher_logps is None else "student_logps"
+        raise ValueError(f"{name} must be [N] with {estimator!r}, got None")
+    require(teacher_logps.ndim == 1, "teacher_logps", "[N]", tuple(teacher_logps.shape))
+    require_shape("student_logps", student_logps, tuple(teacher_logps.shape), "[N]")
+    log_ratio = (teacher_logps - student_logps).detach().double()
+    return log_ratio if estimator == "k1" else log_ratio - log_ratio.expm1()
 
 
 def group_advantages(

@@ -55,7 +55,8 @@ def outputs(function, leaves: dict[str, Tensor], case: Case, upstream=None, **ex
 def check(case: Case, backend: str, upstream: Tensor | None = None, **tolerance) -> None:
     """Ours, eager with fp32 sums and gold in fp64, all from the same (rounded) inputs."""
     (logps, entropy), grads = outputs(linear_logps, case.leaves(), case, upstream, backend=backend)
-    with MatrixUnit(case.hidden_states.dtype):
+    dtypes = (case.hidden_states.dtype, case.lm_head_weight.dtype)
+    with MatrixUnit(torch.promote_types(*dtypes)):
         leaves = case.leaves(torch.float32)
         eager, eager_grads = outputs(reference.linear_logps, leaves, case, upstream)
     gold, gold_grads = outputs(reference.linear_logps, case.leaves(torch.float64), case, upstream)

@@ -1,0 +1,107 @@
+// KL(student || teacher) over the whole vocabulary, from the hidden states and heads of both.
+//
+// Each panel of the vocabulary has two products, of either hidden size, into two tiles; the states of
+// both softmaxes come from the tiles while they are in cache. No logits are kept.
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "linear.h"
+
+namespace codistill {
+namespace {
+
+// Rows [first, last) of x times one panel of a weight, row tile by row tile.
+template <typename T, typename W>
+struct Factor {
+  const T* x;
+  int64_t stride_x;
+  const W* weight;
+  int64_t hidden;
+  std::vector<uint32_t> packed;
+  std::vector<float> tile;
+
+  Factor(const T* x, int64_t stride_x, const W* weight, int64_t hidden)
+      : x(x),
+        stride_x(stride_x),
+        weight(weight),
+        hidden(hidden),
+        packed(packed_words<T>(stride_x, kPanel)),
+        tile(kRows * kPanel) {}
+
+  void pack_panel(int64_t column, int64_t valid) {
+    pack_transposed<T>(weight + column * hidden, valid, hidden, stride_x, kPanel, packed.data());
+  }
+
+  void multiply_rows(int64_t row) {
+    const int64_t slice = slice_width(), slice_words = packed_words<T>(stride_x, slice);
+    for (int64_t n = 0; n < kPanel / slice; ++n)
+      multiply<T>(stride_x, x + row * stride_x, stride_x, packed.data() + n * slice_words,
+                  tile.data() + n * slice, kPanel, /*add=*/false);
+  }
+};
+
+template <typename T, typename Ws, typename Wt>
+void block_states(Factor<T, Ws> student, Factor<T, Wt> teacher, const Weight& shape, int64_t rows,
+                  const float* temperature, int64_t block, int64_t first, int64_t last,
+                  PairState* states) {
+  const int64_t stop = std::min((block + 1) * kBlock, shape.panels);
+  std::fill(states + first, states + std::min(last, rows), empty_pair_state());
+  for (int64_t panel = block * kBlock; panel < stop; ++panel) {
+    const int64_t valid = shape.valid(panel);
+    student.pack_panel(panel * kPanel, valid);
+    teacher.pack_panel(panel * kPanel, valid);
+    for (int64_t row = first; row < last; row += kRows) {
+      student.multiply_rows(row);
+      teacher.multiply_rows(row);
+      for (int64_t i = row; i < std::min(row + kRows, rows); ++i) {
+        const int64_t at = (i - row) * kPanel;
+        const Scale scale{0.0f, temperature[i]};
+        states[i] = merge(states[i], row_pair_state(student.tile.data() + at,
+                                                    teacher.tile.data() + at, valid, scale));
+      }
+    }
+  }
+  release<T>();
+}
+
+// [N] nats. x_s, x_t: whole tiles of rows, of one dtype; the weights have the same number of rows.
+at::Tensor reverse_kl(const at::Tensor& x_s, const at::Tensor& weight_s, const at::Tensor& x_t,
+                      const at::Tensor& weight_t, const at::Tensor& temperature) {
+  const int64_t rows = temperature.size(0);
+  const auto out = at::empty({rows}, temperature.options());
+  if (rows == 0) return out;
+  TORCH_INTERNAL_ASSERT(x_s.scalar_type() == x_t.scalar_type());
+  const Weight shape(weight_s);
+  const int64_t blocks = num_blocks(shape.panels);
+  std::vector<PairState> states(blocks * rows);
+  with_types(x_s, weight_s, [&](const auto* data_s, const auto* w_s) {
+    with_types(x_t, weight_t, [&](const auto* data_t, const auto* w_t) {
+      // The caller gives both the same dtype; the other pairs of types need no code.
+      if constexpr (std::is_same_v<std::decay_t<decltype(*data_s)>, std::decay_t<decltype(*data_t)>>)
+        for_blocks(blocks, x_s.size(0), [&](int64_t block, int64_t first, int64_t last) {
+          block_states(Factor(data_s, x_s.size(1), w_s, weight_s.size(1)),
+                       Factor(data_t, x_t.size(1), w_t, weight_t.size(1)), shape, rows,
+                       temperature.const_data_ptr<float>(), block, first, last,
+                       states.data() + block * rows);
+        });
+    });
+  });
+  for (int64_t row = 0; row < rows; ++row) {
+    PairState state = states[row];
+    for (int64_t block = 1; block < blocks; ++block)
+      state = merge(state, states[block * rows + row]);
+    out.data_ptr<float>()[row] = divergence(state);
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace codistill
+
+TORCH_LIBRARY_FRAGMENT(codistill_cpu, m) {
+  m.def(
+      "reverse_kl(Tensor x_s, Tensor weight_s, Tensor x_t, Tensor weight_t, Tensor temperature) -> "
+      "Tensor",
+      &codistill::reverse_kl);
+}

@@ -1,0 +1,233 @@
+"""Log-probabilities of given tokens from logits that the caller holds."""
+
+import torch
+from torch import Tensor
+
+from codistill_kernels import _backends, _softmax_torch
+from codistill_kernels._checks import (
+    require,
+    require_device,
+    require_float,
+    require_in_vocabulary,
+    require_scaling,
+    require_token_ids,
+)
+from codistill_kernels._head import compute_dtype
+from codistill_kernels._softmax_torch import normalizers
+
+ROWS = 256  # that the torch backend works on at once, in fp32; chosen, untested
+
+# --- custom ops --------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("codistill::logits_statistics", mutates_args=())
+def logits_statistics(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor,
+    softcap: float,
+    vocab_size: int,
+    backend: str,
+) -> Tensor:
+    """[4, N] max m, rest of sum exp(z - m), sum exp(z - m) (z - m), target, from logits [N, V]."""
+    if _backends.choose(backend, logits.device, logits.dtype) == "cpu":
+        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        return torch.ops.codistill_cpu.logits_statistics(
+            logits, vocab_size, token_ids, temperature, softcap
+        )
+    out = temperature.new_empty((4, len(logits)))
+    for rows in row_slices(len(logits)):
+        raw = logits[rows, :vocab_size].to(temperature.dtype)
+        scaled = _softmax_torch.scale(raw, temperature[rows], softcap)
+        out[:, rows] = _softmax_torch.statistics(scaled, token_ids[rows])
+    return out
+
+
+@logits_statistics.register_fake
+def _(logits, token_ids, temperature, softcap, vocab_size, backend):
+    return temperature.new_empty((4, logits.shape[0]))
+
+
+@torch.library.custom_op("codistill::write_logits_gradients", mutates_args=("out",))
+def write_logits_gradients(
+    out: Tensor,
+    logits: Tensor | None,
+    token_ids: Tensor,
+    temperature: Tensor,
+    softcap: float,
+    vocab_size: int,
+    coefficients: Tensor,
+    log_softmax: Tensor,
+    backend: str,
+) -> None:
+    """out [N, V] = gradient of the logits, which are `out` itself where logits is None."""
+    logits = out if logits is None else logits
+    if _backends.choose(backend, logits.device, logits.dtype) == "cpu":
+        in_rows = logits if logits.stride(1) == 1 else logits.contiguous()
+        result = out if out.stride(1) == 1 else torch.empty_like(in_rows)
+        torch.ops.codistill_cpu.logits_gradients(
+            result,
+            in_rows,
+            vocab_size,
+            token_ids,
+            temperature,
+            softcap,
+            coefficients.contiguous(),
+            log_softmax.contiguous(),
+        )
+        if result is not out:
+            out.copy_(result)
+        return
+    for rows in row_slices(len(logits)):
+        dlogits = _softmax_torch.gradients(
+            logits[rows, :vocab_size].to(temperature.dtype),
+            token_ids[rows],
+            temperature[rows],
+            softcap,
+            coefficients[:, rows],
+            log_softmax[:, rows],
+        )
+        # Select: a row without a gradient may hold NaN.
+        active = coefficients[:, rows].ne(0).any(dim=0)[:, None]
+        out[rows, :vocab_size] = torch.where(active, dlogits, 0.0)
+        out[rows, vocab_size:] = 0
+
+
+@write_logits_gradients.register_fake
+def _(
+    out,
+    logits,
+    token_ids,
+    temperature,
+    softcap,
+    vocab_size,
+    coefficients,
+    log_softmax,
+    backend,
+):
+    return None
+
+
+def row_slices(rows: int) -> list[slice]:
+    return [slice(first, first + ROWS) for first in range(0, rows, ROWS)]
+
+
+# --- autograd ----------------------------------------------------------------------------------
+
+
+class SelectiveLogps(torch.autograd.Function):
+    """logits [N, V], ... -> logps [N], entropy [N]."""
+
+    @staticmethod
+    def forward(ctx, logits, token_ids, temperature, active, options):
+        softcap, vocab_size, inplace_backward, backend = options
+        statistics = logits_statistics(logits, token_ids, temperature, softcap, vocab_size, backend)
+        log_softmax = normalizers(statistics)
+        maximum, log_sum, mean = log_softmax
+        # Select, not multiply: an ignored row may hold NaN.
+        logps = torch.where(active, (statistics[3] - maximum) - log_sum, 0.0)
+        entropy = torch.where(active, log_sum - mean, 0.0)
+        ctx.save_for_backward(logits, token_ids, temperature, active, log_softmax)
+        ctx.options = options
+        return logps, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dlogps, dentropy):
+        logits, token_ids, temperature, active, log_softmax = ctx.saved_tensors
+        softcap, vocab_size, inplace_backward, backend = ctx.options
+        c0 = torch.where(active, -dlogps, 0.0)
+        coefficients = torch.stack((c0, c0, torch.where(active, -dentropy, 0.0)))
+        # The graph would keep a tensor that changes: without one, this is the last use of logits.
+        out = logits.detach() if inplace_backward else torch.empty_like(logits)
+        write_logits_gradients(
+            out,
+            None if inplace_backward else logits,
+            token_ids,
+            temperature,
+            softcap,
+            vocab_size,
+            coefficients,
+            log_softmax,
+            backend,
+        )
+        return out, *[None] * 4
+
+
+# --- public function ---------------------------------------------------------------------------
+
+
+def selective_logps(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each given token from logits, which are read once and not copied.
+
+    z = softcap * tanh(logits / softcap) / temperature   (without softcap: logits / temperature)
+    logps[n] = z[n, token_ids[n]] - logsumexp_v z[n, v]
+    entropy[n] = -sum_v p[n, v] log p[n, v]              (p = softmax of z over the vocabulary)
+
+    Args:
+        logits: [..., V], fp32, bf16, fp16 or fp64. Differentiable.
+        token_ids: [...] int64, in [0, vocab_size) or `ignore_index`. Checked on the CPU only.
+        temperature: divides the logits, > 0: a number, or a tensor [...], one a token.
+        softcap: > 0; soft limit of the logits, before the temperature.
+        vocab_size: columns from here on are outside the softmax. None: all count.
+        ignore_index: these tokens get log-probability 0, entropy 0 and no gradient, whatever their
+            logits hold.
+        return_entropy: also return the entropy, differentiable like the log-probabilities.
+        inplace_backward: the backward pass overwrites the logits with their gradient, which saves
+            the memory of a second [..., V]. For logits that nothing else reads after; once only.
+        backend: "auto", "cpu" (C++) or "torch". auto: cpu on the CPU, torch elsewhere.
+
+    Returns:
+        [...] fp32, nats, <= 0; with `return_entropy` (logps, entropy). fp64 for fp64 logits.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype or value. The message names it.
+
+    Definition: codistill_kernels.reference.selective_logps. Source: as `linear_logps`.
+    """
+    vocab_size = check_inputs(logits, token_ids, temperature, softcap, vocab_size, ignore_index)
+    dtype = compute_dtype(logits)
+    per_token = torch.as_tensor(temperature, device=logits.device).detach().to(dtype)
+    active = token_ids.reshape(-1) != ignore_index
+    logps, entropy = SelectiveLogps.apply(
+        logits.reshape(-1, logits.shape[-1]),
+        torch.where(active, token_ids.reshape(-1), -1),
+        per_token.expand(token_ids.shape).reshape(-1).contiguous(),
+        active,
+        (softcap or 0.0, vocab_size, inplace_backward, backend),
+    )
+    logps, entropy = logps.view(token_ids.shape), entropy.view(token_ids.shape)
+    return (logps, entropy) if return_entropy else logps
+
+
+def check_inputs(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    vocab_size: int | None,
+    ignore_index: int,
+) -> int:
+    """vocab_size, resolved."""
+    require(logits.ndim >= 1, "logits", "[..., V]", tuple(logits.shape))
+    require_float("logits", logits)
+    require(logits.shape[-1] > 0, "logits", "[..., V] with V > 0", tuple(logits.shape))
+    columns = logits.shape[-1]
+    vocab_size = columns if vocab_size is None else vocab_size
+    require(0 < vocab_size <= columns, "vocab_size", f"in 1 .. {columns}", vocab_size)
+    require_token_ids(token_ids, tuple(logits.shape[:-1]))
+    require_device("token_ids", token_ids, "logits", logits)
+    require_in_vocabulary(token_ids, token_ids != ignore_index, vocab_size)
+    require_scaling(temperature, softcap, tuple(token_ids.shape))
+    return vocab_size
