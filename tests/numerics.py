@@ -5,9 +5,23 @@ worst row and in each named part. Relative, so that gradients of size 1/V count;
 must be zero.
 """
 
+import os
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+# The kernels' tests run thrice: on the CPU, with Triton's interpreter and on a GPU; test_triton.py
+# starts the second and the third.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = os.environ.get("CODISTILL_TEST_DEVICE", "cpu")
+BACKENDS = {"cpu": ["triton"] if INTERPRETED else ["cpu", "torch"]}.get(DEVICE, ["triton", "torch"])
+# The interpreter cuts bf16 instead of rounding it.
+DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(seed)
 
 
 class MatrixUnit(TorchDispatchMode):

@@ -3,11 +3,14 @@
 import functools
 import importlib
 import logging
+import os
 
 import torch
 
+from codistill_kernels._checks import require
+
 log = logging.getLogger("codistill_kernels")
-BACKENDS = ("auto", "cpu", "torch")
+BACKENDS = ("auto", "triton", "cpu", "torch")
 
 
 @functools.cache
@@ -21,32 +24,50 @@ def extension_error() -> str | None:
 
 
 @functools.cache
-def report_fallback() -> None:
-    log.warning("codistill_kernels: the torch backend serves on the CPU: %s", extension_error())
+def report_fallback(wanted: str, error: str) -> None:
+    log.warning("codistill_kernels: the torch backend serves for %r: %s", wanted, error)
+
+
+@functools.cache
+def triton_error() -> str | None:
+    """Import Triton; why it cannot be imported, or None."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that runs: "cpu" or "torch".
+    """The backend that runs: "triton", "cpu" or "torch".
 
     Raises:
-        ValueError: unknown, or "cpu" and the extension, the device or the dtype does not allow it.
+        ValueError: unknown, or asked for and the device, the dtype or the installation does not
+            allow it.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    possible = device.type == "cpu" and dtype != torch.float64
-    if backend == "torch" or (backend == "auto" and not possible):
+    require(backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", repr(backend))
+    fused = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "torch")
+    if dtype == torch.float64:
+        fused = "torch"
+    if backend == "torch" or (backend == "auto" and fused == "torch"):
         return "torch"
-    if not possible:
-        raise ValueError(
-            f"backend 'cpu' must have float32, bfloat16 or float16 tensors on the CPU, "
-            f"got {dtype} on {device}"
-        )
-    if extension_error() is None:
-        return "cpu"
-    if backend == "cpu":
-        raise ValueError(
-            "backend 'cpu' must have the compiled extension (pip install --no-build-isolation .), "
-            f"got: {extension_error()}"
-        )
-    report_fallback()
+    wanted = fused if backend == "auto" else backend
+    # TRITON_INTERPRET=1 runs Triton kernels on the CPU, to look into them.
+    interpreted = wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    expected = {
+        "triton": "float32, bfloat16 or float16 tensors on a GPU",
+        "cpu": "float32, bfloat16 or float16 tensors on the CPU",
+    }[wanted]
+    possible = wanted == fused or (interpreted and dtype != torch.float64)
+    require(possible, f"backend {wanted!r}", expected, f"{dtype} on {device}")
+    error = triton_error() if wanted == "triton" else extension_error()
+    if error is None:
+        return wanted
+    if backend != "auto":
+        needed = {
+            "triton": "triton installed",
+            "cpu": "the compiled extension (pip install --no-build-isolation .)",
+        }[wanted]
+        raise ValueError(f"backend {wanted!r} must have {needed}, got: {error}")
+    report_fallback(wanted, error)
     return "torch"

@@ -5,6 +5,7 @@ and turns them into gradients; here is the order in which chunks are gone throug
 """
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,17 +16,25 @@ from codistill_kernels._linear_cpu import CpuChunks
 from codistill_kernels._linear_torch import TorchChunks
 from codistill_kernels._softmax_torch import normalizers
 
-Chunks = TorchChunks | CpuChunks
+if TYPE_CHECKING:
+    from codistill_kernels._linear_triton import TritonChunks
+
+    Chunks = TorchChunks | CpuChunks | TritonChunks
+
 WORKSPACE_MIB = 128  # of a CPU: 512 rows of 65536 fp32 logits; more rows were not faster
 
 
-def kind_of_chunks(hidden_states: Tensor, backend: str) -> type[Chunks]:
+def kind_of_chunks(hidden_states: Tensor, backend: str) -> "type[Chunks]":
     # Chosen here, where torch.compile does not look: the extension is loaded at the first call.
     chosen = _backends.choose(backend, hidden_states.device, hidden_states.dtype)
+    if chosen == "triton":  # imported here: `import codistill_kernels` must not need Triton
+        from codistill_kernels._linear_triton import TritonChunks
+
+        return TritonChunks
     return {"cpu": CpuChunks, "torch": TorchChunks}[chosen]
 
 
-def make_chunks(hidden_states: Tensor, head: Head, token_ids: Tensor, backend: str) -> Chunks:
+def make_chunks(hidden_states: Tensor, head: Head, token_ids: Tensor, backend: str) -> "Chunks":
     kind = kind_of_chunks(hidden_states, backend)
     # Without a vocabulary row (the last shard may have none) there is nothing to fuse.
     return (kind if len(head.weight) else TorchChunks)(hidden_states, head, token_ids)
@@ -34,7 +43,7 @@ def make_chunks(hidden_states: Tensor, head: Head, token_ids: Tensor, backend: s
 class GradientSums:
     """Gradients of hidden_states, weight and bias, summed over chunks in fp32 (fp64 for fp64)."""
 
-    def __init__(self, chunks: Chunks, needs: Sequence[bool]) -> None:
+    def __init__(self, chunks: "Chunks", needs: Sequence[bool]) -> None:
         self.chunks = chunks
         hidden, head = chunks.hidden_states, chunks.head
         options = dict(dtype=compute_dtype(hidden), device=hidden.device)
@@ -143,7 +152,7 @@ def split_rows(rows: Tensor, most: int) -> Iterator[Tensor]:
     return iter(rows.split(max(1, -(-len(rows) // parts))))
 
 
-def bytes_per_logit(kind: type[Chunks], hidden_states: Tensor) -> int:
+def bytes_per_logit(kind: "type[Chunks]", hidden_states: Tensor) -> int:
     """Of what is alive at once."""
     return kind.BUFFERS * compute_dtype(hidden_states).itemsize
 

@@ -198,7 +198,7 @@ def linear_logps(
         group: processes that each hold V rows of the weight (and of the bias), in rank order; ids
             and vocab_size then count over all of them. Every process gets the whole result, and
             in the backward pass the whole gradient of hidden_states.
-        backend: "auto", "cpu" (C++) or "torch". auto: cpu on the CPU, torch elsewhere.
+        backend: "auto", "triton", "cpu" (C++) or "torch". auto: triton on a GPU, cpu on the CPU.
 
     Returns:
         [...] fp32, nats, <= 0; with `return_entropy` (logps, entropy). fp64 for fp64 hidden states.
@@ -207,8 +207,8 @@ def linear_logps(
         ValueError: an argument has a wrong shape, dtype, device or value. The message names it.
 
     Logits are fp32 sums, never rounded. Memory besides the inputs: the forward pass holds a tile
-    of logits a thread (cpu) or a chunk of 256 rows (torch); the backward pass recomputes them, at
-    most 128 MiB at a time, and holds the gradients, of hidden_states in fp32.
+    of logits a thread (cpu) or program (triton), or a chunk of 256 rows (torch); the backward pass
+    recomputes them, at most 128 MiB at a time, and holds the gradients, of hidden_states in fp32.
     Definition: codistill_kernels.reference.linear_logps. Source: online softmax, Milakov &
     Gimelshein 2018 (arXiv:1805.02867).
     """

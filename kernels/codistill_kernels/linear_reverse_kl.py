@@ -33,6 +33,12 @@ def reverse_kl(
 ) -> Tensor:
     """[N] sum_v p_s (log p_s - log p_t)"""
     chosen = _backends.choose(backend, student_hidden.device, student_hidden.dtype)
+    if chosen == "triton":
+        from codistill_kernels import _linear_triton
+
+        return _linear_triton.reverse_kl(
+            student_hidden, student_weight, teacher_hidden, teacher_weight, temperature
+        )
     out = torch.empty_like(temperature)
     student_weight, teacher_weight = student_weight.contiguous(), teacher_weight.contiguous()
     for first in range(0, len(out), ROWS[chosen]):
@@ -96,7 +102,7 @@ def linear_reverse_kl(
         temperature: divides the logits of both, > 0: a number, or a tensor [N].
         vocab_size: the vocabulary both have; weight rows from here on are outside both softmaxes.
             None: as many rows as both weights have.
-        backend: "auto", "cpu" (C++) or "torch". auto: cpu on the CPU, torch elsewhere.
+        backend: "auto", "triton", "cpu" (C++) or "torch". auto: triton on a GPU, cpu on the CPU.
 
     Returns:
         [N] fp32 (fp64 for fp64 students), nats, >= 0, detached: it is a reward.
@@ -104,7 +110,8 @@ def linear_reverse_kl(
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value. The message names it.
 
-    Memory besides the inputs: two tiles of logits a thread (cpu) or two chunks of 128 rows (torch).
+    Memory besides the inputs: two tiles of logits a thread (cpu) or program (triton), or two chunks
+    of 128 rows (torch).
     Source: the divergence that Eq. 6 estimates from sampled tokens. Definition:
     codistill_kernels.reference.linear_reverse_kl.
     """

@@ -30,11 +30,17 @@ def logits_statistics(
     backend: str,
 ) -> Tensor:
     """[4, N] max m, rest of sum exp(z - m), sum exp(z - m) (z - m), target, from logits [N, V]."""
-    if _backends.choose(backend, logits.device, logits.dtype) == "cpu":
-        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    chosen = _backends.choose(backend, logits.device, logits.dtype)
+    if chosen != "torch" and logits.stride(1) != 1:
+        logits = logits.contiguous()
+    if chosen == "cpu":
         return torch.ops.codistill_cpu.logits_statistics(
             logits, vocab_size, token_ids, temperature, softcap
         )
+    if chosen == "triton":
+        from codistill_kernels._softmax_triton import logit_statistics
+
+        return logit_statistics(logits, token_ids, temperature, softcap, vocab_size)
     out = temperature.new_empty((4, len(logits)))
     for rows in row_slices(len(logits)):
         raw = logits[rows, :vocab_size].to(temperature.dtype)
@@ -62,19 +68,20 @@ def write_logits_gradients(
 ) -> None:
     """out [N, V] = gradient of the logits, which are `out` itself where logits is None."""
     logits = out if logits is None else logits
-    if _backends.choose(backend, logits.device, logits.dtype) == "cpu":
+    chosen = _backends.choose(backend, logits.device, logits.dtype)
+    if chosen != "torch":
+        # Kernels go along rows: others are copied, and the result copied back.
         in_rows = logits if logits.stride(1) == 1 else logits.contiguous()
         result = out if out.stride(1) == 1 else torch.empty_like(in_rows)
-        torch.ops.codistill_cpu.logits_gradients(
-            result,
-            in_rows,
-            vocab_size,
-            token_ids,
-            temperature,
-            softcap,
-            coefficients.contiguous(),
-            log_softmax.contiguous(),
-        )
+        numbers = (coefficients.contiguous(), log_softmax.contiguous())
+        if chosen == "cpu":
+            torch.ops.codistill_cpu.logits_gradients(
+                result, in_rows, vocab_size, token_ids, temperature, softcap, *numbers
+            )
+        else:
+            from codistill_kernels._softmax_triton import logit_gradients
+
+            logit_gradients(in_rows, result, token_ids, temperature, softcap, vocab_size, *numbers)
         if result is not out:
             out.copy_(result)
         return
@@ -186,7 +193,7 @@ def selective_logps(
         return_entropy: also return the entropy, differentiable like the log-probabilities.
         inplace_backward: the backward pass overwrites the logits with their gradient, which saves
             the memory of a second [..., V]. For logits that nothing else reads after; once only.
-        backend: "auto", "cpu" (C++) or "torch". auto: cpu on the CPU, torch elsewhere.
+        backend: "auto", "triton", "cpu" (C++) or "torch". auto: triton on a GPU, cpu on the CPU.
 
     Returns:
         [...] fp32, nats, <= 0; with `return_entropy` (logps, entropy). fp64 for fp64 logits.

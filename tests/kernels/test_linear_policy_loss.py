@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
-from numerics import MatrixUnit, assert_as_accurate_as_eager
+from numerics import BACKENDS, DTYPES, MatrixUnit, assert_as_accurate_as_eager, seeded
 from processes import spawn
 
 from codistill_kernels import (
@@ -24,7 +24,7 @@ BOUNDS = dict(epsilon_low=0.1, epsilon_high=0.3, dual_clip=2.0)
 
 def make_case(dtype=torch.float32, *, rows=60, hidden=48, vocab=509, seed=0):
     """leaves, what the loss takes, how hidden states become logits. Every fifth row is masked."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
 
     def randn(*shape):
         return torch.randn(shape, generator=generator)
@@ -86,8 +86,8 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("order", ORDERS, indirect=True)
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", LOSSES)
 def test_equals_fp64_as_well_as_eager(kind, dtype, backend, order):
     leaves, ids, terms, head = make_case(dtype, rows=200)
@@ -246,7 +246,7 @@ def test_compiles_as_one_graph_and_passes_opcheck():
     arguments += (terms["old_logps"], terms["advantages"], None, terms["mask"])
     op = torch.ops.codistill.linear_policy_gradients
     for needs in ([True, True, False], [False, True, False], [False, False, False]):
-        for backend in ("cpu", "torch"):
+        for backend in BACKENDS:
             options = (None, "clip", [0.2, 0.2], 509, 1, "", needs, backend)
             torch.library.opcheck(op, (*arguments, *options))
 

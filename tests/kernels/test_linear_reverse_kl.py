@@ -4,16 +4,14 @@ import math
 
 import pytest
 import torch
-from numerics import assert_as_accurate_as_eager
+from numerics import BACKENDS, DTYPES, assert_as_accurate_as_eager, seeded
 
 from codistill_kernels import kd_rewards, linear_reverse_kl, reference
-
-BACKENDS = ["cpu", "torch"]
 
 
 def make_heads(dtype=torch.float32, *, rows=70, hidden=(24, 40), vocab=(1021, 1100), std=2.0):
     """(hidden states, weight) of a student and a teacher that differ in both sizes."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     return tuple(
         (
             torch.randn(rows, h, generator=generator).to(dtype),
@@ -41,7 +39,7 @@ def check(student, teacher, backend, **options):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("shapes", "options"),
     [
@@ -113,6 +111,7 @@ def test_exact_kd_reward(backend):
     assert found[1] == 0 and (found[[0, 2]] < rewards[[0, 2]]).all()
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="of the C++ backend")
 def test_row_does_not_depend_on_other_rows_or_threads():
     (hidden_s, weight_s), (hidden_t, weight_t) = make_heads(rows=130, vocab=(5003, 5003))
     before = torch.get_num_threads()

@@ -1,0 +1,497 @@
+"""Logits of a linear head in Triton: products on tensor cores, states from the accumulators.
+
+One program goes through a split of the vocabulary for a tile of tokens and merges the states of its
+tiles; the states of splits are merged by `merge_splits`. No [N, V] is written but for chunks whose
+gradients are wanted. Splits, tiles and the order of sums depend on the vocabulary alone, so a row's
+result does not depend on the other rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from codistill_kernels._head import Head
+from codistill_kernels._softmax_triton import (
+    distance,
+    logit_gradients,
+    merge_sums,
+    merge_tile,
+    scale,
+    tile_sum,
+)
+from codistill_kernels._tiles import (
+    GROUP_N,
+    LINEAR_TILES,
+    PAIR_TILES,
+    TILES_PER_SPLIT,
+    Tile,
+    tile_for,
+)
+
+# --- tiles -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_tile(
+    matrix,
+    first_row,
+    first_column,
+    num_rows,
+    num_columns,
+    stride_row,
+    USE_TMA: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """[BLOCK_R, BLOCK_C] of a row-major matrix, a pointer or (TMA) a descriptor; 0 outside."""
+    if USE_TMA:
+        return matrix.load([first_row, first_column])
+    rows = first_row + tl.arange(0, BLOCK_R)
+    cols = first_column + tl.arange(0, BLOCK_C)
+    mask = (rows < num_rows)[:, None] & (cols < num_columns)[None, :]
+    at = rows.to(tl.int64)[:, None] * stride_row + cols[None, :]
+    return tl.load(matrix + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def product_tile(
+    x,
+    weight,
+    first_n,
+    first_v,
+    num_rows,
+    vocab_size,
+    hidden,
+    stride_xn,
+    stride_wv,
+    USE_TMA: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Raw logits [BLOCK_N, BLOCK_V] without the bias: fp32 sums, never rounded."""
+    acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    for h in range(0, hidden, BLOCK_H):
+        x_tile = load_tile(x, first_n, h, num_rows, hidden, stride_xn, USE_TMA, BLOCK_N, BLOCK_H)
+        w_tile = load_tile(
+            weight, first_v, h, vocab_size, hidden, stride_wv, USE_TMA, BLOCK_V, BLOCK_H
+        )
+        # ieee: fp32 operands are not cut to TF32.
+        acc = tl.dot(x_tile, w_tile.T, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def my_tiles(num_rows, num_splits, GROUP_N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Token tile and vocabulary split of this program: GROUP_N token tiles go through the splits
+    side by side, so that they find a weight tile in L2."""
+    program = tl.program_id(0)
+    num_tiles = tl.cdiv(num_rows, BLOCK_N)
+    first = program // (GROUP_N * num_splits) * GROUP_N
+    size = tl.minimum(num_tiles - first, GROUP_N)
+    within = program % (GROUP_N * num_splits)
+    return first + within % size, within // size
+
+
+# --- kernels -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def linear_statistics_kernel(
+    x,
+    weight,
+    bias_ptr,
+    token_ids_ptr,
+    temperature_ptr,
+    states_ptr,
+    raw_ptr,
+    num_rows,
+    vocab_size,
+    hidden,
+    num_splits,
+    stride_xn,
+    stride_wv,
+    stride_raw_n,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    STORE_RAW: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    TILES_PER_SPLIT: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    tile_n, split = my_tiles(num_rows, num_splits, GROUP_N, BLOCK_N)
+    first_n = tile_n * BLOCK_N
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < num_rows
+    target_column = tl.load(token_ids_ptr + offs_n, mask=mask_n, other=-1)
+    temperature = tl.load(temperature_ptr + offs_n, mask=mask_n, other=1.0)
+    maximum = tl.full([BLOCK_N], -float("inf"), tl.float32)
+    rest = tl.zeros([BLOCK_N], tl.float32)
+    weighted = tl.zeros([BLOCK_N], tl.float32)
+    target = tl.zeros([BLOCK_N], tl.float32)
+    start = split * (TILES_PER_SPLIT * BLOCK_V)
+    stop = tl.minimum(start + TILES_PER_SPLIT * BLOCK_V, vocab_size)
+    for first_v in range(start, stop, BLOCK_V):
+        raw = product_tile(
+            x,
+            weight,
+            first_n,
+            first_v,
+            num_rows,
+            vocab_size,
+            hidden,
+            stride_xn,
+            stride_wv,
+            USE_TMA,
+            BLOCK_N,
+            BLOCK_V,
+            BLOCK_H,
+        )
+        offs_v = first_v + tl.arange(0, BLOCK_V)
+        mask_v = offs_v < vocab_size
+        if HAS_BIAS:
+            raw += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0)[None, :]
+        if STORE_RAW:
+            at = offs_n.to(tl.int64)[:, None] * stride_raw_n + offs_v[None, :]
+            tl.store(raw_ptr + at, raw, mask=mask_n[:, None] & mask_v[None, :])
+        z = scale(raw, softcap, temperature[:, None], HAS_SOFTCAP)
+        is_target = offs_v[None, :] == target_column[:, None]
+        target += tl.sum(tl.where(is_target & mask_v[None, :], z, 0.0), axis=1)
+        z = tl.where(mask_v[None, :], z, -float("inf"))
+        maximum, rest, weighted = merge_tile(maximum, rest, weighted, z)
+    # states: [4, splits, N]
+    at = states_ptr + split.to(tl.int64) * num_rows + offs_n
+    part = num_splits.to(tl.int64) * num_rows
+    tl.store(at, maximum, mask=mask_n)
+    tl.store(at + part, rest, mask=mask_n)
+    tl.store(at + 2 * part, weighted, mask=mask_n)
+    tl.store(at + 3 * part, target, mask=mask_n)
+
+
+@triton.jit
+def reverse_kl_kernel(
+    x_s,
+    weight_s,
+    x_t,
+    weight_t,
+    temperature_ptr,
+    states_ptr,
+    num_rows,
+    vocab_size,
+    hidden_s,
+    hidden_t,
+    num_splits,
+    stride_xsn,
+    stride_wsv,
+    stride_xtn,
+    stride_wtv,
+    USE_TMA: tl.constexpr,
+    TILES_PER_SPLIT: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Two products, of either hidden size, into two accumulators; one epilogue."""
+    tile_n, split = my_tiles(num_rows, num_splits, GROUP_N, BLOCK_N)
+    first_n = tile_n * BLOCK_N
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < num_rows
+    temperature = tl.load(temperature_ptr + offs_n, mask=mask_n, other=1.0)
+    max_s = tl.full([BLOCK_N], -float("inf"), tl.float32)
+    max_t = tl.full([BLOCK_N], -float("inf"), tl.float32)
+    rest_s = tl.zeros([BLOCK_N], tl.float32)
+    rest_t = tl.zeros([BLOCK_N], tl.float32)
+    difference = tl.zeros([BLOCK_N], tl.float32)
+    start = split * (TILES_PER_SPLIT * BLOCK_V)
+    stop = tl.minimum(start + TILES_PER_SPLIT * BLOCK_V, vocab_size)
+    for first_v in range(start, stop, BLOCK_V):
+        z_s = product_tile(
+            x_s,
+            weight_s,
+            first_n,
+            first_v,
+            num_rows,
+            vocab_size,
+            hidden_s,
+            stride_xsn,
+            stride_wsv,
+            USE_TMA,
+            BLOCK_N,
+            BLOCK_V,
+            BLOCK_H,
+        )
+        z_t = product_tile(
+            x_t,
+            weight_t,
+            first_n,
+            first_v,
+            num_rows,
+            vocab_size,
+            hidden_t,
+            stride_xtn,
+            stride_wtv,
+            USE_TMA,
+            BLOCK_N,
+            BLOCK_V,
+            BLOCK_H,
+        )
+        mask_v = (first_v + tl.arange(0, BLOCK_V) < vocab_size)[None, :]
+        z_s = tl.where(mask_v, tl.div_rn(z_s, temperature[:, None]), -float("inf"))
+        z_t = tl.where(mask_v, tl.div_rn(z_t, temperature[:, None]), -float("inf"))
+        tile_max_s, tile_rest_s, p_s, far_s = tile_sum(z_s)
+        tile_max_t, tile_rest_t, _, far_t = tile_sum(z_t)
+        tile_difference = tl.sum(tl.where(p_s == 0.0, 0.0, p_s * (far_s - far_t)), axis=1)
+        new_max_s, new_rest_s = merge_sums(max_s, rest_s, tile_max_s, tile_rest_s)
+        new_max_t, new_rest_t = merge_sums(max_t, rest_t, tile_max_t, tile_rest_t)
+        difference = merged_difference(
+            new_max_s, new_max_t, max_s, rest_s, max_t, difference
+        ) + merged_difference(
+            new_max_s, new_max_t, tile_max_s, tile_rest_s, tile_max_t, tile_difference
+        )
+        max_s, rest_s, max_t, rest_t = new_max_s, new_rest_s, new_max_t, new_rest_t
+    # states: [5, splits, N]
+    at = states_ptr + split.to(tl.int64) * num_rows + offs_n
+    part = num_splits.to(tl.int64) * num_rows
+    tl.store(at, max_s, mask=mask_n)
+    tl.store(at + part, rest_s, mask=mask_n)
+    tl.store(at + 2 * part, max_t, mask=mask_n)
+    tl.store(at + 3 * part, rest_t, mask=mask_n)
+    tl.store(at + 4 * part, difference, mask=mask_n)
+
+
+@triton.jit
+def merged_difference(new_max_s, new_max_t, max_s, rest_s, max_t, difference):
+    """What a range adds to sum exp(z_s - new_max_s) ((z_s - new_max_s) - (z_t - new_max_t))."""
+    shift = distance(max_s, new_max_s)
+    apart = shift - distance(max_t, new_max_t)
+    factor = tl.where(max_s == -float("inf"), 0.0, tl.exp(shift))
+    return tl.where(factor == 0.0, 0.0, factor * (difference + apart * (1.0 + rest_s)))
+
+
+# --- launchers ---------------------------------------------------------------------------------
+
+
+def as_operands(hidden_states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of stride 1, of one dtype: fp32 where they differ."""
+    if hidden_states.dtype != weight.dtype or weight.dtype == torch.float64:
+        hidden_states, weight = hidden_states.float(), weight.float()
+    return tuple(t if t.stride(1) == 1 else t.contiguous() for t in (hidden_states, weight))
+
+
+def fits_tma(*operands: Tensor) -> bool:
+    """Descriptors want compute capability 9, rows and the start on 16 bytes."""
+    return all(
+        t.is_cuda
+        and torch.cuda.get_device_capability(t.device)[0] >= 9
+        and t.data_ptr() % 16 == 0
+        and t.stride(0) * t.element_size() % 16 == 0
+        for t in operands
+    )
+
+
+def descriptor(matrix: Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
+    block = [block_rows, block_columns]
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)
+
+
+def num_splits(vocab: int, tile: Tile) -> int:
+    return triton.cdiv(vocab, tile.block_v * TILES_PER_SPLIT)
+
+
+def blocks_of(tile: Tile) -> dict[str, int]:
+    """The constants and launch options that both kernels take from the table."""
+    return dict(
+        TILES_PER_SPLIT=TILES_PER_SPLIT,
+        GROUP_N=GROUP_N,
+        BLOCK_N=tile.block_n,
+        BLOCK_V=tile.block_v,
+        BLOCK_H=tile.block_h,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def linear_statistics(
+    hidden_states: Tensor, head: Head, token_ids: Tensor, raw: Tensor | None = None
+) -> Tensor:
+    """[4, N]; writes the raw logits x . w + bias to raw [N, V] fp32, if given."""
+    x, weight = as_operands(hidden_states, head.weight)
+    rows, vocab = len(x), len(weight)
+    tile = tile_for(LINEAR_TILES, x.device, x.dtype)
+    splits = num_splits(vocab, tile)
+    states = torch.empty((4, splits, rows), dtype=torch.float32, device=x.device)
+    use_tma = fits_tma(x, weight)
+    if rows:
+        linear_statistics_kernel[(triton.cdiv(rows, tile.block_n) * splits,)](
+            descriptor(x, tile.block_n, tile.block_h) if use_tma else x,
+            descriptor(weight, tile.block_v, tile.block_h) if use_tma else weight,
+            token_ids if head.bias is None else head.bias.float().contiguous(),
+            token_ids.contiguous(),
+            head.temperature.contiguous(),
+            states,
+            states if raw is None else raw,
+            rows,
+            vocab,
+            x.shape[1],
+            splits,
+            x.stride(0),
+            weight.stride(0),
+            0 if raw is None else raw.stride(0),
+            head.softcap,
+            HAS_BIAS=head.bias is not None,
+            HAS_SOFTCAP=head.softcap != 0,
+            STORE_RAW=raw is not None,
+            USE_TMA=use_tma,
+            **blocks_of(tile),
+        )
+    return merge_splits(states)
+
+
+def merge_splits(states: Tensor) -> Tensor:
+    """[4, N] from the states [4, splits, N] of disjoint ranges."""
+    maximum, rest, weighted, target = states
+    largest, at = maximum.max(dim=0, keepdim=True)
+    shift = torch.where(maximum == largest, 0.0, maximum - largest)
+    factor = torch.where(maximum == -torch.inf, 0.0, shift.exp())
+    weighted = factor * (torch.where(factor == 0, 0.0, shift) * (1 + rest) + weighted)
+    # Of the split that holds the maximum only the rest: 1 + rest - 1 would round it.
+    parts = (factor * (1 + rest)).scatter(0, at, rest.gather(0, at))
+    return torch.stack((largest.squeeze(0), parts.sum(0), weighted.sum(0), target.sum(0)))
+
+
+def reverse_kl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    temperature: Tensor,
+) -> Tensor:
+    """[N] KL(student || teacher), nats; both weights have the same number of rows."""
+    x_s, weight_s = as_operands(student_hidden, student_weight)
+    x_t, weight_t = as_operands(teacher_hidden, teacher_weight)
+    if x_s.dtype != x_t.dtype:
+        x_s, weight_s, x_t, weight_t = (t.float() for t in (x_s, weight_s, x_t, weight_t))
+    rows, vocab = len(x_s), len(weight_s)
+    tile = tile_for(PAIR_TILES, x_s.device, x_s.dtype)
+    splits = num_splits(vocab, tile)
+    states = torch.empty((5, splits, rows), dtype=torch.float32, device=x_s.device)
+    operands = (x_s, weight_s, x_t, weight_t)
+    use_tma = fits_tma(*operands)
+    if not rows:
+        return states.new_empty(0)
+    heights = (tile.block_n, tile.block_v) * 2
+    reverse_kl_kernel[(triton.cdiv(rows, tile.block_n) * splits,)](
+        *(
+            descriptor(t, height, tile.block_h) if use_tma else t
+            for t, height in zip(operands, heights, strict=True)
+        ),
+        temperature.contiguous(),
+        states,
+        rows,
+        vocab,
+        x_s.shape[1],
+        x_t.shape[1],
+        splits,
+        *(t.stride(0) for t in operands),
+        USE_TMA=use_tma,
+        **blocks_of(tile),
+    )
+    return divergence_of_splits(states)
+
+
+def divergence_of_splits(states: Tensor) -> Tensor:
+    """[N] from the states [5, splits, N] of disjoint ranges."""
+    max_s, rest_s, max_t, rest_t, difference = states
+    zero = torch.zeros_like(max_s)
+    student = merge_splits(torch.stack((max_s, rest_s, zero, zero)))
+    teacher = merge_splits(torch.stack((max_t, rest_t, zero, zero)))
+    shift = max_s - student[0]
+    apart = shift - (max_t - teacher[0])
+    factor = shift.exp()
+    parts = torch.where(factor > 0, factor * (difference + apart * (1 + rest_s)), 0.0)
+    kl = parts.sum(0) / (1 + student[1]) - student[1].log1p() + teacher[1].log1p()
+    return kl.clamp(min=0)  # rounding; NaN stays
+
+
+class TritonChunks:
+    """Raw logits x . w + bias of one chunk of rows at a time."""
+
+    BUFFERS = 2  # [R, V] fp32 alive at once: raw logits and their gradient, at most as wide
+    FEW_ROWS = 0
+
+    def __init__(self, hidden_states: Tensor, head: Head, token_ids: Tensor) -> None:
+        self.hidden_states, self.token_ids, self.head = hidden_states, token_ids, head
+        self.x, self.weight = as_operands(hidden_states, head.weight)
+
+    def statistics(self) -> Tensor:
+        """[4, N] of all rows, none of them held."""
+        return linear_statistics(self.x, self.head, self.token_ids)
+
+    def hold(self, rows: Tensor) -> Tensor:
+        """Keep the raw logits of these rows; their statistics [4, R]."""
+        self.rows = rows
+        shape = (len(rows), len(self.weight))
+        self.raw = torch.empty(shape, dtype=torch.float32, device=self.x.device)
+        head = self.head.of_rows(rows)
+        return linear_statistics(self.x[rows], head, self.token_ids[rows], self.raw)
+
+    def weight_gradients(self) -> Tensor:
+        """Zeros for `gradients` to add to."""
+        return torch.zeros(self.weight.shape, dtype=torch.float32, device=self.x.device)
+
+    def gradients(
+        self,
+        kept: Tensor,
+        coefficients: Tensor,
+        log_softmax: Tensor,
+        needs_hidden: bool,
+        dw: Tensor | None,
+        db: Tensor | None,
+    ) -> Tensor | None:
+        """dx [K, H] of rows `kept` of those held, which ends their being held; adds to dw, db."""
+        rows = self.rows[kept]
+        ids, x = self.token_ids[rows], self.x[rows]
+        raw = self.raw if len(kept) == len(self.raw) else self.raw[kept]
+        dz = torch.empty_like(raw, dtype=x.dtype)
+        at_target = torch.zeros(len(rows), dtype=torch.float32, device=x.device)
+        logit_gradients(
+            raw,
+            dz,
+            ids,
+            self.head.temperature[rows],
+            self.head.softcap,
+            raw.shape[1],
+            coefficients,
+            log_softmax,
+            at_target,
+        )
+        self.raw = None
+        is_here = (ids >= 0) & (ids < len(self.weight))
+        here, at_target = torch.where(is_here, ids, 0), at_target[:, None]
+        if db is not None:
+            db += dz.sum(dim=0, dtype=torch.float32)
+            db.index_put_((here,), at_target.squeeze(1), accumulate=True)
+        if dw is not None:
+            add_product(dw, dz.T, x)
+            # index_put_, unlike index_add_, adds in the same order each time.
+            dw.index_put_((here,), at_target * x, accumulate=True)
+        if not needs_hidden:
+            return None
+        dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        add_product(dx, dz, self.weight)
+        return dx.addcmul_(at_target, self.weight[here].float())
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b, summed in fp32."""
+    if a.dtype == torch.float32:
+        out.addmm_(a, b)
+    else:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
