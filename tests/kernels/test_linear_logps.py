@@ -273,25 +273,27 @@ def test_equal_inputs_give_equal_bits(backend):
     assert all(torch.equal(first_grads[name], again_grads[name]) for name in first_grads)
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="of the C++ backend")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cpu_row_does_not_depend_on_other_rows_or_threads(dtype):
-    case = make_case(rows=130, hidden=96, vocab=5003, dtype=dtype)
-    arguments = (case.lm_head_weight, case.token_ids)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
+def test_row_does_not_depend_on_other_rows_or_threads(backend, dtype):
+    case = make_case(rows=130, hidden=96, vocab=2003, dtype=dtype)
     before = torch.get_num_threads()
     try:
         results = []
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3) if backend == "cpu" else (before,):
             torch.set_num_threads(threads)
-            results.append(linear_logps(case.hidden_states, *arguments, backend="cpu"))
+            results.append(outputs(linear_logps, case.leaves(), case, backend=backend))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    (logps, _), grads = results[0]
+    for (other, _), other_grads in results[1:]:
+        assert torch.equal(logps, other)
+        assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
     rows = torch.tensor([129, 3, 64, 65])
     subset = linear_logps(
-        case.hidden_states[rows], case.lm_head_weight, case.token_ids[rows], backend="cpu"
+        case.hidden_states[rows], case.lm_head_weight, case.token_ids[rows], backend=backend
     )
-    assert torch.equal(results[0][rows], subset)
+    assert torch.equal(logps[rows], subset)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,8 @@ def order(request, monkeypatch):
         "chunks of rows": (6, 0),  # of 85 rows
         "two passes": (6, 256),
     }[request.param]
-    for kind in (_linear.CpuChunks, _linear.TorchChunks):
+    for backend in BACKENDS:
+        kind = _linear.kind_of_chunks(torch.empty(0), backend)
         monkeypatch.setattr(kind, "BUFFERS", buffers)
         monkeypatch.setattr(kind, "FEW_ROWS", few)
     return request.param
@@ -132,16 +133,23 @@ def test_rows_without_a_gradient_reach_neither_product(order, monkeypatch):
     leaves, ids, terms, head = make_case()
     terms["advantages"][1::5] = 0
     added = []
-    original = _linear.CpuChunks.gradients
+    kind = _linear.kind_of_chunks(torch.empty(0), BACKENDS[0])
+    original = kind.gradients
 
     def spy(self, kept, *rest):
         added.append(len(kept))
         return original(self, kept, *rest)
 
-    monkeypatch.setattr(_linear.CpuChunks, "gradients", spy)
+    monkeypatch.setattr(kind, "gradients", spy)
     copies = leaves_in(None, leaves)
     loss, stats = linear_policy_loss(
-        **copies, token_ids=ids, **terms, **head, normalizer=1.0, workspace_mib=1
+        **copies,
+        token_ids=ids,
+        **terms,
+        **head,
+        normalizer=1.0,
+        workspace_mib=1,
+        backend=BACKENDS[0],
     )
     found = gradients(copies, loss)
     assert sum(added) == found["hidden_states"].ne(0).any(dim=1).sum()
