@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from codistill_kernels._head import Head
 from codistill_kernels._softmax_triton import (
     distance,
+    divide,
     logit_gradients,
     merge_sums,
     merge_tile,
@@ -47,12 +48,14 @@ def load_tile(
 ):
     """[BLOCK_R, BLOCK_C] of a row-major matrix, a pointer or (TMA) a descriptor; 0 outside."""
     if USE_TMA:
-        return matrix.load([first_row, first_column])
-    rows = first_row + tl.arange(0, BLOCK_R)
-    cols = first_column + tl.arange(0, BLOCK_C)
-    mask = (rows < num_rows)[:, None] & (cols < num_columns)[None, :]
-    at = rows.to(tl.int64)[:, None] * stride_row + cols[None, :]
-    return tl.load(matrix + at, mask=mask, other=0.0)
+        tile = matrix.load([first_row, first_column])
+    else:
+        rows = first_row + tl.arange(0, BLOCK_R)
+        cols = first_column + tl.arange(0, BLOCK_C)
+        mask = (rows < num_rows)[:, None] & (cols < num_columns)[None, :]
+        at = rows.to(tl.int64)[:, None] * stride_row + cols[None, :]
+        tile = tl.load(matrix + at, mask=mask, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -84,6 +87,12 @@ def product_tile(
 
 
 @triton.jit
+def halves(tile, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The left and the right columns of a tile."""
+    return tl.split(tile.reshape([BLOCK_N, 2, BLOCK_V // 2]).permute(0, 2, 1))
+
+
+@triton.jit
 def my_tiles(num_rows, num_splits, GROUP_N: tl.constexpr, BLOCK_N: tl.constexpr):
     """Token tile and vocabulary split of this program: GROUP_N token tiles go through the splits
     side by side, so that they find a weight tile in L2."""
@@ -93,6 +102,31 @@ def my_tiles(num_rows, num_splits, GROUP_N: tl.constexpr, BLOCK_N: tl.constexpr)
     size = tl.minimum(num_tiles - first, GROUP_N)
     within = program % (GROUP_N * num_splits)
     return first + within % size, within // size
+
+
+@triton.jit
+def merged_difference(new_max_s, new_max_t, max_s, rest_s, max_t, difference):
+    """What a range adds to sum exp(z_s - new_max_s) ((z_s - new_max_s) - (z_t - new_max_t))."""
+    shift = distance(max_s, new_max_s)
+    apart = shift - distance(max_t, new_max_t)
+    factor = tl.where(max_s == -float("inf"), 0.0, tl.exp(shift))
+    return tl.where(factor == 0.0, 0.0, factor * (difference + apart * (1.0 + rest_s)))
+
+
+@triton.jit
+def merge_pair(max_s, rest_s, max_t, rest_t, difference, z_s, z_t):
+    """The states of both models over a range, and one more tile of their logits [N, V]."""
+    tile_max_s, tile_rest_s, p_s, far_s = tile_sum(z_s)
+    tile_max_t, tile_rest_t, _, far_t = tile_sum(z_t)
+    tile_difference = tl.sum(tl.where(p_s == 0.0, 0.0, p_s * (far_s - far_t)), axis=1)
+    new_max_s, new_rest_s = merge_sums(max_s, rest_s, tile_max_s, tile_rest_s)
+    new_max_t, new_rest_t = merge_sums(max_t, rest_t, tile_max_t, tile_rest_t)
+    new_difference = merged_difference(
+        new_max_s, new_max_t, max_s, rest_s, max_t, difference
+    ) + merged_difference(
+        new_max_s, new_max_t, tile_max_s, tile_rest_s, tile_max_t, tile_difference
+    )
+    return new_max_s, new_rest_s, new_max_t, new_rest_t, new_difference
 
 
 # --- kernels -----------------------------------------------------------------------------------
@@ -153,18 +187,35 @@ def linear_statistics_kernel(
             BLOCK_V,
             BLOCK_H,
         )
-        offs_v = first_v + tl.arange(0, BLOCK_V)
-        mask_v = offs_v < vocab_size
-        if HAS_BIAS:
-            raw += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0)[None, :]
-        if STORE_RAW:
-            at = offs_n.to(tl.int64)[:, None] * stride_raw_n + offs_v[None, :]
-            tl.store(raw_ptr + at, raw, mask=mask_n[:, None] & mask_v[None, :])
-        z = scale(raw, softcap, temperature[:, None], HAS_SOFTCAP)
-        is_target = offs_v[None, :] == target_column[:, None]
-        target += tl.sum(tl.where(is_target & mask_v[None, :], z, 0.0), axis=1)
-        z = tl.where(mask_v[None, :], z, -float("inf"))
-        maximum, rest, weighted = merge_tile(maximum, rest, weighted, z)
+        # A quarter at a time: what the epilogue needs besides would not fit into the registers.
+        left, right = halves(raw, BLOCK_N, BLOCK_V)
+        quarter_0, quarter_1 = halves(left, BLOCK_N, BLOCK_V // 2)
+        quarter_2, quarter_3 = halves(right, BLOCK_N, BLOCK_V // 2)
+        for quarter in tl.static_range(4):
+            if quarter == 0:
+                part_raw = quarter_0
+            elif quarter == 1:
+                part_raw = quarter_1
+            elif quarter == 2:
+                part_raw = quarter_2
+            else:
+                part_raw = quarter_3
+            first = first_v + quarter * (BLOCK_V // 4)
+            local_v = tl.arange(0, BLOCK_V // 4)
+            mask_v = first + local_v < vocab_size
+            if HAS_BIAS:
+                part_raw += tl.load(bias_ptr + first + local_v, mask=mask_v, other=0.0)[None, :]
+            if STORE_RAW:
+                # 64 bits for the tile's start, 32 within, and whole tiles: pointers and masks would
+                # take as many registers as the logits.
+                start_ptr = raw_ptr + first_n.to(tl.int64) * stride_raw_n + first
+                at = tl.arange(0, BLOCK_N)[:, None] * stride_raw_n + local_v[None, :]
+                tl.store(start_ptr + at, part_raw)
+            z = scale(part_raw, softcap, temperature[:, None], HAS_SOFTCAP)
+            is_target = (first + local_v)[None, :] == target_column[:, None]
+            target += tl.sum(tl.where(is_target & mask_v[None, :], z, 0.0), axis=1)
+            z = tl.where(mask_v[None, :], z, -float("inf"))
+            maximum, rest, weighted = merge_tile(maximum, rest, weighted, z)
     # states: [4, splits, N]
     at = states_ptr + split.to(tl.int64) * num_rows + offs_n
     part = num_splits.to(tl.int64) * num_rows
@@ -242,20 +293,17 @@ def reverse_kl_kernel(
             BLOCK_V,
             BLOCK_H,
         )
-        mask_v = (first_v + tl.arange(0, BLOCK_V) < vocab_size)[None, :]
-        z_s = tl.where(mask_v, tl.div_rn(z_s, temperature[:, None]), -float("inf"))
-        z_t = tl.where(mask_v, tl.div_rn(z_t, temperature[:, None]), -float("inf"))
-        tile_max_s, tile_rest_s, p_s, far_s = tile_sum(z_s)
-        tile_max_t, tile_rest_t, _, far_t = tile_sum(z_t)
-        tile_difference = tl.sum(tl.where(p_s == 0.0, 0.0, p_s * (far_s - far_t)), axis=1)
-        new_max_s, new_rest_s = merge_sums(max_s, rest_s, tile_max_s, tile_rest_s)
-        new_max_t, new_rest_t = merge_sums(max_t, rest_t, tile_max_t, tile_rest_t)
-        difference = merged_difference(
-            new_max_s, new_max_t, max_s, rest_s, max_t, difference
-        ) + merged_difference(
-            new_max_s, new_max_t, tile_max_s, tile_rest_s, tile_max_t, tile_difference
-        )
-        max_s, rest_s, max_t, rest_t = new_max_s, new_rest_s, new_max_t, new_rest_t
+        left_s, right_s = halves(z_s, BLOCK_N, BLOCK_V)
+        left_t, right_t = halves(z_t, BLOCK_N, BLOCK_V)
+        for half in tl.static_range(2):
+            part_s, part_t = (left_s, left_t) if half == 0 else (right_s, right_t)
+            local_v = first_v + half * (BLOCK_V // 2) + tl.arange(0, BLOCK_V // 2)
+            mask_v = (local_v < vocab_size)[None, :]
+            part_s = tl.where(mask_v, divide(part_s, temperature[:, None]), -float("inf"))
+            part_t = tl.where(mask_v, divide(part_t, temperature[:, None]), -float("inf"))
+            max_s, rest_s, max_t, rest_t, difference = merge_pair(
+                max_s, rest_s, max_t, rest_t, difference, part_s, part_t
+            )
     # states: [5, splits, N]
     at = states_ptr + split.to(tl.int64) * num_rows + offs_n
     part = num_splits.to(tl.int64) * num_rows
@@ -264,15 +312,6 @@ def reverse_kl_kernel(
     tl.store(at + 2 * part, max_t, mask=mask_n)
     tl.store(at + 3 * part, rest_t, mask=mask_n)
     tl.store(at + 4 * part, difference, mask=mask_n)
-
-
-@triton.jit
-def merged_difference(new_max_s, new_max_t, max_s, rest_s, max_t, difference):
-    """What a range adds to sum exp(z_s - new_max_s) ((z_s - new_max_s) - (z_t - new_max_t))."""
-    shift = distance(max_s, new_max_s)
-    apart = shift - distance(max_t, new_max_t)
-    factor = tl.where(max_s == -float("inf"), 0.0, tl.exp(shift))
-    return tl.where(factor == 0.0, 0.0, factor * (difference + apart * (1.0 + rest_s)))
 
 
 # --- launchers ---------------------------------------------------------------------------------
@@ -286,9 +325,11 @@ def as_operands(hidden_states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fits_tma(*operands: Tensor) -> bool:
-    """Descriptors want compute capability 9, rows and the start on 16 bytes."""
+    """Descriptors want compute capability 9, rows and the start on 16 bytes. fp32 products are not
+    bound by loads."""
     return all(
         t.is_cuda
+        and t.element_size() == 2
         and torch.cuda.get_device_capability(t.device)[0] >= 9
         and t.data_ptr() % 16 == 0
         and t.stride(0) * t.element_size() % 16 == 0
@@ -318,40 +359,50 @@ def blocks_of(tile: Tile) -> dict[str, int]:
     )
 
 
-def linear_statistics(
-    hidden_states: Tensor, head: Head, token_ids: Tensor, raw: Tensor | None = None
-) -> Tensor:
-    """[4, N]; writes the raw logits x . w + bias to raw [N, V] fp32, if given."""
+def linear_statistics(hidden_states: Tensor, head: Head, token_ids: Tensor) -> Tensor:
+    """[4, N]"""
+    return launch_statistics(hidden_states, head, token_ids, keep=False)[0]
+
+
+def launch_statistics(
+    hidden_states: Tensor, head: Head, token_ids: Tensor, *, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """[4, N], and with `keep` the raw logits x . w + bias, [N, V] fp32, else an empty tensor."""
     x, weight = as_operands(hidden_states, head.weight)
     rows, vocab = len(x), len(weight)
     tile = tile_for(LINEAR_TILES, x.device, x.dtype)
     splits = num_splits(vocab, tile)
     states = torch.empty((4, splits, rows), dtype=torch.float32, device=x.device)
+    shape = (
+        tile.block_n * triton.cdiv(rows, tile.block_n),
+        tile.block_v * triton.cdiv(vocab, tile.block_v),
+    )
+    raw = states.new_empty(shape if keep else (0, 0))
     use_tma = fits_tma(x, weight)
     if rows:
         linear_statistics_kernel[(triton.cdiv(rows, tile.block_n) * splits,)](
             descriptor(x, tile.block_n, tile.block_h) if use_tma else x,
             descriptor(weight, tile.block_v, tile.block_h) if use_tma else weight,
-            token_ids if head.bias is None else head.bias.float().contiguous(),
+            states if head.bias is None else head.bias.float().contiguous(),
             token_ids.contiguous(),
             head.temperature.contiguous(),
             states,
-            states if raw is None else raw,
+            raw if keep else states,
             rows,
             vocab,
             x.shape[1],
             splits,
             x.stride(0),
             weight.stride(0),
-            0 if raw is None else raw.stride(0),
+            raw.stride(0),
             head.softcap,
             HAS_BIAS=head.bias is not None,
             HAS_SOFTCAP=head.softcap != 0,
-            STORE_RAW=raw is not None,
+            STORE_RAW=keep,
             USE_TMA=use_tma,
             **blocks_of(tile),
         )
-    return merge_splits(states)
+    return merge_splits(states), raw[:rows, :vocab]
 
 
 def merge_splits(states: Tensor) -> Tensor:
@@ -437,10 +488,9 @@ class TritonChunks:
     def hold(self, rows: Tensor) -> Tensor:
         """Keep the raw logits of these rows; their statistics [4, R]."""
         self.rows = rows
-        shape = (len(rows), len(self.weight))
-        self.raw = torch.empty(shape, dtype=torch.float32, device=self.x.device)
-        head = self.head.of_rows(rows)
-        return linear_statistics(self.x[rows], head, self.token_ids[rows], self.raw)
+        head, ids = self.head.of_rows(rows), self.token_ids[rows]
+        statistics, self.raw = launch_statistics(self.x[rows], head, ids, keep=True)
+        return statistics
 
     def weight_gradients(self) -> Tensor:
         """Zeros for `gradients` to add to."""
@@ -459,7 +509,7 @@ class TritonChunks:
         rows = self.rows[kept]
         ids, x = self.token_ids[rows], self.x[rows]
         raw = self.raw if len(kept) == len(self.raw) else self.raw[kept]
-        dz = torch.empty_like(raw, dtype=x.dtype)
+        dz = torch.empty(raw.shape, dtype=x.dtype, device=x.device)
         at_target = torch.zeros(len(rows), dtype=torch.float32, device=x.device)
         logit_gradients(
             raw,

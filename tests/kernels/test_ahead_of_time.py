@@ -1,0 +1,47 @@
+"""Every Triton kernel compiles for every GPU of the tile table, into what it was written for."""
+
+import csv
+import warnings
+from dataclasses import astuple
+
+import pytest
+
+# Triton tells of a default that will change; no warning of ours.
+warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+
+from bench.ahead_of_time import SHARED_LIMIT_KIB, TABLE, compile_all  # noqa: E402
+
+MATMULS = ("linear_statistics_kernel", "reverse_kl_kernel")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return compile_all()
+
+
+def test_products_spill_nothing_and_fit(compiled):
+    rows = [row for row in compiled if row.kernel in MATMULS]
+    assert {row.capability for row in rows} == {80, 90, 100}
+    for row in rows:
+        assert row.spilled_bytes == 0, row
+        assert row.shared_bytes <= SHARED_LIMIT_KIB[row.capability] * 1024, row
+
+
+@pytest.mark.parametrize(
+    ("capability", "instructions"), [(80, "mma.sync"), (90, "wgmma"), (100, "tcgen05.mma")]
+)
+def test_products_of_halves_run_on_tensor_cores(compiled, capability, instructions):
+    found = {
+        row.instructions
+        for row in compiled
+        if row.kernel in MATMULS and (row.capability, row.dtype) == (capability, "bf16")
+    }
+    assert found == {instructions}
+
+
+def test_table_names_these_kernels_and_tiles(compiled):
+    """Its registers are of one Triton version; which kernels and tiles there are, is ours."""
+    with TABLE.open(newline="") as file:
+        _, *rows = csv.reader(file)
+    names = [tuple(row[:5]) for row in rows]
+    assert names == [tuple(map(str, astuple(row)[:5])) for row in compiled]
