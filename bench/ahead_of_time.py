@@ -126,9 +126,9 @@ def compile_variant(variant: Variant) -> Row:
         constexprs={(kernel.arg_names.index(name),): value for name, value in values.items()},
         attrs={index: [["tt.divisibility", 16]] for index in divisible},
     )
-    launch = dict(num_warps=_softmax_triton.NUM_WARPS)
+    launch = dict(num_warps=_softmax_triton.NUM_WARPS, enable_fp_fusion=True)
     if tile is not None:
-        launch = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+        launch |= dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
     compiled = triton.compile(
         source, target=GPUTarget("cuda", variant.capability, 32), options=launch
     )

@@ -29,7 +29,7 @@ LINEAR_TILES = {
     (8, True): Tile(block_n=128, block_v=64, block_h=32, num_warps=8, num_stages=3),
     (9, True): Tile(block_n=128, block_v=64, block_h=64, num_warps=8, num_stages=4),
     (10, True): Tile(block_n=128, block_v=64, block_h=64, num_warps=8, num_stages=4),
-    (8, False): Tile(block_n=64, block_v=32, block_h=16, num_warps=4, num_stages=3),
+    (8, False): Tile(block_n=64, block_v=32, block_h=16, num_warps=8, num_stages=3),
     (9, False): Tile(block_n=64, block_v=32, block_h=16, num_warps=4, num_stages=3),
     (10, False): Tile(block_n=64, block_v=32, block_h=16, num_warps=4, num_stages=3),
 }

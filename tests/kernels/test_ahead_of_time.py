@@ -1,15 +1,11 @@
 """Every Triton kernel compiles for every GPU of the tile table, into what it was written for."""
 
 import csv
-import warnings
 from dataclasses import astuple
 
 import pytest
 
-# Triton tells of a default that will change; no warning of ours.
-warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
-
-from bench.ahead_of_time import SHARED_LIMIT_KIB, TABLE, compile_all  # noqa: E402
+from bench.ahead_of_time import SHARED_LIMIT_KIB, TABLE, compile_all
 
 MATMULS = ("linear_statistics_kernel", "reverse_kl_kernel")
 
