@@ -15,7 +15,7 @@ from codistill.config import Config
 from codistill.data import Problem
 from codistill.model import Policy
 from codistill.rollout import Completion
-from codistill_kernels import downsample, group_advantages, kd_rewards
+from codistill_kernels import Scores, codistill_scores
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,8 @@ class Scored:
 
     small_logps: list[Tensor]
     """[S] tensors [tokens of s]: the small model that wrote them, pi_phi_old."""
-    kd: Tensor
-    """[S] alpha-weighted KD reward."""
-    kept: Tensor
-    """[prompts x G] rows of the rollouts that are trained on."""
-    small_advantages: Tensor
-    """[prompts x G] from the effective reward."""
-    large_advantages: Tensor
-    """[prompts x G] from the reward alone."""
+    scores: Scores
+    """Rewards, the rollouts kept, and the advantages of both models."""
 
 
 @torch.no_grad()
@@ -74,21 +68,14 @@ def score(
     config: Config, rollouts: Rollouts, small_logps: list[Tensor], large_logps: list[Tensor]
 ) -> Scored:
     lengths = torch.tensor([0] + [len(logps) for logps in small_logps])
-    rewards = rollouts.rewards
-    effective = kd_rewards(
-        rewards,
-        torch.cat(large_logps),
+    scores = codistill_scores(
+        rollouts.rewards,
         torch.cat(small_logps),
-        lengths.cumsum(0).to(rewards.device),
+        torch.cat(large_logps),
+        lengths.cumsum(0).to(rollouts.rewards.device),
+        group_size=config.rollout.num_generations,
+        keep=config.downsample.keep,
         alpha=config.kd.alpha,
         max_completion_tokens=config.rollout.max_completion_tokens,
     )
-    keep = config.downsample.keep
-    kept = downsample(effective, config.rollout.num_generations, keep)
-    return Scored(
-        small_logps=small_logps,
-        kd=effective - rewards,
-        kept=kept,
-        small_advantages=group_advantages(effective[kept], keep),
-        large_advantages=group_advantages(rewards[kept], keep),
-    )
+    return Scored(small_logps, scores)

@@ -106,9 +106,9 @@ class Trainer:
             with metrics.timer("time/score"):
                 scored = self.score(rollouts, metrics)
             with metrics.timer("time/update_small"):
-                self.update(self.small, rollouts, scored, scored.small_advantages, metrics)
+                self.update(self.small, rollouts, scored, scored.scores.small_advantages, metrics)
             with metrics.timer("time/update_large"):
-                self.update(self.large, rollouts, scored, scored.large_advantages, metrics)
+                self.update(self.large, rollouts, scored, scored.scores.large_advantages, metrics)
             with metrics.timer("time/sync"):
                 self.sync()
         return finish(metrics.reduce()), rollouts, scored
@@ -160,9 +160,9 @@ class Trainer:
         self.check_gap(rollouts, torch.cat(small_logps), metrics)
         large_logps = rollout_logps(self.large.policy, rollouts, **options)
         scored = score(self.config, rollouts, small_logps, large_logps)
-        metrics.mean_of("reward/kd", scored.kd)
-        metrics.mean_of("reward/effective", rollouts.rewards + scored.kd)
-        metrics.mean_of("reward/kept_accuracy", rollouts.accuracy[scored.kept])
+        metrics.mean_of("reward/kd", scored.scores.kd_rewards)
+        metrics.mean_of("reward/effective", scored.scores.effective_rewards)
+        metrics.mean_of("reward/kept_accuracy", rollouts.accuracy[scored.scores.kept])
         return scored
 
     def check_gap(self, rollouts: Rollouts, small_logps: Tensor, metrics: StepMetrics) -> None:
@@ -205,7 +205,7 @@ class Trainer:
         self, rollouts: Rollouts, scored: Scored, advantages: Tensor
     ) -> Iterator[MicroBatch]:
         size = self.config.training.micro_batch_size
-        for rows, part in zip(scored.kept.split(size), advantages.split(size), strict=True):
+        for rows, part in zip(scored.scores.kept.split(size), advantages.split(size), strict=True):
             chosen = rows.tolist()
             yield MicroBatch(
                 tokens=rollouts.batch(chosen, self.device),

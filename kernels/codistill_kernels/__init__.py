@@ -3,6 +3,7 @@
 Importing does no work: no GPU is asked for, no compiled extension is loaded.
 """
 
+from codistill_kernels.codistill import Scores, codistill_losses, codistill_scores
 from codistill_kernels.linear_logps import linear_logps
 from codistill_kernels.linear_policy_loss import linear_policy_loss
 from codistill_kernels.linear_reverse_kl import linear_reverse_kl
@@ -12,6 +13,9 @@ from codistill_kernels.selective_logps import selective_logps
 
 __all__ = [
     "PolicyLoss",
+    "Scores",
+    "codistill_losses",
+    "codistill_scores",
     "downsample",
     "group_advantages",
     "importance_weights",

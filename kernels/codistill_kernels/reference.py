@@ -229,3 +229,48 @@ def downsample(
             chosen = splits[0]
         rows += [start + i for i in sorted(chosen)]
     return torch.tensor(rows, dtype=torch.long, device=scores.device)
+
+
+def codistill_scores(
+    rewards: Tensor,
+    small_logps: Tensor,
+    large_logps: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    group_size: int,
+    keep: int,
+    alpha: float,
+    max_completion_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """KD reward, effective reward (Eq. 6), rows kept (section 3.3), advantages (Eq. 7) of both."""
+    terms = dict(alpha=alpha, max_completion_tokens=max_completion_tokens)
+    effective = kd_rewards(rewards, large_logps, small_logps, cu_seqlens, **terms)
+    kept = downsample(effective, group_size, keep)
+    small = group_advantages(effective[kept], keep)
+    large = group_advantages(rewards[kept], keep)
+    return effective - rewards, effective, kept, small, large
+
+
+def codistill_losses(
+    small: tuple[Tensor, Tensor],
+    large: tuple[Tensor, Tensor],
+    token_ids: Tensor,
+    small_old_logps: Tensor,
+    small_advantages: Tensor,
+    large_advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    normalizer: float,
+) -> tuple[Tensor, Tensor]:
+    """Eq. 5 and Eq. 10: both ratios are over the small model's old policy."""
+    small_loss, large_loss = (
+        policy_loss(
+            linear_logps(*model, token_ids),
+            small_old_logps,
+            advantages,
+            mask,
+            normalizer=normalizer,
+        )
+        for model, advantages in ((small, small_advantages), (large, large_advantages))
+    )
+    return small_loss, large_loss

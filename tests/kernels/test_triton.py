@@ -31,7 +31,9 @@ def run(*arguments: str, **environment: str) -> None:
 
 def test_interpreted():
     """Without what takes long there and is no property of the kernels."""
-    slow = "not large and not H896 and not sharded and not compile and not opcheck and not equal_bits"
+    slow = (
+        "not large and not H896 and not sharded and not compile and not opcheck and not equal_bits"
+    )
     run("-rA", "-k", slow, TRITON_INTERPRET="1")
 
 

@@ -1,0 +1,157 @@
+"""Both models of CoDistill-GRPO at once: their advantages, and their losses."""
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from codistill_kernels._checks import require_shape
+from codistill_kernels._linear import WORKSPACE_MIB
+from codistill_kernels.linear_policy_loss import linear_policy_loss
+from codistill_kernels.policy_loss import PolicyLoss
+from codistill_kernels.rewards import downsample, group_advantages, kd_rewards
+
+
+class Scores(NamedTuple):
+    """What training needs of S = prompts x M rollouts."""
+
+    kd_rewards: Tensor
+    """[S] alpha-weighted KD reward."""
+    effective_rewards: Tensor
+    """[S] reward plus KD reward, r~ of Eq. 6."""
+    kept: Tensor
+    """[prompts x G] int64, rows of the rollouts to train on, rising."""
+    small_advantages: Tensor
+    """[prompts x G] from the effective reward."""
+    large_advantages: Tensor
+    """[prompts x G] from the reward alone."""
+
+
+def codistill_scores(
+    rewards: Tensor,
+    small_logps: Tensor,
+    large_logps: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    group_size: int,
+    keep: int,
+    alpha: float,
+    max_completion_tokens: int,
+    estimator: Literal["k1", "k3"] = "k1",
+    scale: Literal["std"] | None = None,
+    method: Literal["top_bottom", "top", "max_variance", "random"] = "top_bottom",
+    seed: int | None = None,
+) -> Scores:
+    """From the scored rollouts of the small model to what both models are trained on.
+
+    effective = rewards + alpha/max_completion_tokens sum_t (large_logps[t] - small_logps[t])
+    kept = `keep` of the `group_size` rollouts of each prompt, by effective reward
+    small_advantages = effective[kept] - mean of the group's kept; large_advantages: of rewards
+
+    Args:
+        rewards: [S], prompt after prompt.
+        small_logps, large_logps: [N] log-probabilities (nats) of the rollouts' tokens.
+        cu_seqlens: [S + 1]; tokens of rollout s are cu_seqlens[s] : cu_seqlens[s + 1].
+        group_size: M, rollouts a prompt.
+        keep: G, those kept.
+        alpha, max_completion_tokens, estimator: as in `kd_rewards`.
+        scale: as in `group_advantages`; None is Eq. 7.
+        method, seed: as in `downsample`.
+
+    Returns:
+        `Scores`, all detached.
+
+    Raises:
+        ValueError: an argument has a wrong shape or value. The message names it.
+
+    Source: Eq. 6, section 3.3, Eq. 7. Definition: codistill_kernels.reference.codistill_scores.
+    """
+    effective = kd_rewards(
+        rewards,
+        large_logps,
+        small_logps,
+        cu_seqlens,
+        alpha=alpha,
+        max_completion_tokens=max_completion_tokens,
+        estimator=estimator,
+    )
+    kept = downsample(effective, group_size, keep, method=method, seed=seed)
+    rewards = rewards.detach().to(effective.dtype)
+    return Scores(
+        kd_rewards=effective - rewards,
+        effective_rewards=effective,
+        kept=kept,
+        small_advantages=group_advantages(effective[kept], keep, scale=scale),
+        large_advantages=group_advantages(rewards[kept], keep, scale=scale),
+    )
+
+
+def codistill_losses(
+    small: tuple[Tensor, Tensor],
+    large: tuple[Tensor, Tensor],
+    token_ids: Tensor,
+    small_old_logps: Tensor,
+    small_advantages: Tensor,
+    large_advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    normalizer: float | Tensor,
+    loss: PolicyLoss = PolicyLoss(),  # noqa: B008  (frozen)
+    large_loss: PolicyLoss | None = None,
+    importance_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    workspace_mib: int = WORKSPACE_MIB,
+    backend: str = "auto",
+) -> tuple[tuple[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]:
+    """The losses of both models on the same tokens, which the small model wrote.
+
+    ratio of either model = exp(its logps - small_old_logps)
+
+    Args:
+        small, large: (hidden states [N, H], lm_head weight [V, H]), each with its own H and V.
+            Differentiable.
+        token_ids: [N] int64.
+        small_old_logps: [N] under the small model that wrote the tokens: the denominator of both
+            importance ratios.
+        small_advantages, large_advantages: [N], or [S] with `cu_seqlens`.
+        large_loss: of the large model; None: `loss`, as for the small one.
+        The others: as in `linear_policy_loss`, the same for both models.
+
+    Returns:
+        (loss, statistics) of the small model and (loss, statistics) of the large one, each as
+        `linear_policy_loss`. One model is done before the other: they share a workspace.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or value. The message names it.
+
+    Source: Eq. 5 (small), Eq. 10 (large). Definition: codistill_kernels.reference.codistill_losses.
+    """
+    for name, (hidden_states, weight) in (("small", small), ("large", large)):
+        shape = (len(token_ids), weight.shape[-1])
+        require_shape(name, hidden_states, shape, "([N, H], [V, H])")
+    models = (
+        (small, small_advantages, loss),
+        (large, large_advantages, loss if large_loss is None else large_loss),
+    )
+    first, second = (
+        linear_policy_loss(
+            *model,
+            token_ids,
+            small_old_logps,
+            advantages,
+            mask,
+            loss=model_loss,
+            normalizer=normalizer,
+            importance_weights=importance_weights,
+            cu_seqlens=cu_seqlens,
+            temperature=temperature,
+            softcap=softcap,
+            vocab_size=vocab_size,
+            workspace_mib=workspace_mib,
+            backend=backend,
+        )
+        for model, advantages, model_loss in models
+    )
+    return first, second

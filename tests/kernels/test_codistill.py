@@ -1,0 +1,108 @@
+"""codistill_scores and codistill_losses: both models of the paper at once."""
+
+import pytest
+import torch
+
+from codistill_kernels import (
+    PolicyLoss,
+    codistill_losses,
+    codistill_scores,
+    linear_logps,
+    linear_policy_loss,
+    reference,
+)
+
+TERMS = dict(group_size=3, keep=2, alpha=2.0, max_completion_tokens=10)
+# Two prompts, three rollouts of 1, 2 and 0 tokens, then 1, 1, 2.
+ENDS = torch.tensor([0, 1, 3, 3, 4, 5, 7])
+REWARDS = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0])
+SMALL = torch.tensor([-1.0, -1.0, -2.0, -1.0, -1.0, -1.0, -1.0])
+LARGE = torch.tensor([-2.0, -0.5, -0.5, -1.0, -3.0, -1.5, -1.0])
+
+
+def test_scores_by_hand():
+    scores = codistill_scores(REWARDS, SMALL, LARGE, ENDS, **TERMS)
+    # 2/10 times the summed log-ratios -1, 2, 0 and 0, -2, -0.5
+    assert scores.kd_rewards.tolist() == pytest.approx([-0.2, 0.4, 0.0, 0.0, -0.4, -0.1])
+    assert scores.effective_rewards.tolist() == pytest.approx([0.8, 0.4, 0.0, 1.0, 0.6, -0.1])
+    assert scores.kept.tolist() == [0, 2, 3, 5]
+    assert scores.small_advantages.tolist() == pytest.approx([0.4, -0.4, 0.55, -0.55])
+    assert scores.large_advantages.tolist() == pytest.approx([0.5, -0.5, 0.5, -0.5])
+    for found, expected in zip(
+        scores, reference.codistill_scores(REWARDS, SMALL, LARGE, ENDS, **TERMS), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+def test_scores_pass_their_options_on():
+    options = dict(estimator="k3", scale="std", method="random", seed=1)
+    first = codistill_scores(REWARDS, SMALL, LARGE, ENDS, **TERMS, **options)
+    again = codistill_scores(REWARDS, SMALL, LARGE, ENDS, **TERMS, **options)
+    assert all(map(torch.equal, first, again))
+    assert (first.kd_rewards <= 0).all()
+    deviations = first.small_advantages.view(2, 2).std(dim=1)
+    assert deviations.tolist() == pytest.approx([1.0, 1.0])
+
+
+def make_models(rows=40, small=(24, 300), large=(32, 310), dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*shape):
+        return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+
+    models = tuple((leaf(rows, h), leaf(v, h)) for h, v in (small, large))
+    ids = torch.randint(0, 290, (rows,), generator=generator)
+    return *models, ids
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_losses_are_eq_5_and_eq_10(backend):
+    """Against the definition in fp64; the large model's ratio is over the small one's old policy."""
+    small, large, ids = make_models()
+    old = linear_logps(*small, ids).detach() + 0.1 * torch.sin(torch.arange(40.0))
+    mask = torch.arange(40) % 7 != 0
+    advantages = torch.cos(torch.arange(40.0)), torch.sin(3 * torch.arange(40.0))
+    terms = (ids, old, *advantages, mask)
+    (first, stats), (second, large_stats) = codistill_losses(
+        small, large, *terms, normalizer=9.0, backend=backend
+    )
+    (first + second).backward()
+    copies = [
+        tuple(t.detach().double().requires_grad_() for t in model) for model in (small, large)
+    ]
+    expected = reference.codistill_losses(*copies, *terms, normalizer=9.0)
+    sum(expected).backward()
+    torch.testing.assert_close(first, expected[0].float())
+    torch.testing.assert_close(second, expected[1].float())
+    for model, copy in zip((small, large), copies, strict=True):
+        for ours, gold in zip(model, copy, strict=True):
+            torch.testing.assert_close(ours.grad, gold.grad.float(), rtol=1e-4, atol=1e-5)
+    ratio = (stats["logps"] - old)[mask].exp()
+    torch.testing.assert_close(stats["ratio_mean"], ratio.mean())
+    assert large_stats["ess"] < stats["ess"]  # it did not write the tokens
+
+
+def test_options_reach_both_models_and_large_loss_only_one():
+    small, large, ids = make_models()
+    ends = torch.tensor([0, 15, 40])
+    old = torch.full((40,), -6.0)
+    advantages = torch.tensor([1.0, -1.0]), torch.tensor([-0.5, 2.0])
+    options = dict(normalizer=3.0, cu_seqlens=ends, temperature=0.8, vocab_size=295, softcap=9.0)
+    results = codistill_losses(
+        small, large, ids, old, *advantages, large_loss=PolicyLoss("gspo"), **options
+    )
+    settings = (PolicyLoss(), PolicyLoss("gspo"))
+    for model, (loss, _), advantage, setting in zip(
+        (small, large), results, advantages, settings, strict=True
+    ):
+        expected, _ = linear_policy_loss(*model, ids, old, advantage, loss=setting, **options)
+        assert torch.equal(loss, expected)
+
+
+def test_mistakes_are_named():
+    small, large, ids = make_models()
+    old = torch.zeros(40)
+    with pytest.raises(ValueError, match="^large must be"):
+        codistill_losses(small, (large[0][:39], large[1]), ids, old, old, old, normalizer=1.0)
+    with pytest.raises(ValueError, match="^keep must be"):
+        codistill_scores(REWARDS, SMALL, LARGE, ENDS, **TERMS | dict(keep=5))
