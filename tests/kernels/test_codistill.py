@@ -57,7 +57,7 @@ def make_models(rows=40, small=(24, 300), large=(32, 310), dtype=torch.float32):
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_losses_are_eq_5_and_eq_10(backend):
-    """Against the definition in fp64; the large model's ratio is over the small one's old policy."""
+    """Against the definition in fp64; both ratios are over the small model's old policy."""
     small, large, ids = make_models()
     old = linear_logps(*small, ids).detach() + 0.1 * torch.sin(torch.arange(40.0))
     mask = torch.arange(40) % 7 != 0
