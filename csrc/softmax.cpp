@@ -228,10 +228,11 @@ void row_gradient(const float* raw, int64_t valid, Scale scale, int64_t target,
     Vec v;
     std::memcpy(&v, z + j, sizeof(v));
     if (scale.softcap != 0.0f) {
-      Vec a, t;
+      Vec a, e;
       std::memcpy(&a, raw + j, sizeof(a));
-      tanh_all(a / scale.softcap, t);
-      v *= 1.0f - t * t;
+      const Vec x = a / scale.softcap;
+      exp_nonpositive((x < 0.0f ? x : -x) * 2.0f, e);
+      v *= 4.0f * e / ((1.0f + e) * (1.0f + e));  // 1 - tanh^2 without its cancellation
     }
     if (scale.temperature != 1.0f) v /= scale.temperature;
     if (j + kLanes > valid)

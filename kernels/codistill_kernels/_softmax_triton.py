@@ -187,8 +187,8 @@ def logit_gradients_kernel(
     is_target = cols == target_column
     dz = tl.where(is_target, dz_target, dz)
     if HAS_SOFTCAP:
-        t = tanh(divide(raw, softcap))
-        dz *= 1.0 - t * t
+        e = tl.exp(-2.0 * tl.abs(divide(raw, softcap)))
+        dz *= 4.0 * e / ((1.0 + e) * (1.0 + e))  # 1 - tanh^2 without its cancellation
     dz = divide(dz, temperature)
     # Select: a row without a gradient may hold NaN.
     dz = tl.where(tl.abs(c0) + tl.abs(c1) + tl.abs(c2) > 0.0, dz, 0.0)

@@ -243,8 +243,14 @@ def codistill_scores(
     max_completion_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """KD reward, effective reward (Eq. 6), rows kept (section 3.3), advantages (Eq. 7) of both."""
-    terms = dict(alpha=alpha, max_completion_tokens=max_completion_tokens)
-    effective = kd_rewards(rewards, large_logps, small_logps, cu_seqlens, **terms)
+    effective = kd_rewards(
+        rewards,
+        large_logps,
+        small_logps,
+        cu_seqlens,
+        alpha=alpha,
+        max_completion_tokens=max_completion_tokens,
+    )
     kept = downsample(effective, group_size, keep)
     small = group_advantages(effective[kept], keep)
     large = group_advantages(rewards[kept], keep)
