@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from codistill_kernels import _linear_triton, _softmax_triton
+from codistill_kernels import _linear_triton, _reverse_kl_triton, _softmax_triton
 from codistill_kernels._tiles import BLOCK_COLUMNS, LINEAR_TILES, PAIR_TILES, Tile
 from codistill_kernels._tiles import GROUP_N as TILES_IN_GROUP
 
@@ -32,6 +32,15 @@ DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 SHARED_LIMIT_KIB = {80: 163, 90: 227, 100: 227}  # a block's, CUDA C++ programming guide, table 30
 # In the order of preference: the first that occurs is what a kernel runs on.
 INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync")
+KERNELS = {
+    kernel.__name__: kernel
+    for kernel in (
+        _linear_triton.linear_statistics_kernel,
+        _reverse_kl_triton.reverse_kl_kernel,
+        _softmax_triton.logit_statistics_kernel,
+        _softmax_triton.logit_gradients_kernel,
+    )
+}
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -107,8 +116,7 @@ def argument_type(name: str, variant: Variant, tile: Tile | None) -> str:
 
 
 def compile_variant(variant: Variant) -> Row:
-    module = _linear_triton if tile_of(variant) else _softmax_triton
-    kernel, tile = getattr(module, variant.kernel), tile_of(variant)
+    kernel, tile = KERNELS[variant.kernel], tile_of(variant)
     values = constants(variant, tile)
     signature = {
         name: "constexpr" if name in values else argument_type(name, variant, tile)

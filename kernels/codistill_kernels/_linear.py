@@ -77,18 +77,20 @@ def recomputed_gradients(
     is_whole: bool,
     needs: Sequence[bool],
     backend: str,
+    dw_dtype: torch.dtype,
     workspace_mib: int = WORKSPACE_MIB,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients from per-row coefficients [3, N]; rows whose coefficients are 0 are left out.
 
-    log_softmax: [3, N], `normalizers` of the whole vocabulary. is_whole: so is the weight. dw comes
-    in the dtype of the weight, or in fp32, to be rounded.
+    log_softmax: [3, N], `normalizers` of the whole vocabulary. is_whole: so is the weight.
     """
     active = (coefficients.ne(0).any(dim=0) & any(needs)).nonzero().squeeze(1)
     chunks = make_chunks(hidden_states, head, token_ids, backend)
     if isinstance(chunks, CpuChunks):
         numbers = (coefficients, log_softmax)
-        return by_columns(hidden_states, head, token_ids, active, *numbers, needs, workspace_mib)
+        return by_columns(
+            hidden_states, head, token_ids, active, *numbers, needs, dw_dtype, workspace_mib
+        )
     sums = GradientSums(chunks, needs)
     size = bytes_per_logit(type(chunks), hidden_states)
     most = rows_within(workspace_mib, len(head.weight), size)
@@ -99,7 +101,8 @@ def recomputed_gradients(
         softmax = normalizers(statistics) if is_whole else log_softmax[:, rows]
         every = torch.arange(len(rows), device=rows.device)
         sums.add(rows, every, coefficients[:, rows], softmax)
-    return sums.results()
+    dx, dw, db = sums.results()
+    return dx, dw.to(dw_dtype), db
 
 
 def by_columns(
@@ -110,14 +113,15 @@ def by_columns(
     coefficients: Tensor,
     log_softmax: Tensor,
     needs: Sequence[bool],
+    dw_dtype: torch.dtype,
     workspace_mib: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`recomputed_gradients` with vocabulary ranges outermost: needs no fp32 copy of dW.
+    """`recomputed_gradients` with vocabulary ranges outermost: needs no fp32 copy of all of dW.
 
     The logits come out as they were in the forward pass, bit for bit.
     """
     shapes = (hidden_states.shape, head.weight.shape, head.weight.shape[:1])
-    dtypes = (torch.float32, head.weight.dtype, torch.float32)
+    dtypes = (torch.float32, dw_dtype, torch.float32)
     dx, dw, db = (
         torch.zeros(shape if need else 0, dtype=dtype)
         for need, shape, dtype in zip(needs, shapes, dtypes, strict=True)
@@ -163,5 +167,5 @@ def rows_within(workspace_mib: int, vocab: int, bytes_per_logit: int) -> int:
 
 
 def columns_within(workspace_mib: int, rows: int) -> int:
-    """Vocabulary rows of which the logits of all `rows` fit; whole panels of 128."""
-    return max(128, workspace_mib * 2**20 // (4 * rows) // 128 * 128)
+    """Vocabulary rows of which the logits of all `rows` fit; whole panels of 256."""
+    return max(256, workspace_mib * 2**20 // (4 * rows) // 256 * 256)

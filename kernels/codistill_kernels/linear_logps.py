@@ -63,9 +63,17 @@ def linear_gradients(
     """
     head = Head(lm_head_weight, bias, temperature, softcap)
     dx, dw, db = recomputed_gradients(
-        hidden_states, head, token_ids, coefficients, log_softmax, is_whole, needs, backend
+        hidden_states,
+        head,
+        token_ids,
+        coefficients,
+        log_softmax,
+        is_whole,
+        needs,
+        backend,
+        lm_head_weight.dtype,
     )
-    return dx, dw.to(lm_head_weight.dtype), db if bias is None else db.to(bias.dtype)
+    return dx, dw, db if bias is None else db.to(bias.dtype)
 
 
 @linear_gradients.register_fake

@@ -197,6 +197,7 @@ def two_passes(
         group is None,
         needs,
         backend,
+        logps.dtype,
         workspace_mib,
     )
     return logps, *gradients

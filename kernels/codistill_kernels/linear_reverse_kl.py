@@ -34,9 +34,9 @@ def reverse_kl(
     """[N] sum_v p_s (log p_s - log p_t)"""
     chosen = _backends.choose(backend, student_hidden.device, student_hidden.dtype)
     if chosen == "triton":
-        from codistill_kernels import _linear_triton
+        from codistill_kernels import _reverse_kl_triton
 
-        return _linear_triton.reverse_kl(
+        return _reverse_kl_triton.reverse_kl(
             student_hidden, student_weight, teacher_hidden, teacher_weight, temperature
         )
     out = torch.empty_like(temperature)
