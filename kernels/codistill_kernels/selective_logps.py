@@ -13,7 +13,7 @@ from codistill_kernels._checks import (
     require_token_ids,
 )
 from codistill_kernels._head import compute_dtype
-from codistill_kernels._softmax_torch import normalizers
+from codistill_kernels.linear_logps import log_probabilities
 
 ROWS = 256  # that the torch backend works on at once, in fp32; chosen, untested
 
@@ -129,10 +129,10 @@ class SelectiveLogps(torch.autograd.Function):
     def forward(ctx, logits, token_ids, temperature, active, options):
         softcap, vocab_size, inplace_backward, backend = options
         statistics = logits_statistics(logits, token_ids, temperature, softcap, vocab_size, backend)
-        log_softmax = normalizers(statistics)
-        maximum, log_sum, mean = log_softmax
+        logps, log_softmax = log_probabilities(statistics, group=None)
+        _, log_sum, mean = log_softmax
         # Select, not multiply: an ignored row may hold NaN.
-        logps = torch.where(active, (statistics[3] - maximum) - log_sum, 0.0)
+        logps = torch.where(active, logps, 0.0)
         entropy = torch.where(active, log_sum - mean, 0.0)
         ctx.save_for_backward(logits, token_ids, temperature, active, log_softmax)
         ctx.options = options
