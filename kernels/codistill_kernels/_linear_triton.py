@@ -102,7 +102,7 @@ def my_tiles(num_rows, num_splits, GROUP_N: tl.constexpr, BLOCK_N: tl.constexpr)
 # --- kernels -----------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
 def linear_statistics_kernel(
     x,
     weight,

@@ -54,7 +54,7 @@ def merge_pair(max_s, rest_s, max_t, rest_t, difference, z_s, z_t):
 # --- kernels -----------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
 def reverse_kl_kernel(
     x_s,
     weight_s,

@@ -111,7 +111,7 @@ def merge_tile(maximum, rest, weighted, z):
 # --- kernels -----------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def logit_statistics_kernel(
     logits_ptr,
     token_ids_ptr,
@@ -146,7 +146,7 @@ def logit_statistics_kernel(
     tl.store(at + 3 * num_rows, target)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def logit_gradients_kernel(
     raw_ptr,
     out_ptr,
