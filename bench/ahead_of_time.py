@@ -116,30 +116,8 @@ def argument_type(name: str, variant: Variant, tile: Tile | None) -> str:
 
 
 def compile_variant(variant: Variant) -> Row:
-    kernel, tile = KERNELS[variant.kernel], tile_of(variant)
-    values = constants(variant, tile)
-    signature = {
-        name: "constexpr" if name in values else argument_type(name, variant, tile)
-        for name in kernel.arg_names
-    }
-    # What real shapes are: pointers, strides and hidden sizes on 16 elements.
-    divisible = [
-        (index,)
-        for index, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name.startswith(("stride", "hidden"))
-    ]
-    source = ASTSource(
-        kernel,
-        signature=signature,
-        constexprs={(kernel.arg_names.index(name),): value for name, value in values.items()},
-        attrs={index: [["tt.divisibility", 16]] for index in divisible},
-    )
-    launch = dict(num_warps=_softmax_triton.NUM_WARPS, enable_fp_fusion=True)
-    if tile is not None:
-        launch |= dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", variant.capability, 32), options=launch
-    )
+    tile = tile_of(variant)
+    compiled = compile_kernel(variant, sizes_are_one=False)
     registers, spilled = resources(compiled.asm["cubin"])
     found = [name for name in INSTRUCTIONS if name in compiled.asm["ptx"]]
     return Row(
@@ -153,6 +131,34 @@ def compile_variant(variant: Variant) -> Row:
         compiled.metadata.shared,
         found[0] if found else "",
     )
+
+
+def compile_kernel(variant: Variant, *, sizes_are_one: bool):
+    """sizes_are_one: as Triton compiles for sizes and strides of 1, which it makes constants."""
+    kernel, tile = KERNELS[variant.kernel], tile_of(variant)
+    types = {name: argument_type(name, variant, tile) for name in kernel.arg_names}
+    values = constants(variant, tile)
+    if sizes_are_one:
+        never = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+        sizes = {name for name, kind in types.items() if kind == "i32"} - never
+        values = dict.fromkeys(sizes, 1) | values
+    signature = {name: "constexpr" if name in values else kind for name, kind in types.items()}
+    # What real shapes are: pointers, strides and hidden sizes on 16 elements.
+    divisible = [
+        (index,)
+        for index, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (kind == "i32" and name.startswith(("stride", "hidden")))
+    ]
+    source = ASTSource(
+        kernel,
+        signature=signature,
+        constexprs={(kernel.arg_names.index(name),): value for name, value in values.items()},
+        attrs={index: [["tt.divisibility", 16]] for index in divisible},
+    )
+    launch = dict(num_warps=_softmax_triton.NUM_WARPS, enable_fp_fusion=True)
+    if tile is not None:
+        launch |= dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    return triton.compile(source, target=GPUTarget("cuda", variant.capability, 32), options=launch)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:

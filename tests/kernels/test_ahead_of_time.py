@@ -5,7 +5,7 @@ from dataclasses import astuple
 
 import pytest
 
-from bench.ahead_of_time import SHARED_LIMIT_KIB, TABLE, compile_all
+from bench.ahead_of_time import SHARED_LIMIT_KIB, TABLE, compile_all, compile_kernel, variants
 
 MATMULS = ("linear_statistics_kernel", "reverse_kl_kernel")
 
@@ -41,3 +41,14 @@ def test_table_names_these_kernels_and_tiles(compiled):
         _, *rows = csv.reader(file)
     names = [tuple(row[:5]) for row in rows]
     assert names == [tuple(map(str, astuple(row)[:5])) for row in compiled]
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [v for v in variants() if v.capability == 90 and not any(on for _, on in v.flags)]
+    + [v for v in variants() if v.capability == 90 and v.kernel.startswith("logit_")],
+    ids=lambda variant: f"{variant.kernel}-{variant.dtype}",
+)
+def test_sizes_of_one_compile(variant):
+    """Triton makes constants of them, which have not all that tensors have."""
+    assert compile_kernel(variant, sizes_are_one=True).asm["cubin"]
