@@ -24,7 +24,6 @@ void block_states(const Rows& rows, const Weight& shape, const T* x, int64_t str
                   State* states) {
   std::vector<uint32_t> packed(packed_words<T>(stride_x, kPanel));
   std::vector<float> tile(raw == nullptr ? kRows * kPanel : 0);
-  const int64_t slice = slice_width(), slice_words = packed_words<T>(stride_x, slice);
   const int64_t stop = std::min((block + 1) * kBlock, shape.panels);
   std::fill(states + first, states + std::min(last, rows.count), empty_state());
   for (int64_t panel = block * kBlock; panel < stop; ++panel) {
@@ -33,9 +32,7 @@ void block_states(const Rows& rows, const Weight& shape, const T* x, int64_t str
                        packed.data());
     for (int64_t row = first; row < last; row += kRows) {
       float* c = raw == nullptr ? tile.data() : raw + (panel * rows.padded + row) * kPanel;
-      for (int64_t n = 0; n < kPanel / slice; ++n)
-        multiply<T>(stride_x, x + row * stride_x, stride_x, packed.data() + n * slice_words,
-                    c + n * slice, kPanel, /*add=*/false);
+      multiply_panel<T>(stride_x, x + row * stride_x, packed.data(), c);
       for (int64_t i = row; i < std::min(row + kRows, rows.count); ++i, c += kPanel) {
         if (bias != nullptr)
           for (int64_t j = 0; j < valid; ++j) c[j] += bias[column + j];
@@ -191,7 +188,7 @@ float* data_or_null(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() ? tensor->data_ptr<float>() : nullptr;
 }
 
-// The columns of x beyond the hidden size are zero; there are as many as pairs of bf16 need.
+// x is whole tiles of rows and of columns; beyond the rows and the hidden size it is zero.
 at::Tensor linear_forward(const at::Tensor& x, const at::Tensor& weight,
                           const std::optional<at::Tensor>& bias, const at::Tensor& token_ids,
                           const at::Tensor& temperature, double softcap,

@@ -8,7 +8,7 @@
 
 namespace codistill {
 
-constexpr int64_t kBlock = 8;    // panels of a block, the unit of work of the forward pass
+constexpr int64_t kBlock = 8;  // panels of a block, the unit of work of the forward pass
 
 struct Rows {
   int64_t count, padded;  // padded to a multiple of kRows
@@ -42,6 +42,14 @@ struct Weight {
 
   int64_t valid(int64_t panel) const { return std::min(kPanel, vocab - panel * kPanel); }
 };
+
+// c [kRows, kPanel] = a [kRows, depth] @ a packed panel.
+template <typename T>
+void multiply_panel(int64_t depth, const T* a, const uint32_t* packed, float* c) {
+  const int64_t slice = slice_width(), slice_words = packed_words<T>(depth, slice);
+  for (int64_t n = 0; n < kPanel / slice; ++n)
+    multiply<T>(depth, a, depth, packed + n * slice_words, c + n * slice, kPanel, /*add=*/false);
+}
 
 inline int64_t num_blocks(int64_t panels) { return (panels + kBlock - 1) / kBlock; }
 

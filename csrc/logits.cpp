@@ -1,15 +1,13 @@
 // Softmax statistics and gradients of logits that are in memory.
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "softmax.h"
+#include "linear.h"
 
 namespace codistill {
 namespace {
-
 
 // Call body(row, first column, valid, panel [kPanel] fp32) for every panel of every row, rows over
 // threads.
@@ -29,26 +27,20 @@ void for_panels(const at::Tensor& logits, int64_t vocab, Body body) {
   });
 }
 
-int64_t target_in(int64_t token_id, int64_t column, int64_t valid) {
-  return token_id >= column && token_id < column + valid ? token_id - column : -1;
-}
-
 // [4, N]: max, rest, weighted, target of the first `vocab` columns.
 at::Tensor logits_statistics(const at::Tensor& logits, int64_t vocab, const at::Tensor& token_ids,
                              const at::Tensor& temperature, double softcap) {
   const int64_t n = logits.size(0);
   const auto out = at::empty({4, n}, logits.options().dtype(at::kFloat));
   float* parts = out.data_ptr<float>();
-  const int64_t* ids = token_ids.const_data_ptr<int64_t>();
-  const float* temperatures = temperature.const_data_ptr<float>();
+  const Rows rows(token_ids, temperature, softcap);
   std::vector<State> states(n, empty_state());
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, logits.scalar_type(), "logits_statistics", [&] {
         for_panels<scalar_t>(
             logits, vocab, [&](int64_t row, int64_t column, int64_t valid, const float* panel) {
-              const Scale scale{static_cast<float>(softcap), temperatures[row]};
-              const int64_t target = target_in(ids[row], column, valid);
-              states[row] = merge(states[row], row_state(panel, valid, scale, target));
+              const int64_t target = rows.target(row, column, valid);
+              states[row] = merge(states[row], row_state(panel, valid, rows.scale(row), target));
             });
       });
   for (int64_t row = 0; row < n; ++row) {
@@ -64,9 +56,8 @@ void logits_gradients(const at::Tensor& out, const at::Tensor& logits, int64_t v
                       const at::Tensor& token_ids, const at::Tensor& temperature, double softcap,
                       const at::Tensor& coefficients, const at::Tensor& log_softmax) {
   const int64_t n = logits.size(0);
-  const int64_t* ids = token_ids.const_data_ptr<int64_t>();
-  const float *temperatures = temperature.const_data_ptr<float>(),
-              *c = coefficients.const_data_ptr<float>(), *s = log_softmax.const_data_ptr<float>();
+  const Rows rows(token_ids, temperature, softcap);
+  const float *c = coefficients.const_data_ptr<float>(), *s = log_softmax.const_data_ptr<float>();
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, logits.scalar_type(), "logits_gradients", [&] {
         scalar_t* data = out.data_ptr<scalar_t>();
@@ -75,12 +66,12 @@ void logits_gradients(const at::Tensor& out, const at::Tensor& logits, int64_t v
             logits, vocab, [&](int64_t row, int64_t column, int64_t valid, float* panel) {
               const Coefficients all{c[row], c[n + row], c[2 * n + row],
                                      s[row], s[n + row], s[2 * n + row]};
-              const Scale scale{static_cast<float>(softcap), temperatures[row]};
+              const int64_t target = rows.target(row, column, valid);
               // A row without a gradient may hold NaN.
               if (all.c0 == 0.0f && all.c1 == 0.0f && all.c2 == 0.0f)
                 std::fill_n(panel, valid, 0.0f);
               else
-                row_gradient(panel, valid, scale, target_in(ids[row], column, valid), all, panel);
+                row_gradient(panel, valid, rows.scale(row), target, all, panel);
               scalar_t* to = data + row * stride + column;
               for (int64_t j = 0; j < valid; ++j) to[j] = static_cast<scalar_t>(panel[j]);
               if (column + valid == vocab) std::fill(to + valid, to - column + width, scalar_t(0));

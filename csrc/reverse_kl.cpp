@@ -34,10 +34,7 @@ struct Factor {
   }
 
   void multiply_rows(int64_t row) {
-    const int64_t slice = slice_width(), slice_words = packed_words<T>(stride_x, slice);
-    for (int64_t n = 0; n < kPanel / slice; ++n)
-      multiply<T>(stride_x, x + row * stride_x, stride_x, packed.data() + n * slice_words,
-                  tile.data() + n * slice, kPanel, /*add=*/false);
+    multiply_panel<T>(stride_x, x + row * stride_x, packed.data(), tile.data());
   }
 };
 

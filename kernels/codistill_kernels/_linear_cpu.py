@@ -1,5 +1,7 @@
 """Logits of a linear head in C++ (csrc/linear.cpp): tiles that stay in cache."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -43,9 +45,10 @@ class CpuChunks:
         self.rows = rows
         panels = -(-len(self.weight) // self.panel)
         shape = (panels, round_up(len(rows), self.tile_rows), self.panel)
-        if self.workspace.numel() < panels * shape[1] * self.panel:
-            self.workspace = torch.empty(panels * shape[1] * self.panel)
-        self.raw = self.workspace[: panels * shape[1] * self.panel].view(shape)
+        size = math.prod(shape)
+        if self.workspace.numel() < size:
+            self.workspace = torch.empty(size)
+        self.raw = self.workspace[:size].view(shape)
         return self._forward(rows, self.raw)
 
     def _forward(self, rows: Tensor, raw: Tensor | None) -> Tensor:

@@ -6,6 +6,8 @@ gradients are wanted. Splits, tiles and the order of sums depend on the vocabula
 result does not depend on the other rows.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from codistill_kernels._head import Head
+from codistill_kernels._softmax_torch import local_columns
 from codistill_kernels._softmax_triton import (
     logit_gradients,
     merge_tile,
@@ -305,8 +308,10 @@ class TritonChunks:
     FEW_ROWS = 0
 
     def __init__(self, hidden_states: Tensor, head: Head, token_ids: Tensor) -> None:
-        self.hidden_states, self.token_ids, self.head = hidden_states, token_ids, head
+        self.hidden_states, self.token_ids = hidden_states, token_ids
+        # Once, where every launch would convert them.
         self.x, self.weight = as_operands(hidden_states, head.weight)
+        self.head = replace(head, weight=self.weight)
 
     def statistics(self) -> Tensor:
         """[4, N] of all rows, none of them held."""
@@ -350,8 +355,8 @@ class TritonChunks:
             at_target,
         )
         self.raw = None
-        is_here = (ids >= 0) & (ids < len(self.weight))
-        here, at_target = torch.where(is_here, ids, 0), at_target[:, None]
+        here, _ = local_columns(ids, len(self.weight))
+        at_target = at_target[:, None]  # 0 where the token is not here
         if db is not None:
             db += dz.sum(dim=0, dtype=torch.float32)
             db.index_put_((here,), at_target.squeeze(1), accumulate=True)

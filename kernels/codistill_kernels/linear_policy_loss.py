@@ -7,7 +7,7 @@ recomputing backward pass needs 8. Rows without a gradient (masked, clipped, adv
 out of the two gradient products, exactly.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -129,15 +129,20 @@ class Terms:
             )
         )
 
+    def by_token(self) -> "Terms":
+        """Without sequences; for losses in which no token depends on another."""
+        if self.cu_seqlens is None:
+            return self
+        advantages = to_tokens(self.advantages, self.cu_seqlens, len(self.mask))
+        return replace(self, advantages=advantages, cu_seqlens=None)
+
     def of_rows(self, rows: Tensor) -> "Terms":
-        """Of some tokens; for losses in which no token depends on another."""
-        advantages = self.advantages
-        if self.cu_seqlens is not None:
-            advantages = to_tokens(advantages, self.cu_seqlens, len(self.mask))
+        """Of some tokens, where there are no sequences."""
+        assert self.cu_seqlens is None
         old, weights = (
             None if t is None else t[rows] for t in (self.old_logps, self.importance_weights)
         )
-        return Terms(old, advantages[rows], weights, self.mask[rows], None, self.loss)
+        return Terms(old, self.advantages[rows], weights, self.mask[rows], None, self.loss)
 
 
 def as_coefficients(gradients: Tensor) -> Tensor:
@@ -158,6 +163,7 @@ def single_pass(
     """Gradients from the very logits that gave the log-probabilities, `most` rows at a time."""
     chunks = make_chunks(hidden_states, head, token_ids, backend)
     sums = GradientSums(chunks, needs)
+    terms = terms.by_token()
     logps = torch.zeros_like(head.temperature)
     for rows in split_rows(terms.mask.nonzero().squeeze(1), most):
         logps[rows], softmax = log_probabilities(chunks.hold(rows), group)
@@ -267,6 +273,8 @@ def linear_policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`policy_loss` of `linear_logps`, in one pass: 6 N H V operations, no [N, V] logits.
 
+    Sequence-level losses take two passes, 8 N H V.
+
     Args:
         hidden_states: [N, H], fp32, bf16, fp16 or fp64. Differentiable.
         lm_head_weight: [V, H]. Differentiable; its gradient is summed in fp32 and rounded once.
@@ -275,7 +283,7 @@ def linear_policy_loss(
             `policy_loss`.
         bias, temperature, softcap, vocab_size, group: as in `linear_logps`.
         workspace_mib: bound of the logits held at once (MiB); more rows a pass, fewer passes over
-            the weight. Does not grow with N.
+            the weight. At least 64 tokens' logits, or 256 vocabulary rows' in two passes.
         backend: as in `linear_logps`.
 
     Returns:

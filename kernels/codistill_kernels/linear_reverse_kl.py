@@ -13,11 +13,12 @@ from codistill_kernels._checks import (
     require_shape,
 )
 from codistill_kernels._head import compute_dtype
+from codistill_kernels._linear_cpu import ROWS as CPU_ROWS
 from codistill_kernels._linear_cpu import operand, operand_dtype
 from codistill_kernels._linear_torch import matmul
 from codistill_kernels._softmax_torch import statistics
 
-ROWS = {"cpu": 4096, "torch": 128}  # at once; torch holds the logits of both models
+ROWS = {"cpu": CPU_ROWS, "torch": 128}  # at once; torch holds the logits of both models
 
 # --- custom op ---------------------------------------------------------------------------------
 
