@@ -110,11 +110,7 @@ class LinearLogps(torch.autograd.Function):
         softcap = softcap or 0.0
         inputs = (hidden_states, lm_head_weight, bias, token_ids, temperature)
         statistics = linear_statistics(*inputs, softcap, backend)
-        logps, log_softmax = log_probabilities(statistics, group)
-        _, log_sum, mean = log_softmax
-        # Select, not multiply: an ignored row may hold NaN.
-        logps = torch.where(active, logps, 0.0)
-        entropy = torch.where(active, log_sum - mean, 0.0)
+        logps, entropy, log_softmax = logps_and_entropy(statistics, active, group)
         ctx.save_for_backward(*inputs, active, log_softmax)
         ctx.softcap, ctx.group, ctx.backend = softcap, group, backend
         return logps, entropy
@@ -122,10 +118,7 @@ class LinearLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dlogps, dentropy):
         *inputs, active, log_softmax = ctx.saved_tensors
-        zero = torch.zeros_like(dlogps)
-        c0 = torch.where(active, -dlogps, zero)
-        c2 = torch.where(active, -dentropy, zero)
-        coefficients = torch.stack((c0, c0, c2))
+        coefficients = row_coefficients(dlogps, dentropy, active)
         needs = list(ctx.needs_input_grad[:3])
         is_whole = ctx.group is None
         gradients = linear_gradients(
@@ -137,6 +130,23 @@ class LinearLogps(torch.autograd.Function):
                 dist.all_reduce(dx, group=ctx.group)
             dx = dx.to(inputs[0].dtype)
         return dx, dw, db, *[None] * 4
+
+
+def logps_and_entropy(
+    statistics: Tensor, active: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logps and entropy [N], 0 where not active, and `normalizers` [3, N]."""
+    logps, log_softmax = log_probabilities(statistics, group)
+    _, log_sum, mean = log_softmax
+    # Select, not multiply: an ignored row may hold NaN.
+    entropy = torch.where(active, log_sum - mean, 0.0)
+    return torch.where(active, logps, 0.0), entropy, log_softmax
+
+
+def row_coefficients(dlogps: Tensor, dentropy: Tensor, active: Tensor) -> Tensor:
+    """c0, c1, c2 [3, N] of the logits' gradient, from those of `logps_and_entropy`."""
+    c0 = torch.where(active, -dlogps, 0.0)
+    return torch.stack((c0, c0, torch.where(active, -dentropy, 0.0)))
 
 
 def log_probabilities(statistics: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:

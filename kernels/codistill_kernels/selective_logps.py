@@ -13,7 +13,7 @@ from codistill_kernels._checks import (
     require_token_ids,
 )
 from codistill_kernels._head import compute_dtype
-from codistill_kernels.linear_logps import log_probabilities
+from codistill_kernels.linear_logps import logps_and_entropy, row_coefficients
 
 ROWS = 256  # that the torch backend works on at once, in fp32; chosen, untested
 
@@ -129,11 +129,7 @@ class SelectiveLogps(torch.autograd.Function):
     def forward(ctx, logits, token_ids, temperature, active, options):
         softcap, vocab_size, inplace_backward, backend = options
         statistics = logits_statistics(logits, token_ids, temperature, softcap, vocab_size, backend)
-        logps, log_softmax = log_probabilities(statistics, group=None)
-        _, log_sum, mean = log_softmax
-        # Select, not multiply: an ignored row may hold NaN.
-        logps = torch.where(active, logps, 0.0)
-        entropy = torch.where(active, log_sum - mean, 0.0)
+        logps, entropy, log_softmax = logps_and_entropy(statistics, active, group=None)
         ctx.save_for_backward(logits, token_ids, temperature, active, log_softmax)
         ctx.options = options
         return logps, entropy
@@ -143,9 +139,8 @@ class SelectiveLogps(torch.autograd.Function):
     def backward(ctx, dlogps, dentropy):
         logits, token_ids, temperature, active, log_softmax = ctx.saved_tensors
         softcap, vocab_size, inplace_backward, backend = ctx.options
-        c0 = torch.where(active, -dlogps, 0.0)
-        coefficients = torch.stack((c0, c0, torch.where(active, -dentropy, 0.0)))
-        # The graph would keep a tensor that changes: without one, this is the last use of logits.
+        coefficients = row_coefficients(dlogps, dentropy, active)
+        # Detached: the same memory, without its place in the graph.
         out = logits.detach() if inplace_backward else torch.empty_like(logits)
         write_logits_gradients(
             out,
