@@ -7,7 +7,7 @@ what it does and its unit; `python train.py --help` prints them all.
 import argparse
 import difflib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -25,6 +25,13 @@ class Section(BaseModel):
 class ModelConfig(Section):
     path: str = Field(description="folder or Hub name of a Hugging Face causal language model")
     learning_rate: float = Field(5e-6, gt=0, description="peak learning rate (Table 3: 5e-6)")
+
+
+class GRPOConfig(Section):
+    model: Literal["small", "large"] | None = Field(
+        None,
+        description="the model that grpo trains; by default the one configured, small if both are",
+    )
 
 
 class DataConfig(Section):
@@ -133,10 +140,17 @@ class Config(BaseSettings):
 
     name: str = Field(description="name of the run")
     output_dir: Path = Field(Path("runs"), description="the run is written to output_dir/name")
-    algorithm: Literal["codistill"] = Field("codistill", description="Eq. 5 to 10")
+    algorithm: Literal["codistill", "kdrl", "grpo"] = Field(
+        "codistill",
+        description="codistill: both models learn (Eq. 5 to 10). kdrl: the large one is a frozen "
+        "teacher (Eq. 5 and 6). grpo: one model learns from its own rollouts (Eq. 2 to 4)",
+    )
     seed: int = Field(0, ge=0, description="seed of data order and sampling")
-    small: ModelConfig = Field(description="phi: writes the rollouts, learns by Eq. 5")
-    large: ModelConfig = Field(description="theta: scores the rollouts, learns by Eq. 10")
+    small: ModelConfig | None = Field(None, description="phi: writes the rollouts, learns by Eq. 5")
+    large: ModelConfig | None = Field(
+        None, description="theta: scores the rollouts, learns by Eq. 10"
+    )
+    grpo: GRPOConfig = Field(GRPOConfig(), description="of algorithm grpo")
     data: DataConfig = Field(description="problems and prompts")
     reward: RewardConfig = Field(RewardConfig(), description="r of Eq. 6")
     rollout: RolloutConfig = Field(RolloutConfig(), description="generation by the small model")
@@ -153,6 +167,49 @@ class Config(BaseSettings):
         cls, settings_cls: type[BaseSettings], init_settings: Any, **sources: Any
     ) -> tuple:
         return (init_settings,)  # the environment is no source; CliApp puts the CLI before this
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_models(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """A model that the algorithm needs is there. Before all else: it is the first mistake."""
+        needed: tuple = ("small", "large")
+        if values.get("algorithm") == "grpo":
+            chosen = (values.get("grpo") or {}).get("model")
+            needed = (chosen,) if chosen in needed else ()
+            if not needed and not any(values.get(name) for name in ("small", "large")):
+                raise ConfigError("small is missing: expected small or large, the model to train")
+        for name in needed:
+            if not values.get(name):
+                raise ConfigError(f"{name} is missing: expected {describe(name)}")
+        return values
+
+    @property
+    def writer(self) -> str:
+        """Name of the model that writes the rollouts."""
+        if self.algorithm != "grpo":
+            return "small"
+        return self.grpo.model or ("small" if self.small else "large")
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the models that learn."""
+        return ("small", "large") if self.algorithm == "codistill" else (self.writer,)
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Names of the models that the algorithm uses: grpo has no use for a second one."""
+        return (self.writer,) if self.algorithm == "grpo" else ("small", "large")
+
+    def unused(self) -> list[str]:
+        """Sections that were given and that the algorithm has no use for."""
+        unused = {"grpo"} if self.algorithm != "grpo" else {"small", "large", "kd"} - {self.writer}
+        return sorted(unused & self.model_fields_set)
+
+    def model(self, name: str) -> ModelConfig:
+        """One of those in `loaded`."""
+        model = {"small": self.small, "large": self.large}[name]
+        assert model is not None, name
+        return model
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -229,12 +286,18 @@ def field_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """All keys of the configuration, dotted."""
     keys = []
     for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            keys += field_keys(kind, f"{prefix}{name}.")
+        section = section_of(field.annotation)
+        if section:
+            keys += field_keys(section, f"{prefix}{name}.")
         else:
             keys.append(prefix + name)
     return keys
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The model behind a field that holds one, or one or None."""
+    kinds = (annotation, *get_args(annotation))
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
 
 
 def explain_argument(message: str) -> str:
@@ -274,5 +337,5 @@ def describe(key: str) -> str:
     model: Any = Config
     for part in key.split("."):
         field = model.model_fields[part]
-        model = field.annotation
+        model = section_of(field.annotation)
     return field.description

@@ -21,13 +21,14 @@ class MicroBatch:
 
     tokens: TokenBatch
     old_logps: Tensor
-    """[N] under the policy that wrote the rollouts: the small model's, for both models."""
+    """[N] under the policy that wrote the rollouts: in codistill the small model's, for both."""
     advantages: Tensor
     """[S]"""
 
 
 class Learner:
-    """Maximizes the clipped surrogate of Eq. 5 (small model) or Eq. 10 (large model)."""
+    """Maximizes the clipped surrogate of Eq. 2 and 5 (its own rollouts) or Eq. 10 (those of the
+    small model)."""
 
     def __init__(
         self,

@@ -96,6 +96,11 @@ def load_policy(
     return shard(policy.train(), dtype=dtype)
 
 
+def freeze(policy: Policy) -> Policy:
+    """A model that is only asked: no gradients, no optimizer."""
+    return policy.eval().requires_grad_(False)
+
+
 def load_tokenizer(key: str, path: str) -> PreTrainedTokenizerBase:
     """Raises ConfigError under configuration key `key` if there is none."""
     local = path.startswith((".", "/", "~")) or path.count("/") != 1
@@ -109,35 +114,42 @@ def load_tokenizer(key: str, path: str) -> PreTrainedTokenizerBase:
 
 
 def load_tokenizers(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer that both models share.
+    """The tokenizer that all models of the run share.
 
     Raises:
         ConfigError: one is missing, or they give different ids to the same text: a ratio of the
             models' probabilities means something only token by token.
     """
-    small = load_tokenizer("small.path", config.small.path)
-    large = load_tokenizer("large.path", config.large.path)
-    ours, theirs = small.get_vocab(), large.get_vocab()
-    different = next((t for t in sorted(ours | theirs) if ours.get(t) != theirs.get(t)), None)
-    require(
-        different is None,
-        "large.path",
-        config.large.path,
-        f"the tokenizer of small.path = {config.small.path!r}; token {different!r} has id "
-        f"{theirs.get(different)} here and {ours.get(different)} there",
-    )
-    return small
+    first, *rest = config.loaded
+    path = config.model(first).path
+    tokenizer = load_tokenizer(f"{first}.path", path)
+    for name in rest:
+        other_path = config.model(name).path
+        other = load_tokenizer(f"{name}.path", other_path)
+        ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+        different = next((t for t in sorted(ours | theirs) if ours.get(t) != theirs.get(t)), None)
+        require(
+            different is None,
+            f"{name}.path",
+            other_path,
+            f"the tokenizer of {first}.path = {path!r}; token {different!r} has id "
+            f"{theirs.get(different)} here and {ours.get(different)} there",
+        )
+    return tokenizer
 
 
-def end_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids that end a completion: the model's generation_config, else the tokenizer's end token."""
+def end_token_ids(key: str, path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end a completion: the model's generation_config, else the tokenizer's end token.
+
+    Raises ConfigError under configuration key `key` if there is none.
+    """
     try:
         ids = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # the model has no generation_config.json
         ids = None
     ids = tokenizer.eos_token_id if ids is None else ids
     if ids is None:
-        raise ConfigError(f"small.path = {path!r}: expected a model that names its end token")
+        raise ConfigError(f"{key} = {path!r}: expected a model that names its end token")
     return tuple(ids) if isinstance(ids, list) else (ids,)
 
 

@@ -56,7 +56,7 @@ class Loop:
 
     def __init__(self, trainer: Trainer, console: Console) -> None:
         self.trainer, self.console = trainer, console
-        self.learners = [trainer.small, trainer.large]
+        self.learners = list(trainer.learners.values())
         self.directory = RunDirectory(trainer.config) if distributed.is_first() else None
         folder = trainer.config.output_dir / trainer.config.name
         self.folder, self.checkpoints = folder, folder / "checkpoints"
@@ -73,6 +73,8 @@ class Loop:
             f"{trainer.device.type}, {len(trainer.inputs.problems)} problems, "
             f"files in {self.folder}"
         )
+        for unused in trainer.config.unused():
+            self.console.print(f"not used by algorithm {trainer.config.algorithm}: {unused}")
         if done == 0:
             self.evaluate(0)
         progress = Progress(self.console, total_steps=total, first_step=done + 1)

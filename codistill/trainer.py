@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from codistill.config import Config, ModelConfig
+from codistill.config import Config
 from codistill.data import Problem, draw
 from codistill.evaluation import evaluate
 from codistill.learner import Learner, MicroBatch
 from codistill.metrics import StepMetrics
-from codistill.model import end_token_ids, load_policy
+from codistill.model import Policy, end_token_ids, freeze, load_policy
 from codistill.rewards import Grader, format_reward
 from codistill.rollout import (
     EngineSpec,
@@ -41,7 +41,10 @@ class Inputs:
 
 
 class Trainer:
-    """Both models and the engine of the small one."""
+    """The models of a run, and the engine of the one that writes the rollouts.
+
+    codistill and kdrl: the small model writes, the large one scores; grpo: one model does it all.
+    """
 
     def __init__(
         self,
@@ -56,44 +59,52 @@ class Trainer:
             config.training.epochs * len(inputs.problems) / config.rollout.prompts_per_step
         )
         # The engine comes first: vLLM measures free memory while it starts.
-        self.engine = make_engine(config.rollout.engine, self.engine_spec(config.small))
-        self.small = self.make_learner("small", config.small)
-        self.large = self.make_learner("large", config.large)
+        self.engine = make_engine(config.rollout.engine, self.engine_spec(config.writer))
+        self.learners = {name: self.make_learner(name) for name in config.trained}
+        self.policies = {name: learner.policy for name, learner in self.learners.items()}
+        for name in config.loaded:
+            if name not in self.policies:
+                self.policies[name] = freeze(self.load_policy(name))
 
-    def engine_spec(self, model: ModelConfig) -> EngineSpec:
-        rollout = self.config.rollout
+    def engine_spec(self, name: str) -> EngineSpec:
+        """Of the model of this name."""
+        rollout, writer = self.config.rollout, self.config.writer
         return EngineSpec(
-            path=model.path,
+            path=self.config.model(name).path,
             vocab_size=len(self.inputs.tokenizer),
-            end_token_ids=end_token_ids(self.config.small.path, self.inputs.tokenizer),
+            end_token_ids=end_token_ids(
+                f"{writer}.path", self.config.model(writer).path, self.inputs.tokenizer
+            ),
             max_model_tokens=rollout.max_prompt_tokens + rollout.max_completion_tokens,
             dtype=self.dtype,
             device=self.device,
             kv_cache_gib=rollout.kv_cache_gib,
         )
 
-    def make_learner(self, name: str, model: ModelConfig) -> Learner:
-        policy = load_policy(
-            model.path,
+    def load_policy(self, name: str) -> Policy:
+        return load_policy(
+            self.config.model(name).path,
             vocab_size=len(self.inputs.tokenizer),
             dtype=self.dtype,
             device=self.device,
             checkpointing=self.config.training.gradient_checkpointing,
         )
+
+    def make_learner(self, name: str) -> Learner:
         loss = PolicyLoss(
             epsilon_low=self.config.loss.epsilon_low, epsilon_high=self.config.loss.epsilon_high
         )
         return Learner(
             name,
-            policy,
+            self.load_policy(name),
             loss,
             self.config.optimizer,
-            learning_rate=model.learning_rate,
+            learning_rate=self.config.model(name).learning_rate,
             total_steps=self.total_steps,
         )
 
     def step(self, step: int) -> tuple[dict[str, float], Rollouts, Scored]:
-        """Step `step`, from 1: generate, score, train both models, sync the engine.
+        """Step `step`, from 1: generate, score, train, sync the engine.
 
         Raises:
             SyncError: the engine's log-probabilities are not the trainer's; nothing was trained.
@@ -105,16 +116,15 @@ class Trainer:
                 rollouts = self.generate(step, metrics)
             with metrics.timer("time/score"):
                 scored = self.score(rollouts, metrics)
-            with metrics.timer("time/update_small"):
-                self.update(self.small, rollouts, scored, scored.scores.small_advantages, metrics)
-            with metrics.timer("time/update_large"):
-                self.update(self.large, rollouts, scored, scored.scores.large_advantages, metrics)
+            for name, learner in self.learners.items():
+                with metrics.timer(f"time/update_{name}"):
+                    self.update(learner, rollouts, scored, metrics)
             with metrics.timer("time/sync"):
                 self.sync()
         return finish(metrics.reduce()), rollouts, scored
 
     def generate(self, step: int, metrics: StepMetrics) -> Rollouts:
-        """M graded completions of each of this process's prompts by the small model."""
+        """M graded completions of each of this process's prompts by the writer."""
         rollout, seed = self.config.rollout, self.config.seed
         indices = draw(len(self.inputs.problems), rollout.prompts_per_step, step - 1, seed)
         share = indices[dist.get_rank() :: dist.get_world_size()]
@@ -156,18 +166,21 @@ class Trainer:
             batch_size=self.config.training.micro_batch_size,
             device=self.device,
         )
-        small_logps = rollout_logps(self.small.policy, rollouts, **options)
-        self.check_gap(rollouts, torch.cat(small_logps), metrics)
-        large_logps = rollout_logps(self.large.policy, rollouts, **options)
-        scored = score(self.config, rollouts, small_logps, large_logps)
-        metrics.mean_of("reward/kd", scored.scores.kd_rewards)
-        metrics.mean_of("reward/effective", scored.scores.effective_rewards)
-        metrics.mean_of("reward/kept_accuracy", rollouts.accuracy[scored.scores.kept])
+        logps = {
+            name: rollout_logps(policy, rollouts, **options)
+            for name, policy in self.policies.items()
+        }
+        self.check_gap(rollouts, torch.cat(logps[self.config.writer]), metrics)
+        scored = score(self.config, rollouts, logps)
+        if scored.kd_rewards is not None:
+            metrics.mean_of("reward/kd", scored.kd_rewards)
+            metrics.mean_of("reward/effective", scored.effective_rewards)
+        metrics.mean_of("reward/kept_accuracy", rollouts.accuracy[scored.kept])
         return scored
 
-    def check_gap(self, rollouts: Rollouts, small_logps: Tensor, metrics: StepMetrics) -> None:
+    def check_gap(self, rollouts: Rollouts, writer_logps: Tensor, metrics: StepMetrics) -> None:
         engine_logps = [logp for completion in rollouts.completions for logp in completion.logps]
-        gap = (torch.tensor(engine_logps, device=self.device) - small_logps).abs()
+        gap = (torch.tensor(engine_logps, device=self.device) - writer_logps).abs()
         metrics.mean_of("rollout/logp_gap_mean", gap)
         metrics.maximum("rollout/logp_gap_max", gap.max())
         limit = self.config.rollout.logp_gap_limit
@@ -182,19 +195,14 @@ class Trainer:
             )
 
     def update(
-        self,
-        learner: Learner,
-        rollouts: Rollouts,
-        scored: Scored,
-        advantages: Tensor,
-        metrics: StepMetrics,
+        self, learner: Learner, rollouts: Rollouts, scored: Scored, metrics: StepMetrics
     ) -> None:
-        """One optimizer step on the kept rollouts; the ratio is over the small model's policy."""
+        """One optimizer step on the kept rollouts; the ratio is over the writer's policy."""
         rollout = self.config.rollout
         # 1/prompts * 1/G * 1/N of Eq. 5 and Eq. 10, prompts counted over all processes.
         kept = rollout.prompts_per_step * self.config.downsample.keep
         learner.backward(
-            self.micro_batches(rollouts, scored, advantages),
+            self.micro_batches(rollouts, scored, scored.advantages[learner.name]),
             metrics,
             normalizer=kept * rollout.max_completion_tokens,
             temperature=rollout.temperature,
@@ -205,24 +213,27 @@ class Trainer:
         self, rollouts: Rollouts, scored: Scored, advantages: Tensor
     ) -> Iterator[MicroBatch]:
         size = self.config.training.micro_batch_size
-        for rows, part in zip(scored.scores.kept.split(size), advantages.split(size), strict=True):
+        for rows, part in zip(scored.kept.split(size), advantages.split(size), strict=True):
             chosen = rows.tolist()
             yield MicroBatch(
                 tokens=rollouts.batch(chosen, self.device),
-                old_logps=torch.cat([scored.small_logps[row] for row in chosen]),
+                old_logps=torch.cat([scored.old_logps[row] for row in chosen]),
                 advantages=part,
             )
 
     def sync(self) -> None:
-        self.engine.sync(self.small.policy.full_weights())
+        self.engine.sync(self.policies[self.config.writer].full_weights())
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Held-out accuracy of the small model and, at both ends of the run, of the large one."""
-        accuracy = {"step": step, "small": self.evaluate_with(self.engine)}
-        if self.config.evaluation.large and step in (0, self.total_steps):
+        """Held-out accuracy of the writer and, at both ends of a run that trains it, of the large
+        model."""
+        writer = self.config.writer
+        accuracy = {"step": step, writer: self.evaluate_with(self.engine)}
+        at_ends = self.config.evaluation.large and "large" in self.learners and writer != "large"
+        if at_ends and step in (0, self.total_steps):
             # Seldom, so a plain engine that lives for this evaluation only is enough.
-            engine = HFEngine(self.engine_spec(self.config.large))
-            engine.sync(self.large.policy.full_weights())
+            engine = HFEngine(self.engine_spec("large"))
+            engine.sync(self.policies["large"].full_weights())
             accuracy["large"] = self.evaluate_with(engine)
         return accuracy
 
@@ -242,7 +253,8 @@ class Trainer:
 def finish(numbers: dict[str, float]) -> dict[str, float]:
     """Add what is a function of reduced numbers; drop what was only needed for that."""
     for name in ("small", "large"):
-        squared = numbers.pop(f"ratio/{name}_squared")
-        numbers[f"ratio/{name}_ess"] = numbers[f"ratio/{name}_mean"] ** 2 / squared
+        if f"ratio/{name}_squared" in numbers:
+            squared = numbers.pop(f"ratio/{name}_squared")
+            numbers[f"ratio/{name}_ess"] = numbers[f"ratio/{name}_mean"] ** 2 / squared
     numbers["tokens_per_second"] = numbers.pop("rollout/tokens") / numbers["time/step"]
     return numbers

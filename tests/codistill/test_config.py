@@ -57,7 +57,7 @@ def test_defaults_are_those_of_table_3():
         (["--rollout.num_generations", "6"], "rollout.num_generations = 6: expected M of at least"),
         (["--downsample.keep", "7"], "downsample.keep = 7: expected an even number"),
         (["--data.template", "x"], "data.template = 'x': expected a text with {problem}"),
-        (["--algorithm", "ppo"], "algorithm = 'ppo': input should be 'codistill'"),
+        (["--algorithm", "ppo"], "algorithm = 'ppo': input should be 'codistill', 'kdrl'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
