@@ -10,28 +10,22 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
-
-class ConfigError(ValueError):
-    """A mistake of the user's: one line that names the key, its value and what was expected."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from codistill.config_algorithm import (
+    DownsampleConfig,
+    GRPOConfig,
+    HintConfig,
+    KDConfig,
+    LossConfig,
+)
+from codistill.config_base import ConfigError, Section, require
 
 
 class ModelConfig(Section):
     path: str = Field(description="folder or Hub name of a Hugging Face causal language model")
     learning_rate: float = Field(5e-6, gt=0, description="peak learning rate (Table 3: 5e-6)")
-
-
-class GRPOConfig(Section):
-    model: Literal["small", "large"] | None = Field(
-        None,
-        description="the model that grpo trains; by default the one configured, small if both are",
-    )
 
 
 class DataConfig(Section):
@@ -78,19 +72,6 @@ class RolloutConfig(Section):
         description="stop when engine and trainer disagree on a token's log-probability by more "
         "(nats); by default 1e-4 in float32, no limit in bfloat16",
     )
-
-
-class KDConfig(Section):
-    alpha: float = Field(1.0, ge=0, description="weight of the KD reward (Eq. 6)")
-
-
-class DownsampleConfig(Section):
-    keep: int = Field(8, gt=0, description="G: rollouts a prompt kept, G/2 best and G/2 worst")
-
-
-class LossConfig(Section):
-    epsilon_low: float = Field(0.2, ge=0, lt=1, description="ratio is clipped at 1 - epsilon_low")
-    epsilon_high: float = Field(0.2, ge=0, description="ratio is clipped at 1 + epsilon_high")
 
 
 class OptimizerConfig(Section):
@@ -154,6 +135,7 @@ class Config(BaseSettings):
     data: DataConfig = Field(description="problems and prompts")
     reward: RewardConfig = Field(RewardConfig(), description="r of Eq. 6")
     rollout: RolloutConfig = Field(RolloutConfig(), description="generation by the small model")
+    hint: HintConfig = Field(HintConfig(), description="beginnings by the large model")
     kd: KDConfig = Field(KDConfig(), description="on-policy KD reward (Eq. 6)")
     downsample: DownsampleConfig = Field(DownsampleConfig(), description="M to G (section 3.3)")
     loss: LossConfig = Field(LossConfig(), description="clipped surrogate of Eq. 5 and Eq. 10")
@@ -221,6 +203,7 @@ class Config(BaseSettings):
             generations,
             f"M of at least downsample.keep = {keep} rollouts",
         )
+        check_hint(self)
         return self
 
     def check_processes(self, world_size: int) -> None:
@@ -242,9 +225,14 @@ class Config(BaseSettings):
         )
 
 
-def require(condition: bool, key: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"{key} = {value!r}: expected {expected}")
+def check_hint(config: Config) -> None:
+    hint, longest = config.hint, config.rollout.max_completion_tokens
+    key, value = "hint.tokens", hint.tokens
+    if value:
+        require("large" in config.loaded, key, value, "0 with algorithm grpo: one model only")
+        require(value < longest, key, value, f"less than rollout.max_completion_tokens = {longest}")
+    else:
+        require(hint.loss == "own", "hint.loss", hint.loss, "own where hint.tokens = 0")
 
 
 def load_config(arguments: list[str]) -> Config:

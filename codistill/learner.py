@@ -24,6 +24,8 @@ class MicroBatch:
     """[N] under the policy that wrote the rollouts: in codistill the small model's, for both."""
     advantages: Tensor
     """[S]"""
+    mask: Tensor
+    """[N] bool: the tokens in the loss."""
 
 
 class Learner:
@@ -67,6 +69,7 @@ class Learner:
                 logps,
                 micro_batch.old_logps,
                 micro_batch.advantages,
+                micro_batch.mask,
                 loss=self.loss,
                 normalizer=normalizer,
                 cu_seqlens=micro_batch.tokens.cu_seqlens,

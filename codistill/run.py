@@ -16,11 +16,12 @@ from codistill import checkpoint, distributed, report
 from codistill.config import Config, ConfigError
 from codistill.console import Progress, print_summary
 from codistill.data import load_problems
+from codistill.generation import Inputs
 from codistill.model import export, load_tokenizers, quiet_transformers
 from codistill.rewards import Grader
 from codistill.rollout import SyncError
 from codistill.run_directory import RunDirectory
-from codistill.trainer import Inputs, Trainer
+from codistill.trainer import Trainer
 
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a run that a signal stopped and that can go on."""

@@ -25,6 +25,8 @@ class Rollouts:
     problems: list[Problem]
     """[S] each problem M times."""
     completions: list[Completion]
+    hints: list[int]
+    """[S] how many of a rollout's first tokens the large model wrote."""
     texts: list[str]
     accuracy: Tensor
     """[S] 1.0 where the answer is right, else 0.0."""
@@ -45,8 +47,10 @@ class Rollouts:
 class Scored:
     """What the models make of the rollouts: all that training needs. K = prompts x G."""
 
+    logps: dict[str, list[Tensor]]
+    """[S] tensors [tokens of s] of each model loaded, before it is trained on them (nats)."""
     old_logps: list[Tensor]
-    """[S] tensors [tokens of s]: the model that wrote them, before it is trained on them."""
+    """[S] tensors [tokens of s]: those of the writer."""
     kd_rewards: Tensor | None
     """[S] alpha-weighted KD reward; None in grpo, which has no teacher."""
     effective_rewards: Tensor
@@ -92,4 +96,4 @@ def score(config: Config, rollouts: Rollouts, logps: dict[str, list[Tensor]]) ->
         # Eq. 10: the large model learns from the reward alone, it is the one to be like.
         learned = effective if name == config.writer else rewards
         advantages[name] = group_advantages(learned[kept], keep)
-    return Scored(old, kd, effective, kept, advantages)
+    return Scored(logps, old, kd, effective, kept, advantages)

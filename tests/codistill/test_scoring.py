@@ -20,6 +20,7 @@ def test_score_by_hand(settings):
     rollouts = Rollouts(
         problems=[problem] * 6,
         completions=[Completion([2, 1], [0.0, 0.0], False)] * 6,
+        hints=[0] * 6,
         texts=[""] * 6,
         accuracy=torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0]),
         format=torch.zeros(6),
