@@ -1,11 +1,12 @@
 """What every Triton kernel compiles to, for every GPU and tile of the table, without a GPU.
 
-    python -m bench.ahead_of_time
+    python -m bench ahead_of_time
 
 writes bench/results/ahead_of_time.csv: registers a thread, bytes of spilled registers, bytes of
 shared memory, and which matrix instructions there are.
 """
 
+import argparse
 import csv
 import itertools
 import multiprocessing
@@ -179,7 +180,10 @@ def compile_all() -> list[Row]:
         return list(pool.map(compile_variant, variants()))
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
+    argparse.ArgumentParser("python -m bench ahead_of_time", description=__doc__).parse_args(
+        arguments
+    )
     rows = compile_all()
     TABLE.parent.mkdir(exist_ok=True)
     with TABLE.open("w", newline="") as file:
@@ -187,7 +191,4 @@ def main() -> None:
         writer.writerow([field.name for field in fields(Row)])
         writer.writerows(map(astuple, rows))
     print(f"{TABLE}: {len(rows)} kernels, {sum(row.spilled_bytes > 0 for row in rows)} spill")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,0 +1,11 @@
+"""The kernels' benchmark suite: `python -m bench kernels`, or pytest on this file.
+
+A test measures one implementation of one operation on one case in one mode.
+"""
+
+from bench.plan import Measurement, Plan
+
+
+def test_operation(benchmark, plan: Plan, measurement: Measurement):
+    row = plan.measure(measurement, benchmark)
+    assert row.status, "a row says what came of it"

@@ -1,0 +1,113 @@
+"""Which cases a run measures."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bench.operations import OPERATIONS, OURS
+from bench.shapes import PAIR, PAPER_MODELS, Shape, head_shape, pair_shape, rollout_shape
+
+HEADS = ("linear_policy_loss", "linear_logps", "linear_cross_entropy")
+INACTIVE = (0.3, 0.6)
+GROWING = (OURS, "eager", "TRL chunked", "cut-cross-entropy")
+
+
+@dataclass(frozen=True)
+class Case:
+    operation: str
+    shape: Shape
+    modes: tuple[str, ...]
+    implementations: tuple[str, ...] = ()
+    """Of the operation's, all if empty."""
+
+    def names(self) -> list[str]:
+        names = OPERATIONS[self.operation].implementations()
+        return [name for name in names if name in (self.implementations or names)]
+
+
+def main_cases(is_cpu: bool) -> Iterator[Case]:
+    """Each operation at the models' sizes."""
+    tokens = 1024 if is_cpu else 8192
+    for operation in HEADS:
+        models = PAPER_MODELS if operation == "linear_policy_loss" or not is_cpu else PAIR
+        for model in models:
+            shape = head_shape(model, tokens, is_cpu=is_cpu)
+            # The backward pass alone on one model: where gradients are made in the forward pass,
+            # as here and in Liger, it says little.
+            modes = OPERATIONS[operation].modes if model == PAIR[0] else ("forward", "both")
+            yield Case(operation, shape, modes)
+    small = head_shape(PAIR[0], tokens, is_cpu=is_cpu)
+    logits = Shape(PAIR[0], tokens, vocab=small.vocab)
+    rollouts = rollout_shape(prompts=64, tokens=512)
+    shapes = {
+        "codistill_losses": pair_shape(tokens, is_cpu=is_cpu, logit_gap=0.02),
+        "linear_reverse_kl": pair_shape(tokens, is_cpu=is_cpu, logit_gap=None),
+        "selective_logps": logits,
+    }
+    for name, operation in OPERATIONS.items():
+        if name not in HEADS:
+            yield Case(name, shapes.get(name, rollouts), operation.modes)
+
+
+def inactive_cases(is_cpu: bool) -> Iterator[Case]:
+    """The loss where a mask, a clip bound or a group of equal rewards takes tokens out."""
+    models = ((PAIR[0], 1024),) if is_cpu else ((PAIR[0], 8192), ("Llama-3.1-8B", 4096))
+    for model, tokens in models:
+        for share in INACTIVE:
+            shape = head_shape(model, tokens, is_cpu=is_cpu, inactive=share)
+            yield Case("linear_policy_loss", shape, ("both",))
+
+
+def goal_cases(is_cpu: bool) -> Iterator[Case]:
+    """What the kernels are held to on a Hopper GPU: other projects' published shapes."""
+    if is_cpu:
+        return
+    for model, tokens in (("Llama-3.1-8B", 4096), ("Qwen3-8B", 8192)):
+        shape = head_shape(model, tokens, is_cpu=False)
+        yield Case("linear_policy_loss", shape, ("both",))
+        yield Case("linear_logps", shape, ("forward",))
+        yield Case("linear_cross_entropy", shape, ("both",))
+
+
+def growth_cases(is_cpu: bool) -> Iterator[Case]:
+    """How the loss grows with N and with V, one of them at a time."""
+    model = PAIR[0]
+    middle = 1024 if is_cpu else 8192
+    whole = head_shape(model, middle, is_cpu=is_cpu)
+    for tokens in (512, 2048, 4096) if is_cpu else (512, 2048, 32768, 65536):
+        yield growing(head_shape(model, tokens, is_cpu=is_cpu))
+    for part in (4, 2):
+        yield growing(Shape(f"{model} / {part}", middle, whole.hidden, whole.vocab // part))
+
+
+def growing(shape: Shape) -> Case:
+    return Case("linear_policy_loss", shape, ("both",), GROWING)
+
+
+def quick_cases(is_cpu: bool) -> Iterator[Case]:
+    """One small case of each operation: does it all run?"""
+    for case in main_cases(is_cpu):
+        if case.shape.model in (PAIR[0], "+".join(PAIR)) or not case.shape.vocab:
+            shape = case.shape
+            if shape.vocab:
+                small = dict(tokens=256, vocab=4096)
+                shape = Shape(**{**vars(shape), **small})
+            yield Case(case.operation, shape, case.modes)
+
+
+SETS = {
+    "goals": goal_cases,
+    "main": main_cases,
+    "inactive": inactive_cases,
+    "growth": growth_cases,
+    "quick": quick_cases,
+}
+
+
+def cases(sets: list[str], operations: list[str], *, is_cpu: bool) -> list[Case]:
+    """Of these sets, of these operations (all if empty); each once."""
+    found: dict[tuple, Case] = {}
+    for name in sets:
+        for case in SETS[name](is_cpu):
+            if not operations or case.operation in operations:
+                found.setdefault((case.operation, case.shape), case)
+    return list(found.values())

@@ -1,0 +1,141 @@
+"""Every public operation, and who implements it."""
+
+import functools
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+from bench import eager, ours, peers
+from bench.batch import Batch
+from bench.shapes import Shape
+
+Run = Callable[[Batch], Tensor | tuple[Tensor, ...]]
+OURS = "codistill_kernels"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    run: Run
+    package: str
+    """Distribution whose version is recorded."""
+    module: str = ""
+    """That must be importable."""
+    capability: int = 0
+    """Compute capability (major) that it needs; 0: runs on a CPU too."""
+    exactly: bool = False
+    """No other capability will do."""
+    since: str = ""
+    """First version of the package that has it."""
+
+    def missing(self, device: torch.device) -> str:
+        """Why it cannot run here, or nothing."""
+        if self.capability:
+            have = torch.cuda.get_device_capability()[0] if device.type == "cuda" else 0
+            if have != self.capability if self.exactly else have < self.capability:
+                return f"needs a GPU of compute capability {self.capability}"
+        if self.module and importlib.util.find_spec(self.module.split(".")[0]) is None:
+            return f"{self.package} is not installed"
+        if self.since and Version(self.version) < Version(self.since):
+            return f"needs {self.package} {self.since}"
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Empty where the package runs from its source."""
+        try:
+            return importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            return ""
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    name: str
+    differentiable: bool = True
+    peers: dict[str, Implementation] = field(default_factory=dict)
+    gradient_only: bool = False
+    """Its value is not what peers compute; its gradient is."""
+
+    def implementations(self) -> dict[str, Implementation]:
+        baseline = getattr(eager, self.name)
+        return {
+            OURS: Implementation(getattr(ours, self.name), "codistill-grpo"),
+            "eager": Implementation(baseline, "torch"),
+            "torch.compile": Implementation(compiled(self.name), "torch"),
+            **self.peers,
+        }
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return ("forward", "backward", "both") if self.differentiable else ("forward",)
+
+    def flops(self, shape: Shape, mode: str) -> float:
+        """Of the products that the mathematics needs, 2 N H V each, over active tokens: what is
+        recomputed earns nothing. 0 where there is no product."""
+        hidden = shape.hidden + shape.large_hidden
+        products = {"forward": 1, "backward": 2, "both": 3}[mode]
+        return 2.0 * products * shape.active * hidden * shape.vocab
+
+
+def compiled(operation: str) -> Run:
+    """The eager implementation under torch.compile, compiled at its first call."""
+
+    @functools.cache
+    def function() -> Run:
+        return torch.compile(getattr(eager, operation))
+
+    return lambda batch: function()(batch)
+
+
+LOGPS = {
+    "TRL chunked": Implementation(peers.trl_logps, "trl", "trl"),
+    "Liger FLSCE": Implementation(peers.liger_scaled_cross_entropy, "liger-kernel", "liger_kernel"),
+    "Liger FLCE": Implementation(peers.liger_cross_entropy, "liger-kernel", "liger_kernel", 8),
+    "cut-cross-entropy": Implementation(peers.cce, "cut-cross-entropy", "cut_cross_entropy"),
+    "verl": Implementation(peers.verl_logps, "verl", "verl", 9),
+    "F.linear_cross_entropy": Implementation(peers.torch_logps, "torch", since="2.13"),
+}
+LOSSES = {
+    "codistill linear_logps": Implementation(ours.linear_logps_and_policy_loss, "codistill-grpo"),
+    "Liger GRPO": Implementation(peers.liger_grpo, "liger-kernel", "liger_kernel"),
+    **{name: replace(peer, run=peers.loss_of(peer.run)) for name, peer in LOGPS.items()},
+}
+CROSS_ENTROPIES = {
+    "F.linear_cross_entropy": Implementation(
+        peers.torch_chunked_cross_entropy, "torch", since="2.13"
+    ),
+    "Liger FLCE": Implementation(
+        functools.partial(peers.liger_cross_entropy, reduction="mean"),
+        "liger-kernel",
+        "liger_kernel",
+        8,
+    ),
+    "cut-cross-entropy": Implementation(
+        functools.partial(peers.cce, reduction="mean"), "cut-cross-entropy", "cut_cross_entropy"
+    ),
+    "QuACK": Implementation(peers.quack_cross_entropy, "quack-kernels", "quack", 9, exactly=True),
+}
+OPERATIONS = {
+    operation.name: operation
+    for operation in (
+        Operation("linear_policy_loss", peers=LOSSES),
+        Operation("linear_logps", peers=LOGPS),
+        Operation("linear_cross_entropy", peers=CROSS_ENTROPIES, gradient_only=True),
+        Operation("codistill_losses"),
+        Operation("linear_reverse_kl", differentiable=False),
+        Operation(
+            "selective_logps", peers={"TRL": Implementation(peers.trl_selective, "trl", "trl")}
+        ),
+        Operation("policy_loss"),
+        Operation("importance_weights", differentiable=False),
+        Operation("kd_rewards", differentiable=False),
+        Operation("group_advantages", differentiable=False),
+        Operation("downsample", differentiable=False),
+        Operation("codistill_scores", differentiable=False),
+    )
+}

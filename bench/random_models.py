@@ -1,0 +1,114 @@
+"""A small and a large model with random weights, and problems for them: a step's shape, no skill.
+
+Random weights end a completion by chance only, so nearly all reach the limit: every run of the step
+benchmark writes the same number of tokens.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+BYTES_A_PARAMETER = 16  # fp32 weight, gradient and two Adam moments
+MEMORY_SHARE = 0.7  # of the device for those; activations, engine and bf16 copies take the rest
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a Qwen2 model; the fields are those of its config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    tie_word_embeddings: bool = False
+
+    def parameters(self) -> int:
+        """Without norms and biases."""
+        head = self.hidden_size // self.num_attention_heads
+        attention = 2 * self.hidden_size * (self.hidden_size + head * self.num_key_value_heads)
+        layer = attention + 3 * self.hidden_size * self.intermediate_size
+        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
+        return self.num_hidden_layers * layer + embeddings
+
+
+@dataclass(frozen=True)
+class Pair:
+    small: Size
+    large: Size
+    tokens: int
+    """Of the tokenizer; the models have rows beyond."""
+    prompts: int
+    prompt_tokens: int
+    completion_tokens: int
+    dtype: str
+    checkpointing: bool
+
+
+PAIRS = {
+    "tiny": Pair(
+        Size(256, 1024, 4, 4, 2, 4096),
+        Size(512, 2048, 8, 8, 2, 4096),
+        tokens=4000,
+        prompts=4,
+        prompt_tokens=32,
+        completion_tokens=96,
+        dtype="float32",
+        checkpointing=False,
+    ),
+    # Qwen2.5-Math-1.5B and 7B, from their config.json; lengths cut to what a benchmark may take.
+    "paper": Pair(
+        Size(1536, 8960, 28, 12, 2, 151936, tie_word_embeddings=True),
+        Size(3584, 18944, 28, 28, 4, 152064),
+        tokens=151665,
+        prompts=8,
+        prompt_tokens=128,
+        completion_tokens=512,
+        dtype="bfloat16",
+        checkpointing=True,
+    ),
+}
+
+
+def fitted(pair: Pair, device: torch.device) -> Pair:
+    """The pair, both models with the same share of their layers that the device holds."""
+    if device.type == "cpu":
+        return pair
+    room = MEMORY_SHARE * torch.cuda.get_device_properties(0).total_memory / BYTES_A_PARAMETER
+
+    def shortened(size: Size, share: float) -> Size:
+        return replace(size, num_hidden_layers=max(1, math.floor(share * size.num_hidden_layers)))
+
+    for twentieths in range(20, 0, -1):
+        small, large = (shortened(size, twentieths / 20) for size in (pair.small, pair.large))
+        if small.parameters() + large.parameters() <= room:
+            break
+    return replace(pair, small=small, large=large)
+
+
+def write(pair: Pair, folder: Path, seed: int = 0) -> None:
+    """folder/small, folder/large, and problems.jsonl."""
+    torch.manual_seed(seed)
+    transformers.logging.disable_progress_bar()
+    words = {f"w{index}": index for index in range(pair.tokens)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1")
+    for name, size in (("small", pair.small), ("large", pair.large)):
+        config = transformers.Qwen2Config(
+            **asdict(size), eos_token_id=1, bos_token_id=None, max_position_embeddings=4096
+        )
+        model = transformers.Qwen2ForCausalLM(config).to(torch.bfloat16)
+        model.save_pretrained(folder / name)
+        fast.save_pretrained(folder / name)
+    ids = torch.randint(2, pair.tokens, (4 * pair.prompts, pair.prompt_tokens)).tolist()
+    problems = [{"problem": " ".join(f"w{i}" for i in row), "answer": "1"} for row in ids]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))

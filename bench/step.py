@@ -1,0 +1,251 @@
+"""Phases of a training step: CoDistill against GRPO of the large model, on the same prompts.
+
+    python -m bench step                      vLLM or Hugging Face rollouts, as train.py
+    python -m bench step --rollouts random    no engine: score and update only
+
+What the paper shows in Figure 5 (a step) and Figure 6 (time of the rollouts). The models have
+random weights and the shapes of the paper's (a GPU; as many layers as it holds) or tiny ones (a
+CPU). Every run is a process of its own and calls `Trainer.step`.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+from bench import results
+from bench.shapes import KEPT, ROLLOUTS_A_PROMPT
+
+PHASES = ("rollout", "score", "update_small", "update_large", "sync")
+RUNS = {
+    "GRPO of the large model": dict(algorithm="grpo", generations=KEPT),
+    "CoDistill without down-sampling": dict(algorithm="codistill", generations=KEPT),
+    "CoDistill": dict(algorithm="codistill", generations=ROLLOUTS_A_PROMPT),
+}
+
+
+@dataclass(frozen=True)
+class StepRow:
+    device: str
+    driver: str
+    torch: str
+    triton: str
+    commit: str
+    models: str
+    rollouts: str
+    run: str
+    phase: str
+    median_s: float
+    p20_s: float
+    p80_s: float
+    steps: int
+    tokens: int
+    """Written in a step."""
+
+
+# --- one run, in a process of its own ----------------------------------------------------------
+
+
+class RandomEngine:
+    """Writes random tokens at once: for machines without an engine, to measure what follows."""
+
+    name = "random tokens"
+
+    def __init__(self, spec) -> None:
+        self.vocab_size = spec.vocab_size
+
+    def generate(self, prompts, seeds, sampling):
+        from codistill.rollout import Completion
+
+        completions = []
+        for seed in seeds:
+            generator = np.random.default_rng(seed)
+            for _ in range(sampling.num_generations):
+                ids = generator.integers(2, self.vocab_size, sampling.max_tokens).tolist()
+                completions.append(Completion(ids, [0.0] * len(ids), truncated=True))
+        return completions
+
+    def sync(self, weights) -> None:
+        for _ in weights:
+            pass
+
+    def close(self) -> None:
+        pass
+
+
+class CoinGrader:
+    """Calls completions right at random: all wrong, as they are, would leave nothing to train."""
+
+    def __init__(self) -> None:
+        self.coin = np.random.default_rng(0)
+
+    def grade(self, texts, answers):
+        from codistill.rewards import Grades
+
+        return Grades((self.coin.random(len(texts)) < 0.5).tolist(), failures=0, timeouts=0)
+
+
+def run_one(folder: Path, run: str, pair, rollouts: str, steps: int) -> list[dict[str, float]]:
+    """Metrics of each step, after one that warms up."""
+    from codistill import distributed
+    from codistill.config import Config
+    from codistill.run import load_inputs, quiet_libraries
+    from codistill.trainer import Trainer
+
+    choice = RUNS[run]
+    problems = folder / "problems.jsonl"
+    models = {name: dict(path=str(folder / name)) for name in ("small", "large")}
+    if choice["algorithm"] == "grpo":
+        del models["small"]
+    config = Config(
+        name="step",
+        output_dir=folder / "runs",
+        algorithm=choice["algorithm"],
+        data=dict(train=problems, eval=problems),
+        rollout=dict(
+            engine="hf" if rollouts == "random" else rollouts,
+            prompts_per_step=pair.prompts,
+            num_generations=choice["generations"],
+            max_prompt_tokens=pair.prompt_tokens,
+            max_completion_tokens=pair.completion_tokens,
+            kv_cache_gib=1.0,
+            logp_gap_limit=1e9 if rollouts == "random" else None,
+        ),
+        downsample=dict(keep=KEPT),
+        training=dict(
+            steps=steps + 1,
+            micro_batch_size=8,
+            dtype=pair.dtype,
+            gradient_checkpointing=pair.checkpointing,
+        ),
+        **models,
+    )
+    quiet_libraries()
+    inputs = load_inputs(config)
+    device = distributed.start()
+    engine = mock.patch("codistill.trainer.make_engine", lambda kind, spec: RandomEngine(spec))
+    with engine if rollouts == "random" else mock.patch.dict({}):
+        trainer = Trainer(config, inputs, device, CoinGrader())
+    numbers = [trainer.step(step)[0] for step in range(1, steps + 2)]
+    trainer.engine.close()
+    return numbers[1:]
+
+
+# --- all runs ----------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    from bench.random_models import PAIRS
+
+    made = argparse.ArgumentParser(
+        prog="python -m bench step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--models", choices=PAIRS, help="default: paper on a GPU, tiny on a CPU")
+    made.add_argument("--rollouts", choices=("auto", "vllm", "hf", "random"), default="auto")
+    made.add_argument("--steps", type=int, default=5, help="measured, after one that warms up")
+    made.add_argument("--output", type=Path, help="default: bench/results/<device>-step.csv")
+    made.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
+    made.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return made
+
+
+def rows_of(run: str, numbers: list[dict[str, float]], columns: dict) -> list[StepRow]:
+    rows = []
+    for phase in (*PHASES, "step"):
+        seconds = [n[f"time/{phase}"] for n in numbers if f"time/{phase}" in n]
+        if seconds:
+            p20, median, p80 = np.quantile(seconds, (0.2, 0.5, 0.8))
+            tokens = round(np.mean([n["tokens_per_second"] * n["time/step"] for n in numbers]))
+            rows.append(
+                StepRow(
+                    **columns,
+                    run=run,
+                    phase=phase,
+                    median_s=median,
+                    p20_s=p20,
+                    p80_s=p80,
+                    steps=len(numbers),
+                    tokens=tokens,
+                )
+            )
+    return rows
+
+
+def print_table(rows: list[StepRow]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    seconds = {(row.run, row.phase): row.median_s for row in rows}
+    runs = list(dict.fromkeys(row.run for row in rows))
+    made = Table(title=f"median seconds, {rows[0].models} models, {rows[0].rollouts} rollouts")
+    for name in ("phase", *runs):
+        made.add_column(name, justify="left" if name == "phase" else "right")
+    for phase in (*PHASES, "step"):
+        cells = [seconds.get((run, phase)) for run in runs]
+        made.add_row(phase, *("" if s is None else f"{s:.3f}" for s in cells))
+    base = seconds[runs[0], "step"]
+    made.add_row("step / GRPO's", *(f"{seconds[run, 'step'] / base:.2f}" for run in runs))
+    Console().print(made)
+
+
+def write(rows: list[StepRow], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(
+            file, [field.name for field in fields(StepRow)], lineterminator="\n"
+        )
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: results.as_text(v) for k, v in asdict(row).items()})
+
+
+def main(arguments: list[str]) -> int:
+    from bench.random_models import PAIRS, fitted
+    from bench.random_models import write as write_models
+
+    options = parser().parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = options.models or ("paper" if device.type == "cuda" else "tiny")
+    pair = fitted(PAIRS[name], device)
+    if options.run:
+        numbers = run_one(options.folder, options.run, pair, options.rollouts, options.steps)
+        print(json.dumps(numbers))
+        return 0
+    layers = f"{pair.small.num_hidden_layers}+{pair.large.num_hidden_layers} layers"
+    columns = results.environment(device) | dict(
+        models=f"{name}, {layers}", rollouts=options.rollouts
+    )
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_models(pair, Path(folder))
+        for run in RUNS:
+            print(f"{run} ...", flush=True)
+            numbers = in_process(arguments, run, folder)
+            if numbers is None:
+                return 1
+            rows += rows_of(run, numbers, columns)
+    write(rows, options.output or results.path_of(device, suffix="-step"))
+    print_table(rows)
+    return 0
+
+
+def in_process(arguments: list[str], run: str, folder: str) -> list[dict[str, float]] | None:
+    """The run's metrics; None, and what it said, if it failed."""
+    command = [sys.executable, "-m", "bench", "step", *arguments, "--run", run, "--folder", folder]
+    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True)
+    if done.returncode != 0:
+        print(f"bench step: {run} failed:\n{done.stderr[-3000:]}", file=sys.stderr)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
