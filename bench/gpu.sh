@@ -47,10 +47,10 @@ part() {  # name, seconds, command: its log in results, its end printed
 
 for name in ${*:-tests kernels tune step}; do
   case $name in
-    tests) part tests 150 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/kernels ;;
-    kernels) part kernels 230 "$python" -m bench kernels --device cuda ;;
-    tune) part tune 75 "$python" -m bench tune --seconds 60 ;;
-    step) part step 80 "$python" -m bench step --rollouts random --steps 2 ;;
+    tests) part tests 140 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/kernels ;;
+    kernels) part kernels 220 "$python" -m bench kernels --device cuda ;;
+    tune) part tune 70 "$python" -m bench tune --seconds 55 ;;
+    step) part step 105 "$python" -m bench step --rollouts random --steps 2 ;;
     *) echo "gpu.sh: expected tests, kernels, tune or step, got '$name'" >&2; exit 2 ;;
   esac
 done

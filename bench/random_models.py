@@ -15,6 +15,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from codistill.model import Policy, shard
+
 BYTES_A_PARAMETER = 16  # fp32 weight, gradient and two Adam moments
 MEMORY_SHARE = 0.7  # of the device for those; activations, engine and bf16 copies take the rest
 
@@ -54,7 +56,17 @@ class Pair:
 
 
 PAIRS = {
-    "tiny": Pair(
+    "tiny": Pair(  # to see it run
+        Size(64, 128, 2, 2, 1, 512),
+        Size(128, 256, 2, 2, 1, 512),
+        tokens=500,
+        prompts=1,
+        prompt_tokens=8,
+        completion_tokens=16,
+        dtype="float32",
+        checkpointing=False,
+    ),
+    "cpu": Pair(
         Size(256, 1024, 4, 4, 2, 4096),
         Size(512, 2048, 8, 8, 2, 4096),
         tokens=4000,
@@ -69,9 +81,9 @@ PAIRS = {
         Size(1536, 8960, 28, 12, 2, 151936, tie_word_embeddings=True),
         Size(3584, 18944, 28, 28, 4, 152064),
         tokens=151665,
-        prompts=8,
+        prompts=4,
         prompt_tokens=128,
-        completion_tokens=512,
+        completion_tokens=256,
         dtype="bfloat16",
         checkpointing=True,
     ),
@@ -94,8 +106,9 @@ def fitted(pair: Pair, device: torch.device) -> Pair:
     return replace(pair, small=small, large=large)
 
 
-def write(pair: Pair, folder: Path, seed: int = 0) -> None:
-    """folder/small, folder/large, and problems.jsonl."""
+def write(pair: Pair, folder: Path, *, weights: bool, seed: int = 0) -> None:
+    """folder/small and folder/large, models or without weights their configurations, and
+    problems.jsonl."""
     torch.manual_seed(seed)
     transformers.logging.disable_progress_bar()
     words = {f"w{index}": index for index in range(pair.tokens)}
@@ -106,9 +119,20 @@ def write(pair: Pair, folder: Path, seed: int = 0) -> None:
         config = transformers.Qwen2Config(
             **asdict(size), eos_token_id=1, bos_token_id=None, max_position_embeddings=4096
         )
-        model = transformers.Qwen2ForCausalLM(config).to(torch.bfloat16)
+        model = transformers.Qwen2ForCausalLM(config) if weights else config
         model.save_pretrained(folder / name)
         fast.save_pretrained(folder / name)
     ids = torch.randint(2, pair.tokens, (4 * pair.prompts, pair.prompt_tokens)).tolist()
     problems = [{"problem": " ".join(f"w{i}" for i in row), "answer": "1"} for row in ids]
     (folder / "problems.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
+
+
+def random_policy(
+    path: str, *, vocab_size: int, dtype: torch.dtype, device: torch.device, checkpointing: bool
+) -> Policy:
+    """`load_policy` of a folder without weights: they are made on the device, not read."""
+    with device:
+        lm = transformers.Qwen2ForCausalLM(transformers.AutoConfig.from_pretrained(path))
+    if checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    return shard(Policy(lm, vocab_size=vocab_size).to(device).train(), dtype=dtype)

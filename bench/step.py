@@ -4,12 +4,14 @@
     python -m bench step --rollouts random    no engine: score and update only
 
 What the paper shows in Figure 5 (a step) and Figure 6 (time of the rollouts). The models have
-random weights and the shapes of the paper's (a GPU; as many layers as it holds) or tiny ones (a
-CPU). Every run is a process of its own and calls `Trainer.step`.
+random weights and the shapes of the paper's (as many layers as a GPU holds) or small ones (a CPU).
+Every run is a process of its own and calls `Trainer.step`.
 """
 
 import argparse
+import contextlib
 import csv
+import functools
 import json
 import os
 import subprocess
@@ -49,7 +51,7 @@ class StepRow:
     p80_s: float
     steps: int
     tokens: int
-    """Written in a step."""
+    """Mean length of a completion."""
 
 
 # --- one run, in a process of its own ----------------------------------------------------------
@@ -96,10 +98,11 @@ class CoinGrader:
 
 def run_one(folder: Path, run: str, pair, rollouts: str, steps: int) -> list[dict[str, float]]:
     """Metrics of each step, after one that warms up."""
+    import codistill.trainer
+    from bench.random_models import random_policy
     from codistill import distributed
     from codistill.config import Config
     from codistill.run import load_inputs, quiet_libraries
-    from codistill.trainer import Trainer
 
     choice = RUNS[run]
     problems = folder / "problems.jsonl"
@@ -132,9 +135,12 @@ def run_one(folder: Path, run: str, pair, rollouts: str, steps: int) -> list[dic
     quiet_libraries()
     inputs = load_inputs(config)
     device = distributed.start()
-    engine = mock.patch("codistill.trainer.make_engine", lambda kind, spec: RandomEngine(spec))
-    with engine if rollouts == "random" else mock.patch.dict({}):
-        trainer = Trainer(config, inputs, device, CoinGrader())
+    with contextlib.ExitStack() as stack:
+        if rollouts == "random":
+            replace = functools.partial(mock.patch.object, codistill.trainer)
+            stack.enter_context(replace("make_engine", lambda kind, spec: RandomEngine(spec)))
+            stack.enter_context(replace("load_policy", random_policy))
+        trainer = codistill.trainer.Trainer(config, inputs, device, CoinGrader())
     numbers = [trainer.step(step)[0] for step in range(1, steps + 2)]
     trainer.engine.close()
     return numbers[1:]
@@ -151,7 +157,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--models", choices=PAIRS, help="default: paper on a GPU, tiny on a CPU")
+    made.add_argument("--models", choices=PAIRS, help="default: paper on a GPU, cpu on a CPU")
     made.add_argument("--rollouts", choices=("auto", "vllm", "hf", "random"), default="auto")
     made.add_argument("--steps", type=int, default=5, help="measured, after one that warms up")
     made.add_argument("--output", type=Path, help="default: bench/results/<device>-step.csv")
@@ -162,11 +168,14 @@ def parser() -> argparse.ArgumentParser:
 
 def rows_of(run: str, numbers: list[dict[str, float]], columns: dict) -> list[StepRow]:
     rows = []
+    if columns["rollouts"] == "random":  # nothing was written, nothing synced
+        for n in numbers:
+            n["time/step"] -= n.pop("time/rollout") + n.pop("time/sync")
     for phase in (*PHASES, "step"):
         seconds = [n[f"time/{phase}"] for n in numbers if f"time/{phase}" in n]
         if seconds:
             p20, median, p80 = np.quantile(seconds, (0.2, 0.5, 0.8))
-            tokens = round(np.mean([n["tokens_per_second"] * n["time/step"] for n in numbers]))
+            tokens = round(np.mean([n["rollout/mean_tokens"] for n in numbers]))
             rows.append(
                 StepRow(
                     **columns,
@@ -213,22 +222,23 @@ def write(rows: list[StepRow], path: Path) -> None:
 def main(arguments: list[str]) -> int:
     from bench.random_models import PAIRS, fitted
     from bench.random_models import write as write_models
+    from codistill import distributed
 
     options = parser().parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = options.models or ("paper" if device.type == "cuda" else "tiny")
+    name = options.models or ("paper" if device.type == "cuda" else "cpu")
     pair = fitted(PAIRS[name], device)
     if options.run:
         numbers = run_one(options.folder, options.run, pair, options.rollouts, options.steps)
         print(json.dumps(numbers))
-        return 0
+        distributed.leave(0)
     layers = f"{pair.small.num_hidden_layers}+{pair.large.num_hidden_layers} layers"
     columns = results.environment(device) | dict(
         models=f"{name}, {layers}", rollouts=options.rollouts
     )
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        write_models(pair, Path(folder))
+        write_models(pair, Path(folder), weights=options.rollouts != "random")
         for run in RUNS:
             print(f"{run} ...", flush=True)
             numbers = in_process(arguments, run, folder)

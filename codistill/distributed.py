@@ -1,7 +1,8 @@
 """The processes of a run: one a GPU, or any number on a CPU. Started by torchrun, or alone."""
 
 import os
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import torch
@@ -31,3 +32,15 @@ def world_size() -> int:
 def is_first() -> bool:
     """Whether this process is the one that writes files and prints."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, which has joined a group, without the interpreter's teardown.
+
+    A thread of gloo may still hold the tensors of the last collective. To drop them it asks for
+    Python's lock, and a thread that asks during the teardown is ended there and then, in the middle
+    of a C++ destructor: the process would abort after all its work was done.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

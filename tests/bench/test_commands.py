@@ -1,0 +1,124 @@
+"""The commands as a user runs them."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import plan, results
+from bench.cases import cases
+from bench.check import CheckFailed
+from bench.operations import OURS
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        list(map(str, arguments)),
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def bench(*arguments: object) -> subprocess.CompletedProcess:
+    return run(sys.executable, "-m", "bench", *arguments)
+
+
+def test_kernels(tmp_path):
+    path = tmp_path / "rows.csv"
+    chosen = ("--operation", "selective_logps", "kd_rewards", "--implementation", OURS, "eager")
+    done = bench("kernels", "--set", "quick", *chosen, "--dtype", "fp32", "--output", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = results.read(path)
+    modes = {(row.operation, row.implementation, row.mode) for row in rows}
+    for name in (OURS, "eager"):
+        expected = {("selective_logps", name, mode) for mode in ("forward", "backward", "both")}
+        assert expected | {("kd_rewards", name, "forward")} <= modes
+    assert len(rows) == len(modes) == 8
+    for row in rows:
+        assert row.is_ok and row.p20_ms <= row.median_ms <= row.p80_ms
+        assert row.rounds >= 5 and 0 <= row.error < 1e-4
+        assert (row.extra_mib is None) == (row.mode == "backward")
+        assert f"{row.median_ms:.4g} ms" in done.stdout
+    assert f"8 measurements in {path}" in done.stdout
+
+
+def test_no_number_without_a_passed_check(monkeypatch, tmp_path):
+    def fail(*_):
+        raise CheckFailed("result 0 is 1e+00 off")
+
+    monkeypatch.setattr(plan, "check", fail)
+    path = tmp_path / "rows.csv"
+    options = ["--set", "quick", "--operation", "kd_rewards", "--output", str(path)]
+    made = plan.Plan(plan.parser().parse_args(options))
+    (first, *_) = made.measurements()
+    row = made.measure(first, benchmark=None)
+    assert row.status == "inaccurate: result 0 is 1e+00 off" and row.median_ms is None
+    assert results.read(path) == [row]
+
+
+def test_cases_of_a_gpu():
+    """Those of the goals come first: a run that is cut off has them."""
+    found = cases(list(plan.DEFAULT_SETS), [], is_cpu=False)
+    sizes = [(c.shape.tokens, c.shape.hidden, c.shape.vocab) for c in found]
+    assert sizes[0] == (4096, 4096, 128256) and (8192, 4096, 151936) in sizes[:6]
+    assert {tokens for tokens, _, _ in sizes} >= {512, 65536}
+    assert {c.shape.inactive for c in found} == {0.0, 0.3, 0.6}
+    keys = [(c.operation, c.shape) for c in found]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "expected one of kernels"),
+        (["kernels", "--operation", "nonsense"], "invalid choice: 'nonsense'"),
+        (["compare", "missing.csv", "missing.csv"], "missing.csv"),
+    ],
+)
+def test_mistakes_end_with_2(arguments, message):
+    done = bench(*arguments)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_step(tmp_path):
+    path = tmp_path / "step.csv"
+    done = bench("step", "--models", "tiny", "--rollouts", "hf", "--steps", "2", "--output", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    phases = {
+        run: [r["phase"] for r in rows if r["run"] == run] for run in {r["run"] for r in rows}
+    }
+    assert phases["GRPO of the large model"] == ["rollout", "score", "update_large", "sync", "step"]
+    whole = ["rollout", "score", "update_small", "update_large", "sync", "step"]
+    assert phases["CoDistill"] == phases["CoDistill without down-sampling"] == whole
+    for run_name, names in phases.items():
+        seconds = {r["phase"]: float(r["median_s"]) for r in rows if r["run"] == run_name}
+        assert all(seconds[name] > 0 for name in names)
+        assert seconds["step"] >= 0.8 * sum(seconds[name] for name in names[:-1])
+    assert "step / GRPO's" in done.stdout
+
+
+def test_step_without_an_engine(tmp_path):
+    """As bench/gpu.sh runs it: random tokens, weights made on the device."""
+    path = tmp_path / "step.csv"
+    options = ("--models", "tiny", "--rollouts", "random", "--steps", "1", "--output", path)
+    done = bench("step", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with path.open(newline="") as file:
+        phases = {row["phase"] for row in csv.DictReader(file)}
+    assert phases == {"score", "update_small", "update_large", "step"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run for nine minutes")
+def test_gpu_script_refuses_without_a_gpu():
+    done = run("bench/gpu.sh", "tests", PYTHON=sys.executable)
+    assert done.returncode == 2 and "must run on a machine with a GPU" in done.stderr
