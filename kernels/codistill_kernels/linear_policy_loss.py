@@ -238,13 +238,20 @@ class WithGradients(torch.autograd.Function):
         return *scaled, *[None] * 4
 
 
+ROWS_AT_ONCE = 512  # of a gradient scaled on a CPU: 3 MiB of fp32 at H = 1536, which stay in cache
+
+
 def scale(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """gradient * factor, rounded once. By parts: the whole product in fp32 would be the peak."""
+    """gradient * factor, rounded once."""
     if gradient is None or gradient.dtype == dtype:
         return None if gradient is None else gradient * factor
     out = torch.empty_like(gradient, dtype=dtype)
-    for part, result in zip(gradient.split(4096), out.split(4096), strict=True):
-        result.copy_(part * factor)
+    if gradient.is_cuda:  # converts as it writes
+        return torch.mul(gradient, factor, out=out)
+    # On a CPU `out=` would make the whole product in fp32 first.
+    buffer = torch.empty_like(gradient[:ROWS_AT_ONCE])
+    for part, result in zip(gradient.split(ROWS_AT_ONCE), out.split(ROWS_AT_ONCE), strict=True):
+        result.copy_(torch.mul(part, factor, out=buffer[: len(part)]))
     return out
 
 
