@@ -1,5 +1,6 @@
 """Problems: read from a file, turned into prompts, drawn in an order fixed by seed and step."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pyarrow.json
 import pyarrow.parquet
 
 from codistill.config import ConfigError, DataConfig, require
+
+REDRAW_STREAM = 2**34  # beside the epochs, which are below
 
 
 @dataclass(frozen=True)
@@ -81,3 +84,15 @@ def draw(count: int, batch: int, step: int, seed: int) -> np.ndarray:
     order = np.concatenate([np.random.default_rng([seed, e]).permutation(count) for e in epochs])
     start = first - epochs[0] * count
     return order[start : start + batch]
+
+
+def redraw(count: int, batch: int, step: int, seed: int) -> Iterator[np.ndarray]:
+    """Indices of `batch` problems again and again that step `step` (from 0) has not drawn yet, in
+    an order of this step's own, until too few are left.
+
+    A function of its arguments alone, like `draw`, and independent of it: no later step moves.
+    """
+    others = np.setdiff1d(np.arange(count), draw(count, batch, step, seed))
+    order = np.random.default_rng([seed, REDRAW_STREAM, step]).permutation(others)
+    for first in range(0, len(order) - batch + 1, batch):
+        yield order[first : first + batch]

@@ -20,7 +20,7 @@ class StepMetrics:
         self.maxima: dict[str, Tensor] = {}
 
     def mean(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
-        """Add `count` values that sum up to `total`."""
+        """Add `count` values that sum up to `total`. The mean of none is 0."""
         self.add(self.sums, name, total)
         self.add(self.counts, name, count)
 
@@ -53,7 +53,7 @@ class StepMetrics:
         dist.all_reduce(added)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
         sums, counts, whole = added.tensor_split((len(means), 2 * len(means)))
-        numbers = dict(zip(means, (sums / counts).tolist(), strict=True))
+        numbers = dict(zip(means, (sums / counts.clamp(min=1)).tolist(), strict=True))
         numbers |= dict(zip(totals, whole.tolist(), strict=True))
         return numbers | dict(zip(peaks, maxima.tolist(), strict=True))
 
