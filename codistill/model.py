@@ -119,6 +119,8 @@ class Policy(nn.Module):
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """All weights by Hugging Face name, gathered one by one: every process must iterate."""
+        if isinstance(self, FSDPModule):
+            self.reshard()  # a forward pass leaves weights behind that are rounded to its dtype
         for name, parameter in self.lm.named_parameters():
             weight = parameter.detach()
             yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight

@@ -17,7 +17,7 @@ from codistill.config import Config
 from codistill.data import Problem
 from codistill.model import Policy
 from codistill.rollout import Completion
-from codistill_kernels import downsample, kd_rewards, linear_reverse_kl
+from codistill_kernels import downsample, importance_weights, kd_rewards, linear_reverse_kl
 
 CHOICE_STREAM = 2**33  # beside the seeds of rollouts and hints
 
@@ -212,3 +212,16 @@ def with_advantages(config: Config, rollouts: Rollouts, scored: Scored) -> Score
         learned = scored.effective_rewards if name == config.writer else rewards
         found[name] = advantages(config, learned, rollouts.accuracy, scored.kept)
     return replace(scored, advantages=found)
+
+
+def engine_weights(
+    config: Config, rollouts: Rollouts, sampled: list[Tensor]
+) -> list[Tensor] | None:
+    """[S] tensors: min(trainer/engine, cap) of each token, 1 of a hint's; None without a cap."""
+    if config.loss.importance_cap is None:
+        return None
+    found = []
+    for ours, completion, hint in zip(sampled, rollouts.completions, rollouts.hints, strict=True):
+        theirs = torch.cat([ours[:hint], ours.new_tensor(completion.logps)])
+        found.append(importance_weights(ours, theirs, truncate=config.loss.importance_cap))
+    return found

@@ -23,13 +23,14 @@ from codistill.scoring import (
     alpha_at,
     divergences,
     effective_rewards,
+    engine_weights,
     rollout_logps,
     score,
     task_rewards,
     with_advantages,
 )
 from codistill.updates import make_update
-from codistill_kernels import PolicyLoss, importance_weights
+from codistill_kernels import PolicyLoss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FLOAT32_GAP_LIMIT = 1e-4  # nats; vLLM and the trainer differ by 2e-6 to 1e-5 in float32
@@ -288,19 +289,6 @@ class Trainer:
             seed=self.config.seed,
             device=self.device,
         )
-
-
-def engine_weights(
-    config: Config, rollouts: Rollouts, sampled: list[Tensor]
-) -> list[Tensor] | None:
-    """[S] tensors: min(trainer/engine, cap) of each token, 1 of a hint's; None without a cap."""
-    if config.loss.importance_cap is None:
-        return None
-    found = []
-    for ours, completion, hint in zip(sampled, rollouts.completions, rollouts.hints, strict=True):
-        theirs = torch.cat([ours[:hint], ours.new_tensor(completion.logps)])
-        found.append(importance_weights(ours, theirs, truncate=config.loss.importance_cap))
-    return found
 
 
 def finish(numbers: dict[str, float]) -> dict[str, float]:
