@@ -5,7 +5,7 @@ engine -> Rollouts -> log-probabilities of both models -> effective reward (Eq. 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,11 +30,13 @@ class Rollouts:
     """[S] 1.0 where the answer is right, else 0.0."""
     format: Tensor
     """[S] format reward; zeros where the run has none."""
+    functions: dict[str, Tensor] = field(default_factory=dict)
+    """[S] what each reward function of the user's adds, weight included."""
 
     @property
     def rewards(self) -> Tensor:
         """r of Eq. 6, [S]."""
-        return self.accuracy + self.format
+        return self.accuracy + self.format + sum(self.functions.values())
 
     def batch(self, rows: Sequence[int], device: torch.device) -> TokenBatch:
         prompts = [self.problems[row].prompt_ids for row in rows]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from codistill.evaluation import evaluate
 from codistill.learner import Learner, MicroBatch
 from codistill.metrics import StepMetrics
 from codistill.model import end_token_ids, load_policy
-from codistill.rewards import Grader, format_reward
+from codistill.rewards import Grader
 from codistill.rollout import (
     EngineSpec,
     HFEngine,
@@ -24,7 +24,9 @@ from codistill.rollout import (
     make_engine,
     prompt_seeds,
 )
+from codistill.rollout_rewards import RolloutRewards
 from codistill.scoring import Rollouts, Scored, rollout_logps, score
+from codistill.user_rewards import RewardFunction
 from codistill_kernels import PolicyLoss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -38,6 +40,7 @@ class Inputs:
     tokenizer: Any
     problems: list[Problem]
     held_out: list[Problem]
+    reward_functions: list[RewardFunction] = field(default_factory=list)
 
 
 class Trainer:
@@ -51,6 +54,7 @@ class Trainer:
         grader: Grader,
     ) -> None:
         self.config, self.inputs, self.device, self.grader = config, inputs, device, grader
+        self.rewards = RolloutRewards(config.reward, grader, inputs.reward_functions, device)
         self.dtype = DTYPES[config.training.dtype]
         self.total_steps = config.training.steps or math.ceil(
             config.training.epochs * len(inputs.problems) / config.rollout.prompts_per_step
@@ -129,24 +133,16 @@ class Trainer:
             self.inputs.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
             for completion in completions
         ]
-        with metrics.timer("time/grade"):
-            grades = self.grader.grade(texts, [problem.answer for problem in problems])
-        form = [format_reward(text) if self.config.reward.format else 0.0 for text in texts]
-        correct = torch.tensor(grades.correct, dtype=torch.float32, device=self.device)
-        rollouts = Rollouts(
-            problems, completions, texts, correct, torch.tensor(form, device=self.device)
-        )
-        lengths = torch.tensor([len(completion.token_ids) for completion in completions])
+        token_ids = [completion.token_ids for completion in completions]
+        rewards = self.rewards(problems, texts, token_ids, metrics)
+        rollouts = Rollouts(problems, completions, texts, *rewards)
+        lengths = torch.tensor([len(tokens) for tokens in token_ids])
         truncated = torch.tensor([completion.truncated for completion in completions])
-        solved = correct.view(-1, rollout.num_generations).any(dim=1)
-        metrics.mean_of("reward/accuracy", correct)
-        metrics.mean_of("reward/format", rollouts.format)
+        solved = rollouts.accuracy.bool().view(-1, rollout.num_generations).any(dim=1)
         metrics.mean_of("reward/zero_fraction", (~solved).float())
         metrics.mean_of("rollout/mean_tokens", lengths)
         metrics.mean_of("rollout/truncated_fraction", truncated.float())
         metrics.total("rollout/tokens", lengths.sum())
-        metrics.total("grade/failures", grades.failures)
-        metrics.total("grade/timeouts", grades.timeouts)
         return rollouts
 
     def score(self, rollouts: Rollouts, metrics: StepMetrics) -> Scored:
