@@ -23,13 +23,11 @@ def doctor(arguments: list[str]) -> None:
     config.check_processes(distributed.world_size())
     import torch
 
-    from codistill.rewards import Grader
     from codistill.rollout import engine_kind
     from codistill.run import load_inputs
     from codistill_kernels._backends import choose
 
-    with Grader(timeout=config.reward.timeout, processes=distributed.helpers()) as grader:
-        inputs = load_inputs(config, grader)
+    inputs = load_inputs(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = {
         "python": sys.version.split()[0],

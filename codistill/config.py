@@ -7,21 +7,21 @@ what it does and its unit; `python train.py --help` prints them all.
 import argparse
 import difflib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
+from codistill.config_algorithm import (
+    DownsampleConfig,
+    GRPOConfig,
+    HintConfig,
+    KDConfig,
+    LossConfig,
+)
+from codistill.config_base import ConfigError, Section, require
 from codistill.templates import is_template
-
-
-class ConfigError(ValueError):
-    """A mistake of the user's: one line that names the key, its value and what was expected."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelConfig(Section):
@@ -97,19 +97,6 @@ class RolloutConfig(Section):
     )
 
 
-class KDConfig(Section):
-    alpha: float = Field(1.0, ge=0, description="weight of the KD reward (Eq. 6)")
-
-
-class DownsampleConfig(Section):
-    keep: int = Field(8, gt=0, description="G: rollouts a prompt kept, G/2 best and G/2 worst")
-
-
-class LossConfig(Section):
-    epsilon_low: float = Field(0.2, ge=0, lt=1, description="ratio is clipped at 1 - epsilon_low")
-    epsilon_high: float = Field(0.2, ge=0, description="ratio is clipped at 1 + epsilon_high")
-
-
 class OptimizerConfig(Section):
     schedule: Literal["cosine", "constant"] = Field(
         "cosine", description="learning rate after the warm-up; cosine ends at zero"
@@ -157,13 +144,21 @@ class Config(BaseSettings):
 
     name: str = Field(description="name of the run")
     output_dir: Path = Field(Path("runs"), description="the run is written to output_dir/name")
-    algorithm: Literal["codistill"] = Field("codistill", description="Eq. 5 to 10")
+    algorithm: Literal["codistill", "kdrl", "grpo"] = Field(
+        "codistill",
+        description="codistill: both models learn (Eq. 5 to 10). kdrl: the large one is a frozen "
+        "teacher (Eq. 5 and 6). grpo: one model learns from its own rollouts (Eq. 2 to 4)",
+    )
     seed: int = Field(0, ge=0, description="seed of data order and sampling")
-    small: ModelConfig = Field(description="phi: writes the rollouts, learns by Eq. 5")
-    large: ModelConfig = Field(description="theta: scores the rollouts, learns by Eq. 10")
+    small: ModelConfig | None = Field(None, description="phi: writes the rollouts, learns by Eq. 5")
+    large: ModelConfig | None = Field(
+        None, description="theta: scores the rollouts, learns by Eq. 10"
+    )
+    grpo: GRPOConfig = Field(GRPOConfig(), description="of algorithm grpo")
     data: DataConfig = Field(description="problems and prompts")
     reward: RewardConfig = Field(RewardConfig(), description="r of Eq. 6")
     rollout: RolloutConfig = Field(RolloutConfig(), description="generation by the small model")
+    hint: HintConfig = Field(HintConfig(), description="beginnings by the large model")
     kd: KDConfig = Field(KDConfig(), description="on-policy KD reward (Eq. 6)")
     downsample: DownsampleConfig = Field(DownsampleConfig(), description="M to G (section 3.3)")
     loss: LossConfig = Field(LossConfig(), description="clipped surrogate of Eq. 5 and Eq. 10")
@@ -178,6 +173,49 @@ class Config(BaseSettings):
     ) -> tuple:
         return (init_settings,)  # the environment is no source; CliApp puts the CLI before this
 
+    @model_validator(mode="before")
+    @classmethod
+    def check_models(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """A model that the algorithm needs is there. Before all else: it is the first mistake."""
+        needed: tuple = ("small", "large")
+        if values.get("algorithm") == "grpo":
+            chosen = (values.get("grpo") or {}).get("model")
+            needed = (chosen,) if chosen in needed else ()
+            if not needed and not any(values.get(name) for name in ("small", "large")):
+                raise ConfigError("small is missing: expected small or large, the model to train")
+        for name in needed:
+            if not values.get(name):
+                raise ConfigError(f"{name} is missing: expected {describe(name)}")
+        return values
+
+    @property
+    def writer(self) -> str:
+        """Name of the model that writes the rollouts."""
+        if self.algorithm != "grpo":
+            return "small"
+        return self.grpo.model or ("small" if self.small else "large")
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the models that learn."""
+        return ("small", "large") if self.algorithm == "codistill" else (self.writer,)
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Names of the models that the algorithm uses: grpo has no use for a second one."""
+        return (self.writer,) if self.algorithm == "grpo" else ("small", "large")
+
+    def unused(self) -> list[str]:
+        """Sections that were given and that the algorithm has no use for."""
+        unused = {"grpo"} if self.algorithm != "grpo" else {"small", "large", "kd"} - {self.writer}
+        return sorted(unused & self.model_fields_set)
+
+    def model(self, name: str) -> ModelConfig:
+        """One of those in `loaded`."""
+        model = {"small": self.small, "large": self.large}[name]
+        assert model is not None, name
+        return model
+
     @model_validator(mode="after")
     def check(self) -> Self:
         keep, generations = self.downsample.keep, self.rollout.num_generations
@@ -188,6 +226,7 @@ class Config(BaseSettings):
             generations,
             f"M of at least downsample.keep = {keep} rollouts",
         )
+        check_hint(self)
         return self
 
     def check_processes(self, world_size: int) -> None:
@@ -209,9 +248,14 @@ class Config(BaseSettings):
         )
 
 
-def require(condition: bool, key: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"{key} = {value!r}: expected {expected}")
+def check_hint(config: Config) -> None:
+    hint, longest = config.hint, config.rollout.max_completion_tokens
+    key, value = "hint.tokens", hint.tokens
+    if value:
+        require("large" in config.loaded, key, value, "0 with algorithm grpo: one model only")
+        require(value < longest, key, value, f"less than rollout.max_completion_tokens = {longest}")
+    else:
+        require(hint.loss == "own", "hint.loss", hint.loss, "own where hint.tokens = 0")
 
 
 def load_config(arguments: list[str]) -> Config:
@@ -253,12 +297,18 @@ def field_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """All keys of the configuration, dotted."""
     keys = []
     for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            keys += field_keys(kind, f"{prefix}{name}.")
+        section = section_of(field.annotation)
+        if section:
+            keys += field_keys(section, f"{prefix}{name}.")
         else:
             keys.append(prefix + name)
     return keys
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The model behind a field that holds one, or one or None."""
+    kinds = (annotation, *get_args(annotation))
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
 
 
 def explain_argument(message: str) -> str:
@@ -298,5 +348,5 @@ def describe(key: str) -> str:
     model: Any = Config
     for part in key.split("."):
         field = model.model_fields[part]
-        model = field.annotation
+        model = section_of(field.annotation)
     return field.description

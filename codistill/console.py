@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from codistill.report import EVALUATIONS_AVERAGED
+
 PHASES = ("rollout", "score", "update_small", "update_large", "sync")
 ROWS = 12
 """Steps that the live table shows."""
@@ -38,12 +40,18 @@ class Progress:
         left = (self.total_steps - step) * (time.perf_counter() - self.started) / done
         position = f"step {step}/{self.total_steps}"
         eta = f"ETA {int(left) // 60}:{int(left) % 60:02d}"
+        formats = {
+            "accuracy": ("reward/accuracy", ".1%"),
+            "KD reward": ("reward/kd", "+.4f"),
+            "tokens": ("rollout/mean_tokens", ".1f"),
+            **{phase.replace("_", " "): (f"time/{phase}", ".2f") for phase in PHASES},
+            "tokens/s": ("tokens_per_second", ".0f"),
+        }
+        # Not all algorithms have all numbers.
         cells = {
-            "accuracy": f"{numbers['reward/accuracy']:.1%}",
-            "KD reward": f"{numbers['reward/kd']:+.4f}",
-            "tokens": f"{numbers['rollout/mean_tokens']:.1f}",
-            **{phase.replace("_", " "): f"{numbers[f'time/{phase}']:.2f}" for phase in PHASES},
-            "tokens/s": f"{numbers['tokens_per_second']:.0f}",
+            name: format(numbers[key], form)
+            for name, (key, form) in formats.items()
+            if key in numbers
         }
         if self.live is None:
             texts = [position, *(f"{name} {value}" for name, value in cells.items()), eta]
@@ -74,7 +82,7 @@ def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
     console.print(table)
     count, minutes = summary["problems"], summary["seconds"] / 60
     console.print(
-        f"{count} problems; small: mean of the last {summary['evaluations_averaged']} evaluations; "
+        f"{count} problems; after: mean of the last evaluations, {EVALUATIONS_AVERAGED} at most; "
         f"{summary['steps']} steps, {minutes:.1f} minutes",
         soft_wrap=True,
         highlight=False,
@@ -83,8 +91,8 @@ def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
         "curves.png": "curves",
         "metrics.jsonl": "a row of numbers a step",
         "evaluations.jsonl": "held-out accuracy",
-        "samples/": "what the small model wrote (parquet)",
-        f"export/step_{summary['steps']}/": "both models, Hugging Face format",
+        "samples/": "rollouts (parquet)",
+        f"export/step_{summary['steps']}/": "what was trained, Hugging Face format",
         f"checkpoints/step_{summary['steps']}/": "to go on from",
         "config.yaml": "the complete configuration",
     }

@@ -21,13 +21,16 @@ class MicroBatch:
 
     tokens: TokenBatch
     old_logps: Tensor
-    """[N] under the policy that wrote the rollouts: the small model's, for both models."""
+    """[N] under the policy that wrote the rollouts: in codistill the small model's, for both."""
     advantages: Tensor
     """[S]"""
+    mask: Tensor
+    """[N] bool: the tokens in the loss."""
 
 
 class Learner:
-    """Maximizes the clipped surrogate of Eq. 5 (small model) or Eq. 10 (large model)."""
+    """Maximizes the clipped surrogate of Eq. 2 and 5 (its own rollouts) or Eq. 10 (those of the
+    small model)."""
 
     def __init__(
         self,
@@ -66,6 +69,7 @@ class Learner:
                 logps,
                 micro_batch.old_logps,
                 micro_batch.advantages,
+                micro_batch.mask,
                 loss=self.loss,
                 normalizer=normalizer,
                 cu_seqlens=micro_batch.tokens.cu_seqlens,

@@ -37,12 +37,12 @@ class StepMetrics:
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
-        """Seconds the block takes, on the slowest process."""
+        """Seconds that all blocks of this name take, on the slowest process."""
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.maximum(name, time.perf_counter() - start)
+        self.add(self.maxima, name, time.perf_counter() - start)
 
     def reduce(self) -> dict[str, float]:
         """The numbers over all processes, each of which must have collected the same names.

@@ -4,13 +4,19 @@ A `Policy` is a causal language model whose forward pass ends in log-probabiliti
 `shard` spreads its weights over the processes with FSDP2.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
@@ -57,6 +63,46 @@ class Policy(nn.Module):
             vocab_size=self.vocab_size,
         )
 
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[list[int]], uniforms: np.ndarray, temperature: float
+    ) -> list[list[int]]:
+        """T tokens after each prompt, from softmax(logits / temperature), with a KV cache.
+
+        uniforms: [S, T] in [0, 1); token t of row s is the inverse distribution function of
+        uniforms[s, t]. Exactly T forward passes, whatever is sampled: each is a collective.
+        """
+        training = self.training
+        self.eval()  # in training, gradient checkpointing would switch the cache off
+        width = max(map(len, prompts))
+        device = next(self.parameters()).device
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        draws = torch.tensor(uniforms, dtype=torch.float64, device=device)
+        head, cache, tokens = self.lm.get_output_embeddings(), None, []
+        for draw in draws.T:
+            output = self.lm.base_model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = output.past_key_values
+            logits = head(output.last_hidden_state[:, -1])[:, : self.vocab_size].double()
+            if self.softcap is not None:
+                logits = self.softcap * (logits / self.softcap).tanh()
+            reached = (logits / temperature).softmax(dim=1).cumsum(dim=1)
+            # Rounding may leave the last sum below a draw.
+            ids = torch.searchsorted(reached, draw[:, None].contiguous(), right=True)
+            ids = ids.clamp(max=self.vocab_size - 1)
+            tokens.append(ids)
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            positions = positions[:, -1:] + 1
+        self.train(training)
+        return torch.cat(tokens, dim=1).tolist()
+
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """All weights by Hugging Face name, gathered one by one: every process must iterate."""
         for name, parameter in self.lm.named_parameters():
@@ -73,6 +119,7 @@ def shard(policy: Policy, *, dtype: torch.dtype) -> Policy:
     for layer in policy.lm.base_model.layers:
         fully_shard(layer, mp_policy=precision)
     fully_shard(policy, mp_policy=precision)
+    register_fsdp_forward_method(policy, "sample")
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -96,6 +143,11 @@ def load_policy(
     return shard(policy.train(), dtype=dtype)
 
 
+def freeze(policy: Policy) -> Policy:
+    """A model that is only asked: no gradients, no optimizer."""
+    return policy.eval().requires_grad_(False)
+
+
 def load_tokenizer(key: str, path: str) -> PreTrainedTokenizerBase:
     """Raises ConfigError under configuration key `key` if there is none."""
     local = path.startswith((".", "/", "~")) or path.count("/") != 1
@@ -109,35 +161,42 @@ def load_tokenizer(key: str, path: str) -> PreTrainedTokenizerBase:
 
 
 def load_tokenizers(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer that both models share.
+    """The tokenizer that all models of the run share.
 
     Raises:
         ConfigError: one is missing, or they give different ids to the same text: a ratio of the
             models' probabilities means something only token by token.
     """
-    small = load_tokenizer("small.path", config.small.path)
-    large = load_tokenizer("large.path", config.large.path)
-    ours, theirs = small.get_vocab(), large.get_vocab()
-    different = next((t for t in sorted(ours | theirs) if ours.get(t) != theirs.get(t)), None)
-    require(
-        different is None,
-        "large.path",
-        config.large.path,
-        f"the tokenizer of small.path = {config.small.path!r}; token {different!r} has id "
-        f"{theirs.get(different)} here and {ours.get(different)} there",
-    )
-    return small
+    first, *rest = config.loaded
+    path = config.model(first).path
+    tokenizer = load_tokenizer(f"{first}.path", path)
+    for name in rest:
+        other_path = config.model(name).path
+        other = load_tokenizer(f"{name}.path", other_path)
+        ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+        different = next((t for t in sorted(ours | theirs) if ours.get(t) != theirs.get(t)), None)
+        require(
+            different is None,
+            f"{name}.path",
+            other_path,
+            f"the tokenizer of {first}.path = {path!r}; token {different!r} has id "
+            f"{theirs.get(different)} here and {ours.get(different)} there",
+        )
+    return tokenizer
 
 
-def end_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids that end a completion: the model's generation_config, else the tokenizer's end token."""
+def end_token_ids(key: str, path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end a completion: the model's generation_config, else the tokenizer's end token.
+
+    Raises ConfigError under configuration key `key` if there is none.
+    """
     try:
         ids = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # the model has no generation_config.json
         ids = None
     ids = tokenizer.eos_token_id if ids is None else ids
     if ids is None:
-        raise ConfigError(f"small.path = {path!r}: expected a model that names its end token")
+        raise ConfigError(f"{key} = {path!r}: expected a model that names its end token")
     return tuple(ids) if isinstance(ids, list) else (ids,)
 
 

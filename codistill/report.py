@@ -9,7 +9,10 @@ EVALUATIONS_AVERAGED = 3
 
 
 def summarize(folder: Path, *, problems: int) -> dict[str, Any]:
-    """Accuracy of both models before and after, and what the run cost."""
+    """Accuracy before and after of each model that learned, and what the run cost.
+
+    After: mean of the last evaluations, up to EVALUATIONS_AVERAGED of them.
+    """
     metrics = read_rows(folder / "metrics.jsonl")
     evaluations = read_rows(folder / "evaluations.jsonl")
     summary: dict[str, Any] = {
@@ -17,13 +20,11 @@ def summarize(folder: Path, *, problems: int) -> dict[str, Any]:
         "problems": problems,
         "seconds": sum(row["time/step"] for row in metrics),
     }
-    small = [row["small"] for row in evaluations]
-    last = small[1:][-EVALUATIONS_AVERAGED:]
-    summary["evaluations_averaged"] = len(last)
-    summary["small"] = {"before": small[0], "after": sum(last) / len(last)}
-    large = [row["large"] for row in evaluations if "large" in row]
-    if len(large) > 1:
-        summary["large"] = {"before": large[0], "after": large[-1]}
+    for name in ("small", "large"):
+        accuracy = [row[name] for row in evaluations if name in row]
+        if len(accuracy) > 1:
+            last = accuracy[1:][-EVALUATIONS_AVERAGED:]
+            summary[name] = {"before": accuracy[0], "after": sum(last) / len(last)}
     return summary
 
 
@@ -39,13 +40,14 @@ def plot(folder: Path) -> Path:
     steps = [row["step"] for row in metrics]
     panels = {
         "accuracy": {
-            "training, small": "reward/accuracy",
+            "training": "reward/accuracy",
             "prompts with none right": "reward/zero_fraction",
         },
         "KD reward (nats, alpha included)": {"small": "reward/kd"},
-        "importance ratio of the large model": {
-            "clipped tokens": "ratio/large_clip_fraction",
-            "effective sample size": "ratio/large_ess",
+        "importance ratio": {
+            "clipped tokens, small": "ratio/small_clip_fraction",
+            "clipped tokens, large": "ratio/large_clip_fraction",
+            "effective sample size, large": "ratio/large_ess",
         },
         "gradient norm": {"small": "grad_norm/small", "large": "grad_norm/large"},
         "completion length (tokens)": {"mean": "rollout/mean_tokens"},
@@ -57,7 +59,8 @@ def plot(folder: Path) -> Path:
     figure, axes = pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
     for axis, (title, lines) in zip(axes.flat, panels.items(), strict=True):
         for label, key in lines.items():
-            axis.plot(steps, [row[key] for row in metrics], label=label)
+            if key in metrics[0]:  # not all algorithms have all numbers
+                axis.plot(steps, [row[key] for row in metrics], label=label)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
     for name in ("small", "large"):
@@ -65,7 +68,8 @@ def plot(folder: Path) -> Path:
         if points:
             axes.flat[0].plot(*zip(*points, strict=True), "o-", label=f"held-out, {name}")
     for axis in axes.flat:
-        axis.legend(fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=8)
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
     path = folder / "curves.png"
     figure.savefig(path, dpi=110)

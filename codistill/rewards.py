@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from pebble import ProcessPool
 
-from codistill.config import ConfigError
+from codistill.config_base import ConfigError
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)

@@ -21,11 +21,12 @@ from codistill.model import Policy, load_causal_lm
 
 @dataclass(frozen=True)
 class Completion:
-    """What the engine wrote after a prompt: its end token included, unless it was cut off."""
+    """What was written after a prompt: its end token included, unless it was cut off."""
 
     token_ids: list[int]
     logps: list[float]
-    """Log-probability of each token as it was sampled (nats)."""
+    """Log-probability of each token that the engine sampled (nats): of the last ones, where the
+    first are a hint."""
     truncated: bool
     """The length limit, not an end token, stopped it."""
 
@@ -128,6 +129,8 @@ class VLLMEngine:
     ) -> list[Completion]:
         from vllm import SamplingParams
 
+        if not prompts:
+            return []
         params = [
             SamplingParams(
                 n=sampling.num_generations,

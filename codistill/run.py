@@ -15,12 +15,13 @@ from rich.console import Console
 from codistill import checkpoint, distributed, report
 from codistill.config import Config, ConfigError
 from codistill.console import Progress, print_summary
-from codistill.data import load_problems, overlap
+from codistill.data import Problem, load_problems, overlap
+from codistill.generation import Inputs
 from codistill.model import export, load_tokenizers, quiet_transformers
 from codistill.rewards import Grader
 from codistill.rollout import SyncError
 from codistill.run_directory import RunDirectory
-from codistill.trainer import Inputs, Trainer
+from codistill.trainer import Trainer
 from codistill.user_rewards import RewardError, load_functions
 
 STOPPED = 128 + signal.SIGTERM
@@ -34,11 +35,11 @@ def run(config: Config) -> int:
         ConfigError: an input is missing or wrong; no model was loaded.
     """
     quiet_libraries()
-    with Grader(timeout=config.reward.timeout, processes=distributed.helpers()) as grader:
-        inputs = load_inputs(config, grader)
-        console = Console(quiet=not distributed.is_first())
-        device = distributed.start()
-        console.print("loading models and engine ...")
+    inputs = load_inputs(config)
+    console = Console(quiet=not distributed.is_first())
+    device = distributed.start()
+    console.print("loading models and engine ...")
+    with make_grader(config) as grader:
         trainer = Trainer(config, inputs, device, grader)
         try:
             return Loop(trainer, console).run()
@@ -57,7 +58,7 @@ class Loop:
 
     def __init__(self, trainer: Trainer, console: Console) -> None:
         self.trainer, self.console = trainer, console
-        self.learners = [trainer.small, trainer.large]
+        self.learners = list(trainer.learners.values())
         self.directory = RunDirectory(trainer.config) if distributed.is_first() else None
         folder = trainer.config.output_dir / trainer.config.name
         self.folder, self.checkpoints = folder, folder / "checkpoints"
@@ -74,6 +75,8 @@ class Loop:
             f"{trainer.device.type}, {len(trainer.inputs.problems)} problems, "
             f"files in {self.folder}"
         )
+        for unused in trainer.config.unused():
+            self.console.print(f"not used by algorithm {trainer.config.algorithm}: {unused}")
         if done == 0:
             self.evaluate(0)
         progress = Progress(self.console, total_steps=total, first_step=done + 1)
@@ -149,7 +152,7 @@ class Loop:
         return bool(flag)
 
 
-def load_inputs(config: Config, grader: Grader) -> Inputs:
+def load_inputs(config: Config) -> Inputs:
     """Everything that can be wrong about a run, checked before a model is loaded.
 
     Raises:
@@ -163,14 +166,24 @@ def load_inputs(config: Config, grader: Grader) -> Inputs:
     functions = load_functions(config.reward.functions, problems[0].columns)
     check_same_run(config)
     if distributed.is_first():
+        check_problems(config, problems, held_out)
+    return Inputs(tokenizer, problems, held_out, functions)
+
+
+def check_problems(config: Config, problems: list[Problem], held_out: list[Problem]) -> None:
+    """Raise ConfigError for an answer that cannot be graded; warn of problems in both sets."""
+    with make_grader(config) as grader:
         grader.check_golds("data.train", config.data.train, [p.answers for p in problems])
         grader.check_golds("data.eval", config.data.eval, [p.answers for p in held_out])
-        if common := overlap(problems, held_out):
-            logging.getLogger(__name__).warning(
-                "data.eval: %d of %d problems are in data.train too: they are not held out",
-                *(common, len(held_out)),
-            )
-    return Inputs(tokenizer, problems, held_out, functions)
+    if common := overlap(problems, held_out):
+        logging.getLogger(__name__).warning(
+            "data.eval: %d of %d problems are in data.train too: they are not held out",
+            *(common, len(held_out)),
+        )
+
+
+def make_grader(config: Config) -> Grader:
+    return Grader(timeout=config.reward.timeout, processes=distributed.helpers())
 
 
 def check_same_run(config: Config) -> None:

@@ -35,7 +35,8 @@ class RunDirectory:
 
     def add_samples(self, step: int, rollouts: Rollouts, scored: Scored) -> None:
         """The first process's rollouts of one step."""
-        kept = set(scored.scores.kept.tolist())
+        kept = set(scored.kept.tolist())
+        kd = {} if scored.kd_rewards is None else {"kd": scored.kd_rewards.tolist()}
         table = pa.table(
             {
                 "prompt": [problem.prompt for problem in rollouts.problems],
@@ -46,7 +47,7 @@ class RunDirectory:
                 "accuracy": rollouts.accuracy.tolist(),
                 "format": rollouts.format.tolist(),
                 **{name: values.tolist() for name, values in rollouts.functions.items()},
-                "kd": scored.scores.kd_rewards.tolist(),
+                **kd,
                 "kept": [row in kept for row in range(len(rollouts.texts))],
             }
         )

@@ -163,6 +163,28 @@ def importance_weights(
     return weights
 
 
+def kl_penalty(
+    logps: Tensor,
+    reference_logps: Tensor,
+    mask: Tensor | None = None,
+    *,
+    estimator: str = "k3",
+    normalizer: float,
+    weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The loss alone."""
+    ends = list(range(len(logps) + 1)) if cu_seqlens is None else cu_seqlens.tolist()
+    loss = logps.new_zeros(())
+    for s, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+        for n in range(start, end):
+            if mask is None or mask[n]:
+                log_ratio = reference_logps[n] - logps[n]  # log pi_ref / pi of Eq. 4
+                kl = log_ratio**2 / 2 if estimator == "k2" else log_ratio.exp() - log_ratio - 1
+                loss = loss + (1.0 if weights is None else weights[s]) * kl
+    return loss / normalizer
+
+
 def kd_rewards(
     rewards: Tensor,
     teacher_logps: Tensor | None,

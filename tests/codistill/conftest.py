@@ -1,5 +1,6 @@
 """What the trainer's tests share: a tiny tokenizer, tiny models and a configuration of them."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -7,8 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from codistill.config import Config
+from codistill.rewards import Grader
+from codistill.run import load_inputs
+from codistill.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 VOCAB = 18  # tokens of the demo's tokenizer
@@ -77,6 +84,33 @@ def settings(models, tmp_path) -> dict:
         "evaluation": {"every": 2},
         "checkpoint": {"every": 1},
     }
+
+
+@pytest.fixture(scope="session")
+def grader():
+    with Grader(timeout=20) as grader:
+        yield grader
+
+
+@pytest.fixture
+def make_trainer(settings, grader, tmp_path):
+    """A trainer in this process: make_trainer({"kd": {"alpha": 2}}) on top of `settings`."""
+
+    def make(changes: dict | None = None) -> Trainer:
+        merged = copy.deepcopy(settings)
+        for key, value in (changes or {}).items():
+            merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
+        config = Config(**merged)
+        config.check_processes(1)
+        if not dist.is_initialized():
+            dist.init_process_group(
+                "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+            )
+        return Trainer(config, load_inputs(config), torch.device("cpu"), grader)
+
+    yield make
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -57,7 +57,13 @@ def test_defaults_are_those_of_table_3():
         (["--rollout.num_generations", "6"], "rollout.num_generations = 6: expected M of at least"),
         (["--downsample.keep", "7"], "downsample.keep = 7: expected an even number"),
         (["--data.template", "x"], "data.template = 'x': expected r1, boxed, chat or a text with"),
-        (["--algorithm", "ppo"], "algorithm = 'ppo': input should be 'codistill'"),
+        (
+            ["--hint.tokens", "3072"],
+            "hint.tokens = 3072: expected less than rollout.max_completion",
+        ),
+        (["--hint.tokens", "3", "--algorithm", "grpo"], "hint.tokens = 3: expected 0 with"),
+        (["--hint.loss", "masked"], "hint.loss = 'masked': expected own where hint.tokens = 0"),
+        (["--algorithm", "ppo"], "algorithm = 'ppo': input should be 'codistill', 'kdrl'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -30,7 +30,9 @@ def rollouts() -> tuple[list, list, list[torch.Tensor], torch.Tensor]:
 def micro_batch(rows: list[int]) -> MicroBatch:
     prompts, completions, old, advantages = rollouts()
     tokens = TokenBatch.build([prompts[r] for r in rows], [completions[r] for r in rows], CPU)
-    return MicroBatch(tokens, torch.cat([old[r] for r in rows]), advantages[rows])
+    old_logps = torch.cat([old[r] for r in rows])
+    mask = torch.ones_like(old_logps, dtype=torch.bool)
+    return MicroBatch(tokens, old_logps, advantages[rows], mask)
 
 
 def sharded_step(rank: int, folder: str, path: str, world_size: int) -> None:

@@ -84,10 +84,13 @@ def test_run_with_hugging_face_engine(settings, train, models):
 def test_run_with_vllm_on_two_processes(settings, train, models):
     pytest.importorskip("vllm", reason="vLLM cannot be installed on this machine")
     settings["rollout"] |= {"engine": "vllm", "kv_cache_gib": 0.1}
+    settings["hint"] = {"tokens": 3}
     done = train(settings, processes=2)
     assert done.returncode == 0, done.stderr
     assert "rollout engine: vllm, 2 processes on cpu" in done.stdout
     check_files(settings, models)
+    # 8 problems, 4 a step: the first epoch, which has hints, is two steps
+    assert [row["rollout/hint_tokens"] > 0 for row in rows(settings)] == [True, True, False]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])

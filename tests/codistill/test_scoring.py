@@ -16,10 +16,11 @@ def test_score_by_hand(settings):
     settings["training"]["micro_batch_size"] = 4
     settings["kd"] = {"alpha": 4.0}
     config = Config(**settings)
-    problem = Problem("1+1", "2", "1+1=", [3, 12, 3, 13])
+    problem = Problem("1+1", ("2",), "1+1=", [3, 12, 3, 13])
     rollouts = Rollouts(
         problems=[problem] * 6,
         completions=[Completion([2, 1], [0.0, 0.0], False)] * 6,
+        hints=[0] * 6,
         texts=[""] * 6,
         accuracy=torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0]),
         format=torch.zeros(6),
@@ -27,14 +28,14 @@ def test_score_by_hand(settings):
     small = [torch.tensor([-1.0, -1.0])] * 6
     gain = [0.2, -0.4, 0.0, 0.6, -0.2, -1.0]  # log-ratio of the first token
     large = [torch.tensor([-1.0 + g, -1.0]) for g in gain]
-    scored = score(config, rollouts, small, large)
+    scored = score(config, rollouts, {"small": small, "large": large})
     # Eq. 6: kd = 4 * gain / 8
-    assert scored.scores.kd_rewards.tolist() == pytest.approx([0.1, -0.2, 0.0, 0.3, -0.1, -0.5])
+    assert scored.kd_rewards.tolist() == pytest.approx([0.1, -0.2, 0.0, 0.3, -0.1, -0.5])
     # effective 1.1, 0.8, 1.0, 0.3, -0.1, -0.5: best two 0, 2; worst two 4, 5
-    assert scored.scores.kept.tolist() == [0, 2, 4, 5]
+    assert scored.kept.tolist() == [0, 2, 4, 5]
     # Eq. 7 over the kept: mean of 1.1, 1.0, -0.1, -0.5 is 0.375; of 1, 1, 0, 0 it is 0.5
-    assert scored.scores.small_advantages.tolist() == pytest.approx([0.725, 0.625, -0.475, -0.875])
-    assert scored.scores.large_advantages.tolist() == pytest.approx([0.5, 0.5, -0.5, -0.5])
+    assert scored.advantages["small"].tolist() == pytest.approx([0.725, 0.625, -0.475, -0.875])
+    assert scored.advantages["large"].tolist() == pytest.approx([0.5, 0.5, -0.5, -0.5])
 
 
 @pytest.mark.parametrize(

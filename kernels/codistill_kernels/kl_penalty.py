@@ -1,0 +1,90 @@
+"""A KL divergence in the objective, from log-probabilities of sampled tokens."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from codistill_kernels._checks import (
+    can_look,
+    require,
+    require_float,
+    require_mask,
+    require_sequences,
+    require_shape,
+)
+from codistill_kernels.policy_loss import to_tokens
+
+
+def kl_penalty(
+    logps: Tensor,
+    reference_logps: Tensor,
+    mask: Tensor | None = None,
+    *,
+    estimator: Literal["k2", "k3"] = "k3",
+    normalizer: float | Tensor,
+    weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Estimate of KL(policy || reference) over flat tokens that the policy sampled: a sum, divided
+    once.
+
+    d[n] = reference_logps[n] - logps[n]
+    k2[n] = d[n]^2 / 2
+    k3[n] = exp(d[n]) - 1 - d[n]
+    loss = (1/normalizer) sum_n w[n] k[n] over unmasked tokens
+
+    Args:
+        logps: [N] log-probabilities of the policy in training, nats. Differentiable.
+        reference_logps: [N] those of the model to stay near to. No gradient.
+        mask: [N] bool; False takes a token out of everything, whatever its other values are.
+        estimator: "k3" is Eq. 4: unbiased in value; its gradient is that of the forward divergence
+            KL(reference || policy) in expectation. "k2" has the gradient d log p, which is that of
+            the reverse divergence KL(policy || reference) in expectation. There is no "k1": the
+            gradient of -d is that of log p alone, zero in expectation, whatever the reference is.
+        normalizer: > 0; the count that the sum is divided by, over all processes and micro-batches.
+        weights: w, [N], or [S] with `cu_seqlens`: 1/|o_i| for Eq. 2. None: 1.
+        cu_seqlens: [S + 1]; tokens of sequence s are cu_seqlens[s] : cu_seqlens[s + 1].
+
+    Returns:
+        loss, a scalar (fp32; fp64 for fp64 logps) to add to `policy_loss`, times a coefficient, and
+        statistics over unmasked tokens: `tokens`, `kl` (mean of k, nats; 0 without a token).
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype or value. The message names it.
+
+    One token that the reference likes far better weighs exp(d) with k3 (fp32: inf from d = 89).
+    Source: Eq. 2, Eq. 4; Schulman 2020, "Approximating KL divergence". Definition:
+    codistill_kernels.reference.kl_penalty.
+    """
+    require(logps.ndim == 1, "logps", "[N]", tuple(logps.shape))
+    require_float("logps", logps)
+    require_shape("reference_logps", reference_logps, tuple(logps.shape), "[N]")
+    require_mask(mask, len(logps))
+    expected = "k2 or k3 (the gradient of k1 does not depend on the reference)"
+    require(estimator in ("k2", "k3"), "estimator", expected, repr(estimator))
+    if isinstance(normalizer, Tensor):
+        require_shape("normalizer", normalizer, (), "a scalar")
+    if not isinstance(normalizer, Tensor) or can_look(normalizer):
+        require(normalizer > 0, "normalizer", "> 0", normalizer)
+    logps = logps if logps.dtype == torch.float64 else logps.float()
+    keep = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask
+    # Select before exp: NaN behind the mask must reach neither the loss nor its gradient.
+    d = torch.where(keep, reference_logps.detach().to(logps.dtype) - logps, 0.0)
+    kl = d.square() / 2 if estimator == "k2" else d.expm1() - d
+    tokens = keep.sum().to(kl.dtype)
+    statistics = {"tokens": tokens, "kl": kl.detach().sum() / tokens.clamp(min=1)}
+    if weights is not None:
+        kl = kl * token_weights(weights, keep, cu_seqlens).to(kl.dtype)
+    return kl.sum() / normalizer, statistics
+
+
+def token_weights(weights: Tensor, keep: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """[N], 0 where not `keep`."""
+    if cu_seqlens is None:
+        require_shape("weights", weights, tuple(keep.shape), "[N]")
+    else:
+        require_sequences(cu_seqlens, len(keep))
+        require_shape("weights", weights, (len(cu_seqlens) - 1,), "[S]")
+        weights = to_tokens(weights, cu_seqlens, len(keep))
+    return torch.where(keep, weights.detach(), 0.0)

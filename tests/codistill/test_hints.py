@@ -1,0 +1,163 @@
+"""Hints: sampled by the current large model, completed by the small one, and their place in the
+loss of the small model."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from processes import spawn
+
+from codistill.batching import TokenBatch
+from codistill.config import Config
+from codistill.data import Problem
+from codistill.hints import hint_length, hint_uniforms, write_hints
+from codistill.model import load_policy
+from codistill.rollout import Completion
+from codistill.scoring import Rollouts, Scored
+from codistill.updates import make_update
+
+CPU = torch.device("cpu")
+VOCAB, END, TEMPERATURE = 18, 1, 0.8
+PROMPTS = [[3, 12, 4, 13], [9, 13], [5, 12, 5, 13, 2, 2], [7]]
+UNIFORMS = hint_uniforms(0, 1, range(len(PROMPTS)), 1, 5)
+
+
+def sample_plainly(policy) -> list[list[int]]:
+    """Token after token, one prompt at a time, no cache, no padding, from log-probabilities."""
+    out = []
+    for prompt, uniforms in zip(PROMPTS, UNIFORMS, strict=True):
+        tokens: list[int] = []
+        for uniform in uniforms:
+            each = [[*tokens, token] for token in range(VOCAB)]
+            batch = TokenBatch.build([prompt] * VOCAB, each, CPU)
+            with torch.no_grad():
+                logps = torch.stack([part[-1] for part in batch.split(policy(batch, TEMPERATURE))])
+            tokens.append(int(np.searchsorted(logps.double().exp().cumsum(0), uniform, "right")))
+        out.append(tokens)
+    return out
+
+
+def check_sampling(rank: int, folder: str, paths: list[str]) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    for path, checkpointing in zip(paths, (False, True), strict=True):
+        policy = load_policy(
+            path, vocab_size=VOCAB, dtype=torch.float32, device=CPU, checkpointing=checkpointing
+        )
+        tokens = policy.sample(PROMPTS, UNIFORMS, TEMPERATURE)
+        assert tokens == sample_plainly(policy)
+        assert policy.training and len({tuple(row) for row in tokens}) == len(PROMPTS)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_sampling_with_a_cache_is_sampling_without(models, tmp_path):
+    """On two processes, with a tied head and with an untied one."""
+    spawn(check_sampling, str(tmp_path), [str(models[m]) for m in ("small", "large")], processes=2)
+
+
+def test_a_hint_ends_with_an_end_token(make_trainer):
+    policy = make_trainer().policies["large"]
+    uniforms = hint_uniforms(0, 1, range(40), 1, 6)
+    hints = write_hints(policy, [[3, 13]] * 40, uniforms, temperature=1.0, end_token_ids=(END,))
+    tokens = policy.sample([[3, 13]] * 40, uniforms, 1.0)
+    cut = [row[: row.index(END) + 1] if END in row else row for row in tokens]
+    assert hints == cut and min(map(len, hints)) < 6
+
+
+def test_the_current_large_model_writes_the_beginning(make_trainer):
+    """8 problems, 4 a step: the first epoch is steps 1 and 2."""
+    trainer = make_trainer({"hint": {"tokens": 3}})
+    for step in (1, 2, 3):
+        rows = hint_uniforms(0, step, list(range(8)), 6, 3)
+        expected = {  # before the step: of the model as it was trained until then
+            problem.prompt: trainer.policies["large"].sample(
+                [problem.prompt_ids] * 6, rows[6 * i : 6 * i + 6], 1.0
+            )
+            for i, problem in enumerate(trainer.inputs.problems)
+        }
+        numbers, rollouts, _ = trainer.step(step)
+        assert len(rollouts.completions) == 24
+        for row, (completion, hint) in enumerate(
+            zip(rollouts.completions, rollouts.hints, strict=True)
+        ):
+            tokens = completion.token_ids
+            if step == 3:
+                assert hint == 0
+                continue
+            written = expected[rollouts.problems[row].prompt][row % 6]
+            assert tokens[:hint] == written[:hint] and len(completion.logps) == len(tokens) - hint
+            assert hint == 3 or (tokens[-1] == END and len(tokens) == hint)
+            assert completion.truncated == (END not in tokens) and len(tokens) <= 8
+        assert (numbers["time/hint"] > 0) == (numbers["rollout/hint_tokens"] > 0) == (step < 3)
+        assert numbers["time/hint"] <= numbers["time/rollout"]
+        assert numbers["rollout/logp_gap_max"] < 1e-4
+
+
+def test_hints_are_given_in_the_first_epochs_only(settings):
+    config = Config(**settings | {"hint": {"tokens": 3, "epochs": 2}})
+    # 4 prompts a step, 10 problems: epochs 1 and 2 are 20 prompts, 5 steps
+    assert [hint_length(config, step, 10) for step in range(1, 8)] == [3] * 5 + [0] * 2
+    # 9 problems: 18 prompts; the second half of step 5 belongs to the third epoch
+    assert [hint_length(config, step, 9) for step in (5, 6)] == [3, 0]
+
+
+@pytest.fixture
+def by_hand(settings):
+    """update(loss, model): two rollouts of three tokens, hints of 2 and of 0; N = 8."""
+    settings["rollout"] |= {"num_generations": 2, "prompts_per_step": 1}
+    settings |= {"downsample": {"keep": 2}}
+    problem = Problem("1+1", ("2",), "1+1=", [3, 12, 3, 13])
+    rollouts = Rollouts(
+        problems=[problem] * 2,
+        completions=[Completion([2, 3, 1], [0.0], False), Completion([4, 5, 1], [0.0] * 3, False)],
+        hints=[2, 0],
+        texts=["", ""],
+        accuracy=torch.zeros(2),
+        format=torch.zeros(2),
+    )
+    small = [torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-4.0, -5.0, -6.0])]
+    large = [torch.tensor([-0.1, -0.2, -0.3]), torch.tensor([-0.4, -0.5, -0.6])]
+    advantages = {"small": torch.tensor([1.0, -1.0]), "large": torch.tensor([0.5, -0.5])}
+    scored = Scored(
+        {"small": small, "large": large}, small, None, torch.zeros(2), torch.arange(2), advantages
+    )
+
+    def update(loss: str, model: str):
+        config = Config(**settings | {"hint": {"tokens": 2, "loss": loss}})
+        made = make_update(config, model, rollouts, scored, CPU)
+        (batch,) = made.micro_batches
+        assert made.normalizer == 2 * 8
+        assert batch.advantages.tolist() == advantages[model].tolist()
+        return [round(x, 6) for x in batch.old_logps.tolist()], batch.mask.tolist()
+
+    return update
+
+
+def test_hint_tokens_in_the_loss_of_the_small_model(by_hand, make_trainer):
+    own, all_tokens = [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0], [True] * 6
+    assert by_hand("own", "small") == (own, all_tokens)
+    # Eq. 8: the denominator of the first two tokens is the large model's
+    assert by_hand("importance", "small") == ([-0.1, -0.2, *own[2:]], all_tokens)
+    # BREAD: the first two tokens are not there
+    assert by_hand("masked", "small") == (own, [False, False, True, True, True, True])
+    # Eq. 10 has the small model's policy in the denominator, always
+    for loss in ("own", "importance", "masked"):
+        assert by_hand(loss, "large") == (own, all_tokens)
+
+
+def test_a_change_of_the_hints_loss_changes_the_small_models_loss_only(make_trainer):
+    numbers = {
+        loss: make_trainer({"hint": {"tokens": 3, "loss": loss}}).step(1)[0]
+        for loss in ("own", "importance", "masked")
+    }
+    own = numbers.pop("own")
+    assert own["ratio/small_mean"] == pytest.approx(1, abs=1e-5)
+    assert numbers["masked"]["ratio/small_mean"] == pytest.approx(1, abs=1e-5)
+    assert abs(numbers["importance"]["ratio/small_mean"] - 1) > 1e-2
+    for other in numbers.values():
+        different = {k for k in own if not math.isclose(own[k], other[k], rel_tol=1e-6)}
+        different = {k for k in different if not k.startswith(("time/", "tokens_per_second"))}
+        assert {"loss/small", "grad_norm/small"} <= different
+        assert all("small" in key for key in different)

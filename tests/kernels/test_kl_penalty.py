@@ -1,0 +1,117 @@
+"""kl_penalty: Eq. 4 in the objective, and what its gradient knows of the reference."""
+
+import math
+
+import pytest
+import torch
+from numerics import seeded
+
+from codistill_kernels import kl_penalty, reference
+
+ENDS = torch.tensor([0, 4, 4, 11, 15, 30])  # sequence 1 is empty; the mask takes all of sequence 3
+
+
+def make_case(seed: int = 1, dtype: torch.dtype = torch.float64) -> dict:
+    generator = seeded(seed)
+    logps = -torch.rand(30, generator=generator, dtype=torch.float64) * 3
+    noise = torch.randn(30, generator=generator, dtype=torch.float64)
+    mask = torch.rand(30, generator=generator) > 0.2
+    mask[11:15] = False
+    return dict(logps=logps.to(dtype), reference_logps=(logps + noise).to(dtype), mask=mask)
+
+
+def test_by_hand():
+    # pi = 1/2, 1/2; pi_ref = 1, 1/4: ratios 2 and 1/2
+    logps = torch.tensor([0.5, 0.5]).log().requires_grad_()
+    other = torch.tensor([1.0, 0.25]).log()
+    loss, stats = kl_penalty(logps, other, normalizer=10.0)
+    # Eq. 4: 2 - log 2 - 1 = 0.306853 and 0.5 + log 2 - 1 = 0.193147, together 0.5
+    assert loss.item() == pytest.approx(0.05) and stats["kl"].item() == pytest.approx(0.25)
+    # d/dlogp: 1 - ratio = -1 and 0.5
+    assert torch.autograd.grad(loss, logps)[0].tolist() == pytest.approx([-0.1, 0.05])
+    loss, _ = kl_penalty(logps, other, normalizer=10.0, estimator="k2")
+    # log(2)^2 / 2 twice; d/dlogp: minus the log-ratio
+    assert loss.item() == pytest.approx(math.log(2) ** 2 / 10)
+    gradient = torch.autograd.grad(loss, logps)[0]
+    assert gradient.tolist() == pytest.approx([-math.log(2) / 10, math.log(2) / 10])
+
+
+@pytest.mark.parametrize("ends", [None, ENDS], ids=["tokens", "sequences"])
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_equals_reference(estimator, ends):
+    case = make_case()
+    weights = torch.rand(30 if ends is None else 5, generator=seeded(2), dtype=torch.float64)
+    terms = dict(estimator=estimator, normalizer=7.0, weights=weights, cu_seqlens=ends)
+    grads = []
+    for function in (kl_penalty, reference.kl_penalty):
+        logps = case["logps"].clone().requires_grad_()
+        loss = function(logps, case["reference_logps"], case["mask"], **terms)
+        loss = loss[0] if isinstance(loss, tuple) else loss
+        grads.append((loss.detach(), torch.autograd.grad(loss, logps)[0]))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=0)
+    assert (grads[1][1] == 0).sum() == (~case["mask"]).sum()
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_float32_is_as_near_to_float64_as_its_inputs(estimator):
+    gold, _ = kl_penalty(**make_case(), estimator=estimator, normalizer=1)
+    ours, stats = kl_penalty(**make_case(dtype=torch.float32), estimator=estimator, normalizer=1)
+    assert ours.dtype == stats["kl"].dtype == torch.float32
+    assert abs(ours.item() / gold.item() - 1) < 1e-6
+
+
+def test_expected_gradient_is_that_of_a_divergence():
+    """Over a vocabulary of 6, summed exactly: k3 pulls like the forward KL, k2 like the reverse."""
+    generator = seeded(3)
+    logits = torch.randn(6, generator=generator, dtype=torch.float64, requires_grad=True)
+    other = torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(0)
+    log_p = logits.log_softmax(0)
+    p = log_p.exp().detach()
+    divergences = {
+        "k2": (log_p.exp() * (log_p - other)).sum(),
+        "k3": (other.exp() * (other - log_p)).sum(),
+    }
+    for estimator, divergence in divergences.items():
+        loss, _ = kl_penalty(log_p, other, estimator=estimator, normalizer=1, weights=p)
+        ours = torch.autograd.grad(loss, logits, retain_graph=True)[0]
+        gold = torch.autograd.grad(divergence, logits, retain_graph=True)[0]
+        torch.testing.assert_close(ours, gold, rtol=1e-12, atol=1e-15)
+    # k1, differentiated: nothing is left of the other model.
+    k1 = (p * (log_p - other)).sum()
+    assert torch.autograd.grad(k1, logits)[0].abs().max() < 1e-15
+
+
+def test_nan_stays_behind_the_mask():
+    case = make_case()
+    clean, _ = kl_penalty(**case, normalizer=1, weights=torch.ones(5), cu_seqlens=ENDS)
+    logps = case["logps"].clone()
+    logps[~case["mask"]] = case["reference_logps"][~case["mask"]] = torch.nan
+    logps.requires_grad_()
+    weights = torch.ones(5, dtype=torch.float64)
+    weights[3] = torch.nan  # 1/|o| of a sequence without a token
+    loss, stats = kl_penalty(
+        logps, case["reference_logps"], case["mask"], normalizer=1, weights=weights, cu_seqlens=ENDS
+    )
+    assert torch.equal(loss, clean) and stats["kl"].isfinite()
+    assert torch.autograd.grad(loss, logps)[0].isfinite().all()
+
+
+def test_without_a_token():
+    loss, stats = kl_penalty(torch.zeros(0, requires_grad=True), torch.zeros(0), normalizer=1)
+    assert (loss.item(), stats["kl"].item(), stats["tokens"].item()) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"estimator": "k1"}, "estimator must be k2 or k3 .the gradient of k1"),
+        ({"normalizer": 0}, "normalizer must be > 0"),
+        ({"reference_logps": torch.zeros(3)}, "reference_logps must be"),
+        ({"weights": torch.ones(5)}, "weights must be"),
+        ({"mask": torch.ones(30)}, "mask must be bool"),
+        ({"logps": torch.zeros(30, dtype=torch.long)}, "logps must be float32"),
+    ],
+)
+def test_errors_name_the_argument(change, message):
+    with pytest.raises(ValueError, match=message):
+        kl_penalty(**make_case() | {"normalizer": 1.0} | change)
