@@ -4,10 +4,11 @@ Grading happens in processes that import this module and no torch.
 """
 
 import logging
+import math
 import multiprocessing
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass
 from functools import lru_cache
@@ -127,11 +128,15 @@ class Grader:
         self.pool.stop()
         self.pool.join()
 
+    def schedule(self, function: Callable, *arguments: Any) -> Future:
+        task = (self.timeout, function, *arguments)
+        return self.pool.schedule(with_alarm, args=task, timeout=self.timeout)
+
     def grade(self, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> Grades:
         """Grade each text against its gold answers, any of which is right."""
         assert len(texts) == len(answers)
         tasks = [
-            self.pool.schedule(is_correct, args=(text, tuple(gold)), timeout=self.timeout)
+            self.schedule(is_correct, text, tuple(gold))
             for text, gold in zip(texts, answers, strict=True)
         ]
         correct, failures, timeouts = [], 0, 0
@@ -161,10 +166,7 @@ class Grader:
             for answer in answers:
                 if not NUMBER.fullmatch(answer):
                     rows.setdefault(answer, number)
-        tasks: dict[str, Future] = {
-            answer: self.pool.schedule(is_only_text, args=(answer,), timeout=self.timeout)
-            for answer in rows
-        }
+        tasks = {answer: self.schedule(is_only_text, answer) for answer in rows}
         texts = []
         for answer, task in tasks.items():
             try:
@@ -180,6 +182,15 @@ class Grader:
                 "(first in row %d: %r)",
                 *(key, len(texts), rows[texts[0]], texts[0]),
             )
+
+
+def with_alarm(timeout: float, function: Callable, *arguments: Any) -> Any:
+    """Of the pool: call function(*arguments), and die if the one that would end us is gone."""
+    signal.alarm(math.ceil(timeout) + 1)
+    try:
+        return function(*arguments)
+    finally:
+        signal.alarm(0)
 
 
 def prepare_process() -> None:

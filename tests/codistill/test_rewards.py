@@ -1,12 +1,16 @@
 """Is an answer right, does a text have its form, and what the grader does when it cannot say."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from codistill.config import ConfigError
-from codistill.rewards import Grader, format_reward, is_correct, is_only_text
+from codistill.rewards import Grader, format_reward, is_correct, is_only_text, with_alarm
 
+ROOT = Path(__file__).parents[2]
 HANGS = "<answer>999999999^{999999999}</answer>"  # sympy computes the number
 
 
@@ -85,6 +89,12 @@ def test_grader_outlives_a_completion_that_hangs():
     with Grader(timeout=1) as grader:
         grades = grader.grade([HANGS, "<answer>3</answer>"], [["3"], ["3"]])
     assert (grades.correct, grades.failures, grades.timeouts) == ([False, True], 0, 1)
+
+
+def test_a_grading_process_ends_itself_where_nobody_is_left_to_end_it():
+    assert with_alarm(9, max, 1, 2) == 2 and signal.alarm(0) == 0
+    code = "from codistill.rewards import with_alarm; with_alarm(0, pow, 9, 9**9)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGALRM
 
 
 def test_gold_answers_that_cannot_be_graded_are_refused(grader, caplog):
