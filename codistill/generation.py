@@ -1,22 +1,25 @@
 """From a step's problems to graded rollouts: prompts, hints, engine, grader."""
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from codistill.config import Config
 from codistill.data import Problem, draw, redraw
 from codistill.hints import hint_length, hint_uniforms, write_hints
 from codistill.metrics import StepMetrics
 from codistill.model import Policy
-from codistill.rewards import Grader, format_reward
+from codistill.rewards import Grader
 from codistill.rollout import Completion, Engine, Sampling, prompt_seeds
+from codistill.rollout_rewards import RolloutRewards
 from codistill.scoring import Rollouts
+from codistill.user_rewards import RewardFunction
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Inputs:
     tokenizer: Any
     problems: list[Problem]
     held_out: list[Problem]
+    reward_functions: list[RewardFunction] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Group:
     texts: list[str]
     accuracy: list[float]
     format: list[float]
+    functions: dict[str, list[float]]
 
     @property
     def has_signal(self) -> bool:
@@ -58,7 +63,8 @@ class Generation:
         device: torch.device,
         end_token_ids: tuple[int, ...],
     ) -> None:
-        self.config, self.inputs, self.engine, self.grader = config, inputs, engine, grader
+        self.config, self.inputs, self.engine = config, inputs, engine
+        self.rewards = RolloutRewards(config.reward, grader, inputs.reward_functions, device)
         self.hinter, self.device, self.end_token_ids = hinter, device, end_token_ids
 
     def rollouts(self, step: int, metrics: StepMetrics) -> Rollouts:
@@ -150,39 +156,44 @@ class Generation:
             self.inputs.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
             for completion in completions
         ]
-        answers = [problem.answer for problem in problems for _ in range(count)]
-        with metrics.timer("time/grade"):
-            grades = self.grader.grade(texts, answers)
-        accuracy = [float(correct) for correct in grades.correct]
-        form = [format_reward(text) if self.config.reward.format else 0.0 for text in texts]
-        parts = [slice(start, start + count) for start in range(0, len(texts), count)]
-        groups = [
-            Group(problem, completions[p], hints[p], texts[p], accuracy[p], form[p])
-            for problem, p in zip(problems, parts, strict=True)
-        ]
-        lengths = torch.tensor([len(completion.token_ids) for completion in completions])
+        token_ids = [completion.token_ids for completion in completions]
+        each = [problem for problem in problems for _ in range(count)]
+        terms = self.rewards(each, texts, token_ids, metrics)
+        # Numbers, not tensors: they may be sent to other processes.
+        accuracy, form = terms.accuracy.tolist(), terms.format.tolist()
+        functions = {name: values.tolist() for name, values in terms.functions.items()}
+        groups = []
+        for problem, start in zip(problems, range(0, len(texts), count), strict=True):
+            part = slice(start, start + count)
+            added = {name: values[part] for name, values in functions.items()}
+            written = (completions[part], hints[part], texts[part])
+            groups.append(Group(problem, *written, accuracy[part], form[part], added))
         unsolved = torch.tensor([not any(group.accuracy) for group in groups])
+        lengths = torch.tensor([len(tokens) for tokens in token_ids])
         truncated = torch.tensor([completion.truncated for completion in completions])
-        metrics.mean_of("reward/accuracy", torch.tensor(accuracy))
-        metrics.mean_of("reward/format", torch.tensor(form))
         metrics.mean_of("reward/zero_fraction", unsolved.float())
         metrics.mean_of("rollout/mean_tokens", lengths)
         metrics.mean_of("rollout/truncated_fraction", truncated.float())
         metrics.total("rollout/tokens", lengths.sum())
-        metrics.total("grade/failures", grades.failures)
-        metrics.total("grade/timeouts", grades.timeouts)
         return groups
 
 
 def join(groups: list[Group], device: torch.device) -> Rollouts:
     """The rollouts of all groups, one after the other."""
+
+    def tensor(values: Iterable[list[float]]) -> Tensor:
+        return torch.tensor([x for part in values for x in part], device=device)
+
     return Rollouts(
         problems=[group.problem for group in groups for _ in group.texts],
         completions=[completion for group in groups for completion in group.completions],
         hints=[hint for group in groups for hint in group.hints],
         texts=[text for group in groups for text in group.texts],
-        accuracy=torch.tensor([x for group in groups for x in group.accuracy], device=device),
-        format=torch.tensor([x for group in groups for x in group.format], device=device),
+        accuracy=tensor(group.accuracy for group in groups),
+        format=tensor(group.format for group in groups),
+        functions={
+            name: tensor(group.functions[name] for group in groups) for name in groups[0].functions
+        },
     )
 
 

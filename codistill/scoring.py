@@ -36,6 +36,13 @@ class Rollouts:
     """[S] 1.0 where the answer is right, else 0.0."""
     format: Tensor
     """[S] format reward; zeros where the run has none."""
+    functions: dict[str, Tensor] = field(default_factory=dict)
+    """[S] what each reward function of the user's adds, weight included."""
+
+    @property
+    def rewards(self) -> Tensor:
+        """r of Eq. 6 as graded, [S]."""
+        return self.accuracy + self.format + sum(self.functions.values())
 
     @property
     def lengths(self) -> Tensor:
@@ -152,10 +159,9 @@ def score(
 
 def task_rewards(config: Config, rollouts: Rollouts) -> Tensor:
     """r of Eq. 6, [S]."""
-    rewards = rollouts.accuracy + rollouts.format
-    if config.rollout.truncated == "zero_reward":
-        rewards = torch.where(rollouts.truncated.to(rewards.device), 0.0, rewards)
-    return rewards
+    if config.rollout.truncated != "zero_reward":
+        return rollouts.rewards
+    return torch.where(rollouts.truncated.to(rollouts.rewards.device), 0.0, rollouts.rewards)
 
 
 def effective_rewards(

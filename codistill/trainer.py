@@ -293,10 +293,14 @@ class Trainer:
 
 def finish(numbers: dict[str, float]) -> dict[str, float]:
     """Add what is a function of reduced numbers; drop what was only needed for that."""
+    # Where no token was in a loss, or none was the engine's, there was nothing to average.
+    numbers.setdefault("rollout/logp_gap_mean", 0.0)
     for name in ("small", "large"):
-        if f"ratio/{name}_squared" in numbers:
-            squared = numbers.pop(f"ratio/{name}_squared")
-            mean = numbers[f"ratio/{name}_mean"]
+        if f"loss/{name}" in numbers:
+            for statistic in ("mean", "squared", "clip_fraction", "kl"):
+                numbers.setdefault(f"ratio/{name}_{statistic}", 0.0)
+            mean, squared = (numbers[f"ratio/{name}_{s}"] for s in ("mean", "squared"))
             numbers[f"ratio/{name}_ess"] = mean**2 / squared if squared else 0.0
+            del numbers[f"ratio/{name}_squared"]
     numbers["tokens_per_second"] = numbers.pop("rollout/tokens") / numbers["time/step"]
     return numbers

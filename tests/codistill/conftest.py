@@ -101,8 +101,8 @@ class FakeGrader:
 
     def grade(self, texts, answers) -> Grades:
         correct = [
-            zlib.crc32((text + answer).encode()) % 2 == 0
-            for text, answer in zip(texts, answers, strict=True)
+            zlib.crc32((text + gold[0]).encode()) % 2 == 0
+            for text, gold in zip(texts, answers, strict=True)
         ]
         return Grades(correct, 0, 0)
 

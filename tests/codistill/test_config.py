@@ -56,7 +56,7 @@ def test_defaults_are_those_of_table_3():
         ),
         (["--rollout.num_generations", "6"], "rollout.num_generations = 6: expected M of at least"),
         (["--downsample.keep", "7"], "downsample.keep = 7: expected an even number"),
-        (["--data.template", "x"], "data.template = 'x': expected a text with {problem}"),
+        (["--data.template", "x"], "data.template = 'x': expected r1, boxed, chat or a text with"),
         (
             ["--hint.tokens", "3072"],
             "hint.tokens = 3072: expected less than rollout.max_completion",
@@ -190,7 +190,7 @@ def test_help_is_quick_and_needs_no_torch():
             "data.train = 'nowhere.jsonl': expected a file that",
         ),
         ({"data": {"train": "{empty}"}}, "expected at least one problem, found none"),
-        ({"data": {"train": "{wrong}"}}, "rows with the fields problem and answer, found question"),
+        ({"data": {"train": "{wrong}"}}, "answer or final_answer or solution, found question"),
         (
             {"small": {"path": "./nowhere"}},
             "small.path = './nowhere': expected a folder that exists",

@@ -108,7 +108,7 @@ def by_hand(settings):
     """update(loss, model): two rollouts of three tokens, hints of 2 and of 0; N = 8."""
     settings["rollout"] |= {"num_generations": 2, "prompts_per_step": 1}
     settings |= {"downsample": {"keep": 2}}
-    problem = Problem("1+1", "2", "1+1=", [3, 12, 3, 13])
+    problem = Problem("1+1", ("2",), "1+1=", [3, 12, 3, 13])
     rollouts = Rollouts(
         problems=[problem] * 2,
         completions=[Completion([2, 3, 1], [0.0], False), Completion([4, 5, 1], [0.0] * 3, False)],

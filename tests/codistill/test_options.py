@@ -186,7 +186,7 @@ def test_dynamic_sampling_takes_the_prompts_with_a_signal(make_trainer, monkeypa
     ("accuracy", "signal"), [([0.0, 0.0], False), ([1.0, 0.0], True), ([1.0, 1.0], False)]
 )
 def test_signal_is_right_and_wrong(accuracy, signal):
-    assert Group(None, [], [], [], accuracy, []).has_signal == signal
+    assert Group(None, [], [], [], accuracy, [], {}).has_signal == signal
 
 
 class FakeEngine:
@@ -213,8 +213,13 @@ class FakeEngine:
             pass
 
 
+def brevity(prompts, completions, completion_ids, **columns):
+    return [-len(ids) / 10 for ids in completion_ids]
+
+
 MANY = [
     {
+        "reward": {"functions": {"test_options.brevity": 0.5}},
         "hint": {"tokens": 2, "loss": "importance"},
         "kd": {"estimator": "exact", "alpha_end": 3.0},
         "downsample": {"method": "max_variance"},

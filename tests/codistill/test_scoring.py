@@ -10,7 +10,7 @@ from codistill.learner import clamp_log_ratio, learning_rate_factor
 from codistill.rollout import Completion
 from codistill.scoring import Rollouts, alpha_at, score
 
-PROBLEM = Problem("1+1", "2", "1+1=", [3, 12, 3, 13])
+PROBLEM = Problem("1+1", ("2",), "1+1=", [3, 12, 3, 13])
 GAIN = [0.2, -0.4, 0.0, 0.6, -0.2, -1.0]  # log-ratio large/small of a rollout's first token
 LENGTHS = [2, 5, 3, 2, 4, 3]
 ACCURACY = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]

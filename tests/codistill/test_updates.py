@@ -13,7 +13,7 @@ from codistill.scoring import Rollouts, Scored, engine_weights
 from codistill.updates import make_update
 from codistill_kernels import kl_penalty, policy_loss
 
-PROBLEM = Problem("1+1", "2", "1+1=", [3, 12, 3, 13])
+PROBLEM = Problem("1+1", ("2",), "1+1=", [3, 12, 3, 13])
 LENGTHS = (3, 1, 2)
 ENGINE = [-0.5, -0.5, -0.5], [-0.5], [-0.5, -0.5]
 
