@@ -124,8 +124,13 @@ def by_hand(settings):
     scored = Scored(logps, large, None, torch.zeros(2), torch.arange(2), advantages)
 
     def update(loss: str, model: str):
-        config = Config(**settings | {"hint": {"tokens": 2, "loss": loss}})
-        made = make_update(config, model, rollouts, scored, CPU)
+        changes = {"hint": {"tokens": 2, "loss": loss}}
+        config = Config(**settings | changes | {"loss": {"normalization": "sequence"}})
+        (batch,) = make_update(config, model, rollouts, scored, CPU).micro_batches
+        # 1/|o| of Eq. 2: the tokens that are in the loss
+        masked = loss == "masked" and model == "small"
+        assert batch.weights.tolist() == pytest.approx([1.0 if masked else 1 / 3, 1 / 3])
+        made = make_update(Config(**settings | changes), model, rollouts, scored, CPU)
         (batch,) = made.micro_batches
         assert made.normalizer == 2 * 8
         assert batch.advantages.tolist() == advantages[model].tolist()
