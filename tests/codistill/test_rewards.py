@@ -85,7 +85,6 @@ def test_grader_counts_what_it_could_not_grade(grader):
 
 
 def test_grader_outlives_a_completion_that_hangs():
-    """The time limit does not count the start of the process that replaces the one killed."""
     with Grader(timeout=1) as grader:
         grades = grader.grade([HANGS, "<answer>3</answer>"], [["3"], ["3"]])
     assert (grades.correct, grades.failures, grades.timeouts) == ([False, True], 0, 1)
@@ -95,6 +94,15 @@ def test_a_grading_process_ends_itself_where_nobody_is_left_to_end_it():
     assert with_alarm(9, max, 1, 2) == 2 and signal.alarm(0) == 0
     code = "from codistill.rewards import with_alarm; with_alarm(0, pow, 9, 9**9)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGALRM
+
+
+def test_a_grading_process_is_ready_before_the_time_runs():
+    code = (
+        "import signal, sys; from codistill.rewards import prepare_process; prepare_process()\n"
+        "assert 'math_verify' in sys.modules and 'torch' not in sys.modules\n"
+        "assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_gold_answers_that_cannot_be_graded_are_refused(grader, caplog):
