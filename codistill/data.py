@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -19,6 +19,8 @@ from codistill.templates import CHAT, encode, render
 
 PROBLEM_FIELDS = ("problem", "question", "prompt")
 ANSWER_FIELDS = ("answer", "final_answer", "solution")
+
+REDRAW_STREAM = 2**34  # beside the epochs, which are below
 
 
 @dataclass(frozen=True)
@@ -179,3 +181,15 @@ def draw(count: int, batch: int, step: int, seed: int) -> np.ndarray:
     order = np.concatenate([np.random.default_rng([seed, e]).permutation(count) for e in epochs])
     start = first - epochs[0] * count
     return order[start : start + batch]
+
+
+def redraw(count: int, batch: int, step: int, seed: int) -> Iterator[np.ndarray]:
+    """Indices of `batch` problems again and again that step `step` (from 0) has not drawn yet, in
+    an order of this step's own, until too few are left.
+
+    A function of its arguments alone, like `draw`, and independent of it: no later step moves.
+    """
+    others = np.setdiff1d(np.arange(count), draw(count, batch, step, seed))
+    order = np.random.default_rng([seed, REDRAW_STREAM, step]).permutation(others)
+    for first in range(0, len(order) - batch + 1, batch):
+        yield order[first : first + batch]

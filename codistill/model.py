@@ -48,13 +48,9 @@ class Policy(nn.Module):
 
     def forward(self, batch: TokenBatch, temperature: float) -> Tensor:
         """Log-probability of each completion token, [N] fp32 nats, at the given temperature."""
-        output = self.lm.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        )
-        hidden_states = output.last_hidden_state.flatten(0, 1)[batch.positions]
         head = self.lm.get_output_embeddings()
         return linear_logps(
-            hidden_states,
+            self.hidden_states(batch),
             head.weight,
             batch.token_ids,
             bias=head.bias,
@@ -62,6 +58,24 @@ class Policy(nn.Module):
             softcap=self.softcap,
             vocab_size=self.vocab_size,
         )
+
+    def hidden_states(self, batch: TokenBatch) -> Tensor:
+        """[N, H] at the position that predicts each completion token."""
+        output = self.lm.base_model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        )
+        return output.last_hidden_state.flatten(0, 1)[batch.positions]
+
+    def head_inputs(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """(hidden states [N, H], lm_head weight [V, H]), whole, until the policy runs again.
+
+        Raises:
+            NotImplementedError: the head does more than multiply.
+        """
+        head = self.lm.get_output_embeddings()
+        if head.bias is not None or self.softcap is not None:
+            raise NotImplementedError("kd.estimator exact: an lm_head with a bias or a softcap")
+        return self.hidden_states(batch), head.weight
 
     @torch.no_grad()
     def sample(
@@ -105,6 +119,8 @@ class Policy(nn.Module):
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """All weights by Hugging Face name, gathered one by one: every process must iterate."""
+        if isinstance(self, FSDPModule):
+            self.reshard()  # a forward pass leaves weights behind that are rounded to its dtype
         for name, parameter in self.lm.named_parameters():
             weight = parameter.detach()
             yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
@@ -119,7 +135,8 @@ def shard(policy: Policy, *, dtype: torch.dtype) -> Policy:
     for layer in policy.lm.base_model.layers:
         fully_shard(layer, mp_policy=precision)
     fully_shard(policy, mp_policy=precision)
-    register_fsdp_forward_method(policy, "sample")
+    for method in ("sample", "head_inputs"):
+        register_fsdp_forward_method(policy, method)
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -63,6 +63,44 @@ def test_defaults_are_those_of_table_3():
         ),
         (["--hint.tokens", "3", "--algorithm", "grpo"], "hint.tokens = 3: expected 0 with"),
         (["--hint.loss", "masked"], "hint.loss = 'masked': expected own where hint.tokens = 0"),
+        (
+            ["--kd.placement", "objective", "--kd.estimator", "k1"],
+            "kd.estimator = 'k1': expected k2",
+        ),
+        (
+            ["--kd.estimator", "k2"],
+            "kd.estimator = 'k2': expected k1 or k3 or exact with kd.placem",
+        ),
+        (["--downsample.method", "none", "--downsample.by", "shortness"], "downsample.by = 'short"),
+        (
+            ["--advantage.baseline", "leave_one_out", "--advantage.scale", "std"],
+            "advantage.scale = 'std': expected none with baseline leave_one_out",
+        ),
+        (["--loss.epsilon_low", "1"], "loss.epsilon_low = 1.0: expected less than 1 with"),
+        (
+            ["--loss.epsilon_low", "2", "--loss.kind", "cispo"],
+            "loss.epsilon_low = 2.0: expected at most 1",
+        ),
+        (
+            ["--loss.kind", "gspo", "--loss.large_dual_clip", "3"],
+            "loss.large_dual_clip = 3.0: expec",
+        ),
+        (
+            ["--loss.old_logps", "engine", "--loss.importance_cap", "2"],
+            "loss.importance_cap = 2.0: expected no value with loss.old_logps = 'engine'",
+        ),
+        (
+            ["--loss.old_logps=engine", "--loss.logp_temperature=one", "--rollout.temperature=0.7"],
+            "loss.old_logps = 'engine': expected trainer with loss.logp_temperature = 'one'",
+        ),
+        (
+            ["--algorithm", "kdrl", "--loss.large_log_ratio_clamp", "5"],
+            "loss.large_log_ratio_clamp = 5.0: expected no value: algorithm kdrl does not train",
+        ),
+        (
+            ["--algorithm", "grpo", "--training.update_order", "large_first"],
+            "training.update_order = 'large_first': expected small_first: algorithm grpo",
+        ),
         (["--algorithm", "ppo"], "algorithm = 'ppo': input should be 'codistill', 'kdrl'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -95,6 +133,22 @@ def test_wrong_file_is_named(tmp_path, text, expected):
 def test_missing_file_is_named():
     with pytest.raises(ConfigError, match="--config = 'no.yaml': expected a YAML file that exists"):
         load_config(["--config", "no.yaml"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--loss.epsilon_low", "1", "--loss.kind", "cispo"],
+        ["--loss.epsilon_low", "3", "--loss.kind", "gmpo"],
+        ["--downsample.keep", "7", "--downsample.method", "top"],
+        ["--downsample.method", "none", "--rollout.num_generations", "4"],
+        ["--loss.old_logps", "engine", "--loss.logp_temperature", "one"],  # temperature is 1
+        ["--algorithm", "grpo", "--grpo.model", "large", "--loss.large_dual_clip", "3"],
+    ],
+    ids=str,
+)
+def test_right_combinations(load, arguments):
+    load(*arguments)
 
 
 def test_processes_must_divide_the_prompts_and_micro_batches_the_rollouts(load):

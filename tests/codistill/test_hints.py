@@ -120,9 +120,8 @@ def by_hand(settings):
     small = [torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-4.0, -5.0, -6.0])]
     large = [torch.tensor([-0.1, -0.2, -0.3]), torch.tensor([-0.4, -0.5, -0.6])]
     advantages = {"small": torch.tensor([1.0, -1.0]), "large": torch.tensor([0.5, -0.5])}
-    scored = Scored(
-        {"small": small, "large": large}, small, None, torch.zeros(2), torch.arange(2), advantages
-    )
+    logps = {"small": small, "large": large}
+    scored = Scored(logps, large, None, torch.zeros(2), torch.arange(2), advantages)
 
     def update(loss: str, model: str):
         config = Config(**settings | {"hint": {"tokens": 2, "loss": loss}})
