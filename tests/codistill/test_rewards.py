@@ -14,12 +14,6 @@ ROOT = Path(__file__).parents[2]
 HANGS = "<answer>999999999^{999999999}</answer>"  # sympy computes the number
 
 
-@pytest.fixture(scope="module")
-def grader():
-    with Grader(timeout=20) as grader:
-        yield grader
-
-
 @pytest.mark.parametrize(
     ("text", "reward"),
     [
