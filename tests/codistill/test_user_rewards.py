@@ -186,8 +186,8 @@ def with_levels(settings, tmp_path) -> dict:
 
 
 def test_a_run_adds_weighs_and_measures_reward_functions(with_levels, module, train):
-    functions = {"my_rewards.brevity": 0.01, "my_rewards.easy": 2.0, "my_rewards.never": 1.0}
-    with_levels["reward"]["functions"] = functions
+    weights = {"my_rewards.brevity": 0.01, "my_rewards.easy": 2.0, "my_rewards.never": 1.0}
+    with_levels["reward"]["functions"] = weights
     done = train(with_levels)
     assert done.returncode == 0, done.stderr
     assert "data.eval: 4 of 8 problems are in data.train too" in done.stderr
@@ -200,10 +200,11 @@ def test_a_run_adds_weighs_and_measures_reward_functions(with_levels, module, tr
         samples = pyarrow.parquet.read_table(
             folder / "samples" / f"step_{numbers['step']:06d}.parquet"
         ).to_pylist()
-        assert {row["easy"] for row in samples} == {0.0, 2.0}
+        assert {row["reward/easy"] for row in samples} == {0.0, 2.0}
         for row in samples:
-            assert row["brevity"] == pytest.approx(-0.01 * row["tokens"])
-        terms = ("accuracy", "format", "brevity", "easy", "never", "kd")
+            assert row["reward/brevity"] == pytest.approx(-0.01 * row["tokens"])
+        functions = ("reward/brevity", "reward/easy", "reward/never")
+        terms = ("accuracy", "format", "kd", *functions)
         effective = sum(row[term] for row in samples for term in terms) / len(samples)
         assert numbers["reward/effective"] == pytest.approx(effective, abs=1e-5)
 
