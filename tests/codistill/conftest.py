@@ -115,10 +115,13 @@ def grader():
 
 @pytest.fixture
 def make_trainer(settings, grader, tmp_path):
-    """A trainer in this process: make_trainer({"kd": {"alpha": 2}}) on top of `settings`."""
+    """A trainer in this process: make_trainer({"kd": {"alpha": 2}}) on top of `settings`, or of a
+    whole configuration."""
 
-    def make(changes: dict | None = None, grader: Any = grader) -> Trainer:
-        config = Config(**merged(settings, changes or {}))
+    def make(changes: dict | Config | None = None, grader: Any = grader) -> Trainer:
+        config = changes
+        if not isinstance(config, Config):
+            config = Config(**merged(settings, changes or {}))
         config.check_processes(1)
         if not dist.is_initialized():
             dist.init_process_group(
