@@ -200,9 +200,22 @@ def test_help_is_quick_and_needs_no_torch():
             {"rollout": {"max_prompt_tokens": 3}},
             "rollout.max_prompt_tokens = 3: expected at least 4",
         ),
+        (
+            {"rollout": {"max_completion_tokens": 57}},
+            "rollout.max_completion_tokens = 57: expected no more than the 64 positions of small",
+        ),
         ({"rollout": {"prompts_per_step": 3}}, "training.micro_batch_size = 8: expected a divisor"),
     ],
-    ids=["no file", "empty", "wrong fields", "no model", "tokenizers", "long prompt", "no divisor"],
+    ids=[
+        "no file",
+        "empty",
+        "wrong fields",
+        "no model",
+        "tokenizers",
+        "long prompt",
+        "few positions",
+        "no divisor",
+    ],
 )
 def test_wrong_input_stops_the_run(settings, tmp_path, tokenizer, change, expected):
     (tmp_path / "empty.jsonl").write_text("")

@@ -127,7 +127,7 @@ def families(tmp_path_factory) -> dict[str, Path]:
                 num_hidden_layers=1,
                 num_attention_heads=1,
                 num_key_value_heads=1,
-                max_position_embeddings=1024,
+                max_position_embeddings=2048,
                 tie_word_embeddings=name == "small",
                 eos_token_id=tokenizer.eos_token_id,
                 bos_token_id=tokenizer.bos_token_id,

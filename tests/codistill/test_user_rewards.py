@@ -3,12 +3,17 @@
 import json
 import math
 import os
+import re
+import shlex
+import sys
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import yaml
 
 from codistill.config import Config, ConfigError, load_config
+from codistill.config_data import RewardConfig
 from codistill.run import run
 from codistill.user_rewards import RewardError, RewardFunction, load_functions
 
@@ -217,3 +222,20 @@ def test_an_error_on_one_process_ends_all_with_code_1(with_levels, module, train
     assert f"train.py: stopped: {line} (my_rewards.py, line 16)" in done.stderr
     # Said by the first process, though it was the other whose function failed; no traceback beside.
     assert done.stderr.count("ZeroDivisionError") == 1
+
+
+def test_the_example_of_the_documentation(make_trainer, settings, tmp_path, monkeypatch):
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "data_and_rewards.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (command,) = re.findall(r"```sh\npython train.py (.*?)\n```", text, re.DOTALL)
+    (section,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "my_rewards.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    monkeypatch.chdir(root)
+    reward = load_config(shlex.split(command)).reward
+    assert reward.model_dump() == RewardConfig(**yaml.safe_load(section)["reward"]).model_dump()
+    numbers, _, _ = make_trainer({"reward": reward.model_dump()}).step(1)
+    assert -1 <= numbers["reward/brevity"] < 0
+    assert "reward/shows_work" not in numbers  # all answers are short
