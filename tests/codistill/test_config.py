@@ -1,5 +1,6 @@
 """A mistake in the configuration ends in exit code 2 and one line that names it."""
 
+import json
 import subprocess
 import sys
 import time
@@ -192,6 +193,10 @@ def test_help_is_quick_and_needs_no_torch():
         ({"data": {"train": "{empty}"}}, "expected at least one problem, found none"),
         ({"data": {"train": "{wrong}"}}, "answer or final_answer or solution, found question"),
         (
+            {"data": {"eval": "{bad}"}},
+            "an answer in row 2 that math-verify can read",
+        ),
+        (
             {"small": {"path": "./nowhere"}},
             "small.path = './nowhere': expected a folder that exists",
         ),
@@ -210,6 +215,7 @@ def test_help_is_quick_and_needs_no_torch():
         "no file",
         "empty",
         "wrong fields",
+        "bad answer",
         "no model",
         "tokenizers",
         "long prompt",
@@ -219,6 +225,8 @@ def test_help_is_quick_and_needs_no_torch():
 )
 def test_wrong_input_stops_the_run(settings, tmp_path, tokenizer, change, expected):
     (tmp_path / "empty.jsonl").write_text("")
+    rows = [{"problem": "1", "answer": answer} for answer in ("1", "}")]
+    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "wrong.jsonl").write_text('{"question": "1"}\n')
     tokenizer.save_pretrained(tmp_path / "other")
     vocabulary = tmp_path / "other" / "tokenizer.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from codistill.config import ConfigError
-from codistill.rewards import Grader, format_reward, is_correct, is_only_text, with_alarm
+from codistill.rewards import Grader, Grades, format_reward, is_correct, is_only_text, with_alarm
 
 ROOT = Path(__file__).parents[2]
 HANGS = "<answer>999999999^{999999999}</answer>"  # sympy computes the number
@@ -112,3 +112,13 @@ def test_gold_answers_that_cannot_be_graded_are_refused(grader, caplog):
         grader.check_golds("data.train", path, [["1"], ["2", "}"]])
     expected = "data.train = 'a.jsonl': expected an answer in row 2 that math-verify can read"
     assert str(error.value).startswith(expected) and "'}'" in str(error.value)
+
+
+def test_held_out_completions_that_cannot_be_graded_are_named(make_trainer, caplog):
+    class FailingGrader:
+        def grade(self, texts, answers) -> Grades:
+            return Grades([True] + [False] * (len(texts) - 1), failures=1, timeouts=2)
+
+    assert make_trainer({}, FailingGrader()).evaluate(1)["small"] == 1 / 8
+    expected = "grading failed on 1 and timed out on 2 of 8 held-out completions: counted as wrong"
+    assert expected in caplog.messages
