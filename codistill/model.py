@@ -19,6 +19,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -213,6 +214,27 @@ def load_tokenizers(config: Config) -> PreTrainedTokenizerBase:
             f"{theirs.get(different)} here and {ours.get(different)} there",
         )
     return tokenizer
+
+
+def check_context(config: Config) -> None:
+    """Raise ConfigError unless prompt and completion fit into the positions of every model."""
+    rollout = config.rollout
+    for name in config.loaded:
+        path = config.model(name).path
+        try:
+            text_config = AutoConfig.from_pretrained(path).get_text_config()
+        except (OSError, ValueError) as error:
+            expected = f"a model with a config.json: {str(error).splitlines()[0]}"
+            raise ConfigError(f"{name}.path = {path!r}: expected {expected}") from error
+        positions = getattr(text_config, "max_position_embeddings", None)
+        require(
+            positions is None
+            or rollout.max_prompt_tokens + rollout.max_completion_tokens <= positions,
+            "rollout.max_completion_tokens",
+            rollout.max_completion_tokens,
+            f"no more than the {positions} positions of {name}.path = {path!r} less "
+            f"rollout.max_prompt_tokens = {rollout.max_prompt_tokens}",
+        )
 
 
 def end_token_ids(key: str, path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

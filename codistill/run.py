@@ -17,7 +17,7 @@ from codistill.config import Config, ConfigError
 from codistill.console import Progress, print_summary
 from codistill.data import Problem, load_problems, overlap
 from codistill.generation import Inputs
-from codistill.model import export, load_tokenizers, quiet_transformers
+from codistill.model import check_context, export, load_tokenizers, quiet_transformers
 from codistill.rewards import Grader
 from codistill.rollout import SyncError
 from codistill.run_directory import RunDirectory
@@ -160,6 +160,7 @@ def load_inputs(config: Config) -> Inputs:
             not the same.
     """
     tokenizer = load_tokenizers(config)
+    check_context(config)
     limit = config.rollout.max_prompt_tokens
     problems = load_problems("data.train", config.data, tokenizer, max_prompt_tokens=limit)
     held_out = load_problems("data.eval", config.data, tokenizer, max_prompt_tokens=limit)

@@ -46,7 +46,7 @@ class RunDirectory:
                 "truncated": [c.truncated for c in rollouts.completions],
                 "accuracy": rollouts.accuracy.tolist(),
                 "format": rollouts.format.tolist(),
-                **{name: values.tolist() for name, values in rollouts.functions.items()},
+                **{f"reward/{name}": v.tolist() for name, v in rollouts.functions.items()},
                 **kd,
                 "kept": [row in kept for row in range(len(rollouts.texts))],
             }

@@ -1,5 +1,6 @@
 """A mistake in the configuration ends in exit code 2 and one line that names it."""
 
+import json
 import subprocess
 import sys
 import time
@@ -192,6 +193,10 @@ def test_help_is_quick_and_needs_no_torch():
         ({"data": {"train": "{empty}"}}, "expected at least one problem, found none"),
         ({"data": {"train": "{wrong}"}}, "answer or final_answer or solution, found question"),
         (
+            {"data": {"eval": "{bad}"}},
+            "an answer in row 2 that math-verify can read",
+        ),
+        (
             {"small": {"path": "./nowhere"}},
             "small.path = './nowhere': expected a folder that exists",
         ),
@@ -200,12 +205,28 @@ def test_help_is_quick_and_needs_no_torch():
             {"rollout": {"max_prompt_tokens": 3}},
             "rollout.max_prompt_tokens = 3: expected at least 4",
         ),
+        (
+            {"rollout": {"max_completion_tokens": 57}},
+            "rollout.max_completion_tokens = 57: expected no more than the 64 positions of small",
+        ),
         ({"rollout": {"prompts_per_step": 3}}, "training.micro_batch_size = 8: expected a divisor"),
     ],
-    ids=["no file", "empty", "wrong fields", "no model", "tokenizers", "long prompt", "no divisor"],
+    ids=[
+        "no file",
+        "empty",
+        "wrong fields",
+        "bad answer",
+        "no model",
+        "tokenizers",
+        "long prompt",
+        "few positions",
+        "no divisor",
+    ],
 )
 def test_wrong_input_stops_the_run(settings, tmp_path, tokenizer, change, expected):
     (tmp_path / "empty.jsonl").write_text("")
+    rows = [{"problem": "1", "answer": answer} for answer in ("1", "}")]
+    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "wrong.jsonl").write_text('{"question": "1"}\n')
     tokenizer.save_pretrained(tmp_path / "other")
     vocabulary = tmp_path / "other" / "tokenizer.json"

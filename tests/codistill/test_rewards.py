@@ -8,16 +8,10 @@ from pathlib import Path
 import pytest
 
 from codistill.config import ConfigError
-from codistill.rewards import Grader, format_reward, is_correct, is_only_text, with_alarm
+from codistill.rewards import Grader, Grades, format_reward, is_correct, is_only_text, with_alarm
 
 ROOT = Path(__file__).parents[2]
 HANGS = "<answer>999999999^{999999999}</answer>"  # sympy computes the number
-
-
-@pytest.fixture(scope="module")
-def grader():
-    with Grader(timeout=20) as grader:
-        yield grader
 
 
 @pytest.mark.parametrize(
@@ -85,7 +79,6 @@ def test_grader_counts_what_it_could_not_grade(grader):
 
 
 def test_grader_outlives_a_completion_that_hangs():
-    """The time limit does not count the start of the process that replaces the one killed."""
     with Grader(timeout=1) as grader:
         grades = grader.grade([HANGS, "<answer>3</answer>"], [["3"], ["3"]])
     assert (grades.correct, grades.failures, grades.timeouts) == ([False, True], 0, 1)
@@ -95,6 +88,15 @@ def test_a_grading_process_ends_itself_where_nobody_is_left_to_end_it():
     assert with_alarm(9, max, 1, 2) == 2 and signal.alarm(0) == 0
     code = "from codistill.rewards import with_alarm; with_alarm(0, pow, 9, 9**9)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGALRM
+
+
+def test_a_grading_process_is_ready_before_the_time_runs():
+    code = (
+        "import signal, sys; from codistill.rewards import prepare_process; prepare_process()\n"
+        "assert 'math_verify' in sys.modules and 'torch' not in sys.modules\n"
+        "assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_gold_answers_that_cannot_be_graded_are_refused(grader, caplog):
@@ -110,3 +112,13 @@ def test_gold_answers_that_cannot_be_graded_are_refused(grader, caplog):
         grader.check_golds("data.train", path, [["1"], ["2", "}"]])
     expected = "data.train = 'a.jsonl': expected an answer in row 2 that math-verify can read"
     assert str(error.value).startswith(expected) and "'}'" in str(error.value)
+
+
+def test_held_out_completions_that_cannot_be_graded_are_named(make_trainer, caplog):
+    class FailingGrader:
+        def grade(self, texts, answers) -> Grades:
+            return Grades([True] + [False] * (len(texts) - 1), failures=1, timeouts=2)
+
+    assert make_trainer({}, FailingGrader()).evaluate(1)["small"] == 1 / 8
+    expected = "grading failed on 1 and timed out on 2 of 8 held-out completions: counted as wrong"
+    assert expected in caplog.messages

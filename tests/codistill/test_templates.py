@@ -10,7 +10,10 @@ from codistill.data import load_problems
 from codistill.templates import encode, render
 
 BOS, END, WORD = 1, 2, 3
-CHAT = "{% for message in messages %}<user> {{ message.content }} {% endfor %}<assistant> "
+CHAT = (
+    "{% for message in messages %}<user> {{ message.content }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
 
 
 def make_tokenizer(*, adds: str, bos: bool = True, chat: str | None = None):

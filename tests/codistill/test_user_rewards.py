@@ -3,16 +3,23 @@
 import json
 import math
 import os
+import re
+import shlex
+import sys
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import yaml
 
 from codistill.config import Config, ConfigError, load_config
+from codistill.config_data import RewardConfig
 from codistill.run import run
 from codistill.user_rewards import RewardError, RewardFunction, load_functions
 
 MODULE = """
+import os
+
 def brevity(prompts, completions, completion_ids, answer, level, **columns):
     assert prompts == [f"{problem}=" for problem in columns["problem"]]
     assert len(completions) == len(completion_ids) == len(answer) == len(level)
@@ -25,7 +32,7 @@ def never(prompts, completions, **columns):
     return [None for _ in prompts]
 
 def breaks(prompts, completions, **columns):
-    return [1 / 0 for _ in completions]
+    return [1 / int(os.environ["RANK"] != "1") for _ in completions]
 
 async def later(prompts, completions, **columns):
     return [1.0 for _ in completions]
@@ -184,8 +191,8 @@ def with_levels(settings, tmp_path) -> dict:
 
 
 def test_a_run_adds_weighs_and_measures_reward_functions(with_levels, module, train):
-    functions = {"my_rewards.brevity": 0.01, "my_rewards.easy": 2.0, "my_rewards.never": 1.0}
-    with_levels["reward"]["functions"] = functions
+    weights = {"my_rewards.brevity": 0.01, "my_rewards.easy": 2.0, "my_rewards.never": 1.0}
+    with_levels["reward"]["functions"] = weights
     done = train(with_levels)
     assert done.returncode == 0, done.stderr
     assert "data.eval: 4 of 8 problems are in data.train too" in done.stderr
@@ -198,19 +205,37 @@ def test_a_run_adds_weighs_and_measures_reward_functions(with_levels, module, tr
         samples = pyarrow.parquet.read_table(
             folder / "samples" / f"step_{numbers['step']:06d}.parquet"
         ).to_pylist()
-        assert {row["easy"] for row in samples} == {0.0, 2.0}
+        assert {row["reward/easy"] for row in samples} == {0.0, 2.0}
         for row in samples:
-            assert row["brevity"] == pytest.approx(-0.01 * row["tokens"])
-        terms = ("accuracy", "format", "brevity", "easy", "never", "kd")
+            assert row["reward/brevity"] == pytest.approx(-0.01 * row["tokens"])
+        functions = ("reward/brevity", "reward/easy", "reward/never")
+        terms = ("accuracy", "format", "kd", *functions)
         effective = sum(row[term] for row in samples for term in terms) / len(samples)
         assert numbers["reward/effective"] == pytest.approx(effective, abs=1e-5)
 
 
-def test_an_error_in_a_function_ends_all_processes_with_code_1(with_levels, module, train):
+def test_an_error_on_one_process_ends_all_with_code_1(with_levels, module, train):
     with_levels["reward"]["functions"] = {"my_rewards.breaks": 1.0}
     done = train(with_levels, processes=2)
     assert done.returncode == 1
     line = "reward function my_rewards.breaks raised ZeroDivisionError: division by zero"
-    assert f"train.py: stopped: {line} (my_rewards.py, line 14)" in done.stderr
-    assert "exitcode  : 1" in done.stderr  # torchrun's report on the first process that ended
-    assert done.stderr.count("ZeroDivisionError") == 1  # nor a traceback beside it
+    assert f"train.py: stopped: {line} (my_rewards.py, line 16)" in done.stderr
+    # Said by the first process, though it was the other whose function failed; no traceback beside.
+    assert done.stderr.count("ZeroDivisionError") == 1
+
+
+def test_the_example_of_the_documentation(make_trainer, settings, tmp_path, monkeypatch):
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "data_and_rewards.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (command,) = re.findall(r"```sh\npython train.py (.*?)\n```", text, re.DOTALL)
+    (section,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "my_rewards.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    monkeypatch.chdir(root)
+    reward = load_config(shlex.split(command)).reward
+    assert reward.model_dump() == RewardConfig(**yaml.safe_load(section)["reward"]).model_dump()
+    numbers, _, _ = make_trainer({"reward": reward.model_dump()}).step(1)
+    assert -1 <= numbers["reward/brevity"] < 0
+    assert "reward/shows_work" not in numbers  # all answers are short
