@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 from codistill.config_algorithm import (
+    AdvantageConfig,
     DownsampleConfig,
     GRPOConfig,
     HintConfig,
@@ -21,33 +22,12 @@ from codistill.config_algorithm import (
     LossConfig,
 )
 from codistill.config_base import ConfigError, Section, require
+from codistill.config_data import DataConfig, RewardConfig
 
 
 class ModelConfig(Section):
     path: str = Field(description="folder or Hub name of a Hugging Face causal language model")
     learning_rate: float = Field(5e-6, gt=0, description="peak learning rate (Table 3: 5e-6)")
-
-
-class DataConfig(Section):
-    train: Path = Field(description="training problems: .jsonl or .parquet, fields problem, answer")
-    eval: Path = Field(description="held-out problems, same form")
-    template: str = Field(
-        "{problem}", description="text of a prompt; {problem} is replaced by the problem"
-    )
-
-    @model_validator(mode="after")
-    def check(self) -> Self:
-        require("{problem}" in self.template, "template", self.template, "a text with {problem}")
-        return self
-
-
-class RewardConfig(Section):
-    format: bool = Field(
-        False,
-        description="add 0.25 for each of <think> </think> <answer> </answer> that occurs exactly "
-        "once (appendix B); accuracy counts 1",
-    )
-    timeout: float = Field(5.0, gt=0, description="hard limit for grading one completion (seconds)")
 
 
 class RolloutConfig(Section):
@@ -64,6 +44,17 @@ class RolloutConfig(Section):
     )
     temperature: float = Field(
         1.0, gt=0, description="divides the logits, in the engine and in the trainer alike"
+    )
+    truncated: Literal["keep", "mask", "zero_reward"] = Field(
+        "keep",
+        description="rollouts that max_completion_tokens cut off: as any other; out of the loss; "
+        "or with r = 0. The paper does not say, keep changes nothing",
+    )
+    sampling_rounds: int = Field(
+        1,
+        gt=0,
+        description="dynamic sampling (DAPO): write rollouts for prompts_per_step other prompts up "
+        "to this often, until so many prompts have right and wrong rollouts; 1: off",
     )
     kv_cache_gib: float = Field(4.0, gt=0, description="vLLM's KV cache on each process (GiB)")
     logp_gap_limit: float | None = Field(
@@ -89,6 +80,18 @@ class TrainingConfig(Section):
     epochs: int = Field(1, gt=0, description="passes over the training problems")
     steps: int | None = Field(None, gt=0, description="stop after this many steps instead")
     micro_batch_size: int = Field(8, gt=0, description="rollouts a forward and backward pass")
+    inner_epochs: int = Field(
+        1,
+        gt=0,
+        description="optimizer steps of each model on a step's rollouts, all of them each time; "
+        "the paper does not say, with 1 the small model's ratio is 1",
+    )
+    update_order: Literal["small_first", "large_first"] = Field(
+        "small_first",
+        description="codistill. small_first: both learn from the log-probabilities before the step "
+        "(Figure 2). large_first: the small model's KD term is that of the large model after its "
+        "update, at the cost of scoring once more",
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="type of the forward and backward pass; weights stay float32"
     )
@@ -138,7 +141,8 @@ class Config(BaseSettings):
     hint: HintConfig = Field(HintConfig(), description="beginnings by the large model")
     kd: KDConfig = Field(KDConfig(), description="on-policy KD reward (Eq. 6)")
     downsample: DownsampleConfig = Field(DownsampleConfig(), description="M to G (section 3.3)")
-    loss: LossConfig = Field(LossConfig(), description="clipped surrogate of Eq. 5 and Eq. 10")
+    advantage: AdvantageConfig = Field(AdvantageConfig(), description="Eq. 7, Eq. 3")
+    loss: LossConfig = Field(LossConfig(), description="surrogate of Eq. 2, Eq. 5 and Eq. 10")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW, for both models")
     training: TrainingConfig = Field(TrainingConfig(), description="length and memory of the run")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="held-out accuracy")
@@ -195,8 +199,7 @@ class Config(BaseSettings):
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        keep, generations = self.downsample.keep, self.rollout.num_generations
-        require(keep % 2 == 0, "downsample.keep", keep, "an even number (G/2 best, G/2 worst)")
+        keep, generations = self.kept, self.rollout.num_generations
         require(
             keep <= generations,
             "rollout.num_generations",
@@ -204,11 +207,31 @@ class Config(BaseSettings):
             f"M of at least downsample.keep = {keep} rollouts",
         )
         check_hint(self)
+        check_models_learn(self)
+        tempered = self.loss.logp_temperature == "sampling" or self.rollout.temperature == 1
+        require(
+            tempered or self.loss.old_logps == "trainer",
+            "loss.old_logps",
+            self.loss.old_logps,
+            "trainer with loss.logp_temperature = 'one': the engine knows no other temperature",
+        )
         return self
+
+    @property
+    def kept(self) -> int:
+        """G: rollouts of a prompt that are trained on."""
+        if self.downsample.method == "none":
+            return self.rollout.num_generations
+        return self.downsample.keep
+
+    @property
+    def logp_temperature(self) -> float:
+        """Divides the logits wherever the trainer takes log-probabilities to learn from."""
+        return self.rollout.temperature if self.loss.logp_temperature == "sampling" else 1.0
 
     def check_processes(self, world_size: int) -> None:
         """Raise ConfigError unless prompts and micro-batches divide evenly over the processes."""
-        prompts, keep = self.rollout.prompts_per_step, self.downsample.keep
+        prompts, keep = self.rollout.prompts_per_step, self.kept
         require(
             prompts % world_size == 0,
             "rollout.prompts_per_step",
@@ -233,6 +256,21 @@ def check_hint(config: Config) -> None:
         require(value < longest, key, value, f"less than rollout.max_completion_tokens = {longest}")
     else:
         require(hint.loss == "own", "hint.loss", hint.loss, "own where hint.tokens = 0")
+
+
+def check_models_learn(config: Config) -> None:
+    """What is said of a model's learning needs the algorithm in which it learns."""
+    loss, order = config.loss, config.training.update_order
+    for key in ("large_dual_clip", "large_log_ratio_clamp"):
+        value = getattr(loss, key)
+        expected = f"no value: algorithm {config.algorithm} does not train the large model"
+        require(value is None or "large" in config.trained, f"loss.{key}", value, expected)
+    require(
+        order == "small_first" or config.algorithm == "codistill",
+        "training.update_order",
+        order,
+        f"small_first: algorithm {config.algorithm} trains one model",
+    )
 
 
 def load_config(arguments: list[str]) -> Config:

@@ -1,10 +1,10 @@
 """Sections of the configuration that say what is computed: equations, not machinery."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from codistill.config_base import Section
+from codistill.config_base import Section, require
 
 
 class GRPOConfig(Section):
@@ -33,13 +33,160 @@ class HintConfig(Section):
 
 
 class KDConfig(Section):
-    alpha: float = Field(1.0, ge=0, description="weight of the KD reward (Eq. 6)")
+    alpha: float = Field(1.0, ge=0, description="weight of the KD term (Eq. 6)")
+    alpha_end: float | None = Field(
+        None,
+        ge=0,
+        description="alpha moves in a straight line to this over the run's steps; "
+        "by default it is constant, as in the paper",
+    )
+    placement: Literal["reward", "objective"] = Field(
+        "reward",
+        description="reward: added to r, detached (Eq. 6; Lemma F.1 shows that it may be). "
+        "objective: subtracted from the small model's objective token by token, as beta's term is "
+        "in Eq. 2 (section 3.1, Discussion)",
+    )
+    estimator: Literal["k1", "k2", "k3", "exact"] | None = Field(
+        None,
+        description="of KL(small || large). reward: k1 (Eq. 6, default), k3 (Eq. 4, Figure 9) or "
+        "exact, the divergence over the whole vocabulary at each sampled prefix. objective: k3 "
+        "(Eq. 4, default) or k2, whose gradient is that of this very divergence; the gradient of "
+        "k1 would not depend on the large model",
+    )
+
+    @property
+    def chosen_estimator(self) -> str:
+        """`estimator`, or the default of the placement."""
+        return self.estimator or {"reward": "k1", "objective": "k3"}[self.placement]
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        allowed = {"reward": ("k1", "k3", "exact"), "objective": ("k2", "k3")}[self.placement]
+        require(
+            self.chosen_estimator in allowed,
+            "estimator",
+            self.estimator,
+            f"{' or '.join(allowed)} with kd.placement = {self.placement!r}",
+        )
+        return self
 
 
 class DownsampleConfig(Section):
-    keep: int = Field(8, gt=0, description="G: rollouts a prompt kept, G/2 best and G/2 worst")
+    keep: int = Field(
+        8, gt=0, description="G: rollouts a prompt kept (Table 3: 8); without use for method none"
+    )
+    method: Literal["top_bottom", "top", "random", "max_variance", "none"] = Field(
+        "top_bottom",
+        description="top_bottom: G/2 best and G/2 worst (section 3.3); top: G best; random; "
+        "max_variance: the G of largest variance (PODS); none: all M, so that G = M",
+    )
+    by: Literal["effective_reward", "shortness", "reward_per_token"] = Field(
+        "effective_reward",
+        description="what best means: r~ of Eq. 6 (section 3.3), or GFPO's filters: fewest tokens, "
+        "most reward a token (Shrivastava et al. 2025)",
+    )
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        even = self.keep % 2 == 0 or self.method != "top_bottom"
+        require(even, "keep", self.keep, "an even number (G/2 best, G/2 worst)")
+        ranked = self.method not in ("none", "random") or self.by == "effective_reward"
+        require(ranked, "by", self.by, f"effective_reward with method {self.method}: none is best")
+        return self
+
+
+class AdvantageConfig(Section):
+    baseline: Literal["mean", "leave_one_out"] = Field(
+        "mean",
+        description="subtracted from a rollout's reward: mean of its group (Eq. 7), or of the "
+        "others in it (RLOO), which is mean times n / (n - 1) for a group of n (Lemma F.1)",
+    )
+    group: Literal["kept", "all"] = Field(
+        "kept",
+        description="the group: the G rollouts kept (Eq. 7) or all M; the paper leaves it open",
+    )
+    scale: Literal["none", "std", "beta"] = Field(
+        "none",
+        description="none: Eq. 7, Dr. GRPO; std: divided by the group's deviation (Eq. 3); beta: "
+        "BNPO, the accuracy's part divided by a Beta density fitted to all prompts' accuracies",
+    )
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        alone = self.baseline == "mean" or self.scale == "none"
+        require(alone, "scale", self.scale, "none with baseline leave_one_out")
+        return self
 
 
 class LossConfig(Section):
-    epsilon_low: float = Field(0.2, ge=0, lt=1, description="ratio is clipped at 1 - epsilon_low")
-    epsilon_high: float = Field(0.2, ge=0, description="ratio is clipped at 1 + epsilon_high")
+    kind: Literal["clip", "cispo", "gspo", "gmpo"] = Field(
+        "clip",
+        description="surrogate: clip (Eq. 2, 5, 10), cispo (MiniMax-M1), gspo (ratio of the whole "
+        "rollout), gmpo (geometric mean of a rollout's ratios)",
+    )
+    epsilon_low: float = Field(
+        0.2,
+        ge=0,
+        description="ratio is clipped at 1 - epsilon_low, gmpo: log-ratio at -epsilon_low; the "
+        "paper names no value, 0.2 is PPO's",
+    )
+    epsilon_high: float = Field(
+        0.2,
+        ge=0,
+        description="ratio is clipped at 1 + epsilon_high, gmpo: log-ratio at epsilon_high; DAPO's "
+        "clip-higher is 0.28",
+    )
+    normalization: Literal["constant", "sequence", "tokens"] = Field(
+        "constant",
+        description="a token counts 1/N with N = rollout.max_completion_tokens (Eq. 5, Dr. GRPO), "
+        "1/|o| of its rollout (Eq. 2), or alike in the whole batch (DAPO)",
+    )
+    beta: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the KL estimate of Eq. 4 to the frozen model of the start, one for "
+        "each model that learns (Eq. 2; the paper sets 0)",
+    )
+    old_logps: Literal["trainer", "engine"] = Field(
+        "trainer",
+        description="denominator of the ratio: the trainer's log-probabilities of the rollouts, or "
+        "those that the engine sampled with; hint tokens have the trainer's",
+    )
+    importance_cap: float | None = Field(
+        None,
+        gt=0,
+        description="weigh each token by min(trainer/engine probability, this): truncated "
+        "importance sampling; by default the weight is 1",
+    )
+    logp_temperature: Literal["sampling", "one"] = Field(
+        "sampling",
+        description="temperature of all log-probabilities in ratios and KD: rollout.temperature, "
+        "or 1",
+    )
+    large_dual_clip: float | None = Field(
+        None,
+        gt=1,
+        description="large model: where A < 0 the surrogate is at least this times A; off by "
+        "default, as in Eq. 10",
+    )
+    large_log_ratio_clamp: float | None = Field(
+        None,
+        gt=0,
+        description="large model: log-ratios beyond +-this (nats) count as this, without gradient; "
+        "off by default, as in Eq. 10",
+    )
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        kind, low = self.kind, self.epsilon_low
+        bound, expected = {
+            "cispo": (low <= 1, "at most 1"),
+            "gmpo": (True, ""),
+        }.get(kind, (low < 1, "less than 1"))
+        require(bound, "epsilon_low", low, f"{expected} with loss.kind = {kind!r}")
+        dual = self.large_dual_clip is None or kind == "clip"
+        require(dual, "large_dual_clip", self.large_dual_clip, "no value unless loss.kind = 'clip'")
+        corrected = self.importance_cap is None or self.old_logps == "trainer"
+        expected = "no value with loss.old_logps = 'engine', where no mismatch is left"
+        require(corrected, "importance_cap", self.importance_cap, expected)
+        return self

@@ -1,28 +1,43 @@
 """Problems: read from a file, turned into prompts, drawn in an order fixed by seed and step."""
 
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.json
+import pyarrow.ipc
 import pyarrow.parquet
 
 from codistill.config import ConfigError, DataConfig, require
+from codistill.rewards import last_boxed
+from codistill.templates import CHAT, encode, render
+
+PROBLEM_FIELDS = ("problem", "question", "prompt")
+ANSWER_FIELDS = ("answer", "final_answer", "solution")
+
+REDRAW_STREAM = 2**34  # beside the epochs, which are below
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem, its gold answer and the token ids of its prompt."""
+    """A problem, its gold answers and the token ids of its prompt."""
 
     problem: str
-    answer: str
+    answers: tuple[str, ...]
+    """Any of these is right."""
     prompt: str
     prompt_ids: list[int]
+    columns: dict[str, Any] = field(default_factory=dict)
+    """The row as it is in the file: what reward functions get."""
 
 
 def load_problems(
-    key: str, config: DataConfig, tokenizer, *, max_prompt_tokens: int
+    key: str, config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int
 ) -> list[Problem]:
     """Problems of the file under configuration key `key` ("data.train" or "data.eval").
 
@@ -30,44 +45,129 @@ def load_problems(
         ConfigError: no such file, not readable, a field missing or empty, no row, prompt too long.
     """
     path: Path = getattr(config, key.rsplit(".", 1)[-1])
-    table = read_table(key, path)
-    for column in ("problem", "answer"):
-        require(
-            column in table.column_names,
-            key,
-            str(path),
-            f"rows with the fields problem and answer, found {', '.join(table.column_names)}",
+    rows = read_rows(key, path)
+    require(bool(rows), key, str(path), "at least one problem, found none")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    fields = [
+        next((f for f in known if f in names), "") for known in (PROBLEM_FIELDS, ANSWER_FIELDS)
+    ]
+    require(
+        all(fields),
+        key,
+        str(path),
+        f"rows with {' or '.join(PROBLEM_FIELDS)} and {' or '.join(ANSWER_FIELDS)}, "
+        f"found {', '.join(names)}",
+    )
+    if config.template == CHAT and not tokenizer.chat_template:
+        raise ConfigError(
+            "data.template = 'chat': expected a tokenizer with a chat template, small.path has none"
         )
-    require(table.num_rows > 0, key, str(path), "at least one problem, found none")
     problems = []
-    for number, row in enumerate(table.select(["problem", "answer"]).to_pylist(), start=1):
-        require(
-            bool(row["problem"]) and row["answer"] is not None,
-            key,
-            str(path),
-            f"problem and answer in every row, row {number} lacks one",
-        )
-        prompt = config.template.replace("{problem}", str(row["problem"]))
-        prompt_ids = tokenizer.encode(prompt)
+    for number, row in enumerate(rows, start=1):
+        problem, answers = row.get(fields[0]), gold_answers(fields[1], row.get(fields[1]))
+        if not isinstance(problem, str) or not problem or not answers:
+            wrong = fields[1] if isinstance(problem, str) and problem else fields[0]
+            raise ConfigError(f"{key} = {str(path)!r}: {expected(wrong)} in row {number}")
+        prompt = render(config.template, problem, tokenizer)
+        prompt_ids = encode(prompt, tokenizer)
         if len(prompt_ids) > max_prompt_tokens:
             raise ConfigError(
                 f"rollout.max_prompt_tokens = {max_prompt_tokens}: expected at least "
                 f"{len(prompt_ids)}, the length of the prompt in row {number} of {path}"
             )
-        problems.append(Problem(str(row["problem"]), str(row["answer"]), prompt, prompt_ids))
+        columns = dict.fromkeys(names) | row
+        problems.append(Problem(problem, answers, prompt, prompt_ids, columns))
     return problems
 
 
-def read_table(key: str, path: Path) -> pa.Table:
-    readers = {".jsonl": pyarrow.json.read_json, ".parquet": pyarrow.parquet.read_table}
-    require(path.suffix in readers, key, str(path), "a .jsonl or .parquet file")
-    require(path.is_file(), key, str(path), "a file that exists")
-    if path.stat().st_size == 0:  # pyarrow calls this an error of the format
-        return pa.table({"problem": pa.array([], pa.string()), "answer": pa.array([], pa.string())})
+def expected(name: str) -> str:
+    if name in PROBLEM_FIELDS:
+        return f"expected a text as {name}"
+    if name == "solution":
+        return "expected a solution with a \\boxed{} answer"
+    return f"expected a text, a number or a list of them as {name}"
+
+
+def gold_answers(name: str, value: Any) -> tuple[str, ...]:
+    """Answers that field `name` gives; none if it gives none that can be used."""
+    if name == "solution":
+        value = last_boxed(value) if isinstance(value, str) else None
+    values = value if isinstance(value, list) else [value]
+    texts = [answer_text(value) for value in values]
+    return tuple(texts) if all(texts) else ()
+
+
+def answer_text(value: Any) -> str:
+    """142.0 -> "142", 1e-7 -> "0.0000001", text without the space around it; else ""."""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, int):
+        return str(value)
+    if not isinstance(value, float | Decimal) or not math.isfinite(value):
+        return ""
+    return str(int(value)) if value == int(value) else f"{Decimal(str(value)):f}"
+
+
+def read_rows(key: str, path: Path) -> list[dict[str, Any]]:
+    """Rows of a .jsonl, .json or .parquet file or of a folder that `Dataset.save_to_disk` wrote.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    readers = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
+    kinds = "a .jsonl, .json or .parquet file, or a folder that datasets saved"
+    require(path.suffix in readers or path.is_dir(), key, str(path), kinds)
+    require(path.exists(), key, str(path), "a file that exists")
+    reader = read_arrow if path.is_dir() else readers[path.suffix]
     try:
-        return readers[path.suffix](path)
-    except pa.ArrowInvalid as error:
-        raise ConfigError(f"{key} = {str(path)!r}: expected {path.suffix} rows: {error}") from error
+        rows = reader(path)
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row, dict):
+                raise ValueError(f"row {number} is no object with fields")
+        return rows
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(f"{key} = {str(path)!r}: expected rows of problems: {message}") from error
+
+
+def read_jsonl(path: Path) -> list:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+    return rows
+
+
+def read_json(path: Path) -> list:
+    """A list of objects, or one object a line as in .jsonl, which often goes by this name too."""
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text) if text.lstrip().startswith("[") else read_jsonl(path)
+
+
+def read_parquet(path: Path) -> list:
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
+def read_arrow(folder: Path) -> list:
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        names = ", ".join(str(folder / split) for split in splits)
+        raise ValueError(f"this folder holds several sets, give one of {names}")
+    if not (folder / "state.json").is_file():
+        raise ValueError("this folder has no state.json, so datasets did not save it")
+    rows: list = []
+    for part in json.loads((folder / "state.json").read_text())["_data_files"]:
+        with pa.memory_map(str(folder / part["filename"])) as source:
+            rows += pyarrow.ipc.open_stream(source).read_all().to_pylist()
+    return rows
+
+
+def overlap(problems: Sequence[Problem], held_out: Sequence[Problem]) -> int:
+    """How many held-out problems are training problems too, but for white space."""
+    known = {" ".join(problem.problem.split()) for problem in problems}
+    return sum(" ".join(problem.problem.split()) in known for problem in held_out)
 
 
 def draw(count: int, batch: int, step: int, seed: int) -> np.ndarray:
@@ -81,3 +181,15 @@ def draw(count: int, batch: int, step: int, seed: int) -> np.ndarray:
     order = np.concatenate([np.random.default_rng([seed, e]).permutation(count) for e in epochs])
     start = first - epochs[0] * count
     return order[start : start + batch]
+
+
+def redraw(count: int, batch: int, step: int, seed: int) -> Iterator[np.ndarray]:
+    """Indices of `batch` problems again and again that step `step` (from 0) has not drawn yet, in
+    an order of this step's own, until too few are left.
+
+    A function of its arguments alone, like `draw`, and independent of it: no later step moves.
+    """
+    others = np.setdiff1d(np.arange(count), draw(count, batch, step, seed))
+    order = np.random.default_rng([seed, REDRAW_STREAM, step]).permutation(others)
+    for first in range(0, len(order) - batch + 1, batch):
+        yield order[first : first + batch]

@@ -29,6 +29,14 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def helpers() -> int:
+    """Helper processes to start beside this one: its share of the machine's cores, at most 8.
+
+    8: chosen, untested.
+    """
+    return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes files and prints."""
     return os.environ.get("RANK", "0") == "0"

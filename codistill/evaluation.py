@@ -1,5 +1,6 @@
 """Held-out accuracy, from text that an engine generates."""
 
+import logging
 from typing import Any
 
 import torch
@@ -32,7 +33,15 @@ def evaluate(
         Sampling(num_generations=1, temperature=temperature, max_tokens=max_tokens),
     )
     texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
-    correct = grader.grade(texts, [problem.answer for problem in share]).correct
-    count = torch.tensor([sum(correct)], dtype=torch.float64, device=device)
-    dist.all_reduce(count)
-    return count.item() / len(problems)
+    grades = grader.grade(texts, [problem.answers for problem in share])
+    counts = torch.tensor(
+        [sum(grades.correct), grades.failures, grades.timeouts], dtype=torch.float64, device=device
+    )
+    dist.all_reduce(counts)
+    correct, failures, timeouts = map(int, counts.tolist())
+    if failures or timeouts:
+        logging.getLogger(__name__).warning(
+            "grading failed on %d and timed out on %d of %d held-out completions: counted as wrong",
+            *(failures, timeouts, len(problems)),
+        )
+    return correct / len(problems)

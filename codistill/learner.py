@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from codistill.batching import TokenBatch
 from codistill.config import OptimizerConfig
 from codistill.metrics import StepMetrics
 from codistill.model import Policy
-from codistill_kernels import PolicyLoss, policy_loss
+from codistill_kernels import PolicyLoss, kl_penalty, policy_loss
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,22 @@ class MicroBatch:
     """[S]"""
     mask: Tensor
     """[N] bool: the tokens in the loss."""
+    weights: Tensor | None = None
+    """[S] what each token of a rollout counts; None: 1."""
+    importance_weights: Tensor | None = None
+    """[N] correction for an engine that is not the trainer; None: 1."""
+    penalties: tuple["Penalty", ...] = ()
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """coefficient * KL(model in training || another one), subtracted from the objective (Eq. 2)."""
+
+    name: str
+    coefficient: float
+    estimator: Literal["k2", "k3"]
+    logps: Tensor
+    """[N] of the other model."""
 
 
 class Learner:
@@ -41,14 +58,18 @@ class Learner:
         *,
         learning_rate: float,
         total_steps: int,
+        inner_epochs: int = 1,
+        log_ratio_clamp: float | None = None,
     ) -> None:
+        """total_steps: of the run, each with `inner_epochs` optimizer steps."""
         self.name, self.policy, self.loss = name, policy, loss
+        self.inner_epochs, self.log_ratio_clamp = inner_epochs, log_ratio_clamp
         self.max_grad_norm = config.max_grad_norm
         self.optimizer = torch.optim.AdamW(
             policy.parameters(), lr=learning_rate, weight_decay=config.weight_decay
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: learning_rate_factor(step, total_steps, config)
+            self.optimizer, lambda n: learning_rate_factor(n, total_steps * inner_epochs, config)
         )
 
     def backward(
@@ -59,24 +80,48 @@ class Learner:
         normalizer: float,
         temperature: float,
     ) -> None:
-        """Add the gradient of -(1/normalizer) * sum over tokens; normalizer counts all processes.
+        """Add the gradient of the loss: a sum over tokens, divided by `normalizer`, which counts
+        all processes.
 
         Every process must bring the same number of micro-batches: each is a collective.
         """
         for micro_batch in micro_batches:
-            logps = self.policy(micro_batch.tokens, temperature)
-            loss, stats = policy_loss(
-                logps,
-                micro_batch.old_logps,
-                micro_batch.advantages,
-                micro_batch.mask,
-                loss=self.loss,
-                normalizer=normalizer,
-                cu_seqlens=micro_batch.tokens.cu_seqlens,
-            )
+            loss = self.micro_loss(micro_batch, metrics, normalizer, temperature)
             loss.backward()
-            metrics.total(f"loss/{self.name}", loss)
-            self.record(stats, metrics)
+            metrics.total(f"loss/{self.name}", loss.detach() / self.inner_epochs)
+
+    def micro_loss(
+        self, batch: MicroBatch, metrics: StepMetrics, normalizer: float, temperature: float
+    ) -> Tensor:
+        logps = self.policy(batch.tokens, temperature)
+        ratio_logps = clamp_log_ratio(logps, batch.old_logps, self.log_ratio_clamp)
+        advantages, cu_seqlens = batch.advantages, batch.tokens.cu_seqlens
+        # Every surrogate is positively homogeneous in the advantage: a weight may go there.
+        loss, stats = policy_loss(
+            ratio_logps,
+            batch.old_logps,
+            advantages if batch.weights is None else advantages * batch.weights,
+            batch.mask,
+            loss=self.loss,
+            normalizer=normalizer,
+            importance_weights=batch.importance_weights,
+            cu_seqlens=cu_seqlens,
+        )
+        self.record(stats, metrics)
+        for penalty in batch.penalties:
+            kl, kl_stats = kl_penalty(
+                logps,
+                penalty.logps,
+                batch.mask,
+                estimator=penalty.estimator,
+                normalizer=normalizer,
+                weights=batch.weights,
+                cu_seqlens=None if batch.weights is None else cu_seqlens,
+            )
+            loss = loss + penalty.coefficient * kl
+            tokens = kl_stats["tokens"]
+            metrics.mean(f"kl/{self.name}_{penalty.name}", kl_stats["kl"] * tokens, tokens)
+        return loss
 
     def step(self, metrics: StepMetrics) -> None:
         """Clip the gradient, change the weights, drop the gradient.
@@ -99,10 +144,20 @@ class Learner:
         total = stats["ratio_mean"] * tokens
         low, high = stats["clip_fraction_low"], stats["clip_fraction_high"]
         metrics.mean(f"{prefix}_mean", total, tokens)
-        metrics.mean(f"{prefix}_squared", total.square() / (tokens * stats["ess"]), tokens)
+        squared = total.square() / (tokens * stats["ess"]).clamp(min=1e-30)
+        metrics.mean(f"{prefix}_squared", squared, tokens)
         metrics.mean(f"{prefix}_clip_fraction", (low + high) * tokens, tokens)
         metrics.mean(f"{prefix}_kl", stats["approx_kl"] * tokens, tokens)
         metrics.maximum(f"{prefix}_max", stats["ratio_max"])
+
+
+def clamp_log_ratio(logps: Tensor, old_logps: Tensor, limit: float | None) -> Tensor:
+    """logps, moved to old_logps +- limit where they are further away: no gradient from there."""
+    if limit is None:
+        return logps
+    log_ratio = (logps - old_logps).detach()
+    bound = old_logps + log_ratio.clamp(-limit, limit)
+    return torch.where(log_ratio.abs() > limit, bound, logps)
 
 
 def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:

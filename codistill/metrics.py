@@ -45,7 +45,10 @@ class StepMetrics:
         self.add(self.maxima, name, time.perf_counter() - start)
 
     def reduce(self) -> dict[str, float]:
-        """The numbers over all processes, each of which must have collected the same names."""
+        """The numbers over all processes, each of which must have collected the same names.
+
+        A mean of no values at all is left out.
+        """
         means, totals, peaks = sorted(self.sums), sorted(self.totals), sorted(self.maxima)
         parts = [self.sums[name] for name in means] + [self.counts[name] for name in means]
         added = torch.stack(parts + [self.totals[name] for name in totals])
@@ -53,7 +56,8 @@ class StepMetrics:
         dist.all_reduce(added)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
         sums, counts, whole = added.tensor_split((len(means), 2 * len(means)))
-        numbers = dict(zip(means, (sums / counts).tolist(), strict=True))
+        averages = zip(means, (sums / counts).tolist(), counts.tolist(), strict=True)
+        numbers = {name: average for name, average, count in averages if count}
         numbers |= dict(zip(totals, whole.tolist(), strict=True))
         return numbers | dict(zip(peaks, maxima.tolist(), strict=True))
 

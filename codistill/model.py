@@ -19,6 +19,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -29,6 +30,8 @@ from transformers import (
 from codistill.batching import TokenBatch
 from codistill.config import Config, ConfigError, require
 from codistill_kernels import linear_logps
+
+ROWS_OF_HEAD = 16384  # copied to fp32 at once: 0.2 GiB of a 7B model's; chosen, untested
 
 
 def quiet_transformers() -> None:
@@ -48,13 +51,9 @@ class Policy(nn.Module):
 
     def forward(self, batch: TokenBatch, temperature: float) -> Tensor:
         """Log-probability of each completion token, [N] fp32 nats, at the given temperature."""
-        output = self.lm.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        )
-        hidden_states = output.last_hidden_state.flatten(0, 1)[batch.positions]
         head = self.lm.get_output_embeddings()
         return linear_logps(
-            hidden_states,
+            self.hidden_states(batch),
             head.weight,
             batch.token_ids,
             bias=head.bias,
@@ -62,6 +61,24 @@ class Policy(nn.Module):
             softcap=self.softcap,
             vocab_size=self.vocab_size,
         )
+
+    def hidden_states(self, batch: TokenBatch) -> Tensor:
+        """[N, H] at the position that predicts each completion token."""
+        output = self.lm.base_model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        )
+        return output.last_hidden_state.flatten(0, 1)[batch.positions]
+
+    def head_inputs(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """(hidden states [N, H], lm_head weight [V, H]), whole, until the policy runs again.
+
+        Raises:
+            NotImplementedError: the head does more than multiply.
+        """
+        head = self.lm.get_output_embeddings()
+        if head.bias is not None or self.softcap is not None:
+            raise NotImplementedError("kd.estimator exact: an lm_head with a bias or a softcap")
+        return self.hidden_states(batch), head.weight
 
     @torch.no_grad()
     def sample(
@@ -80,7 +97,7 @@ class Policy(nn.Module):
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         draws = torch.tensor(uniforms, dtype=torch.float64, device=device)
-        head, cache, tokens = self.lm.get_output_embeddings(), None, []
+        cache, tokens = None, []
         for draw in draws.T:
             output = self.lm.base_model(
                 input_ids=ids,
@@ -90,9 +107,7 @@ class Policy(nn.Module):
                 use_cache=True,
             )
             cache = output.past_key_values
-            logits = head(output.last_hidden_state[:, -1])[:, : self.vocab_size].double()
-            if self.softcap is not None:
-                logits = self.softcap * (logits / self.softcap).tanh()
+            logits = self.logits(output.last_hidden_state[:, -1]).double()
             reached = (logits / temperature).softmax(dim=1).cumsum(dim=1)
             # Rounding may leave the last sum below a draw.
             ids = torch.searchsorted(reached, draw[:, None].contiguous(), right=True)
@@ -103,8 +118,23 @@ class Policy(nn.Module):
         self.train(training)
         return torch.cat(tokens, dim=1).tolist()
 
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """[S, H] -> [S, V] fp32, never rounded to the dtype of the forward pass, as in training."""
+        head = self.lm.get_output_embeddings()
+        parts = head.weight[: self.vocab_size].split(ROWS_OF_HEAD)
+        logits = torch.cat([hidden_states.float() @ part.float().T for part in parts], dim=1)
+        if head.bias is not None:
+            logits = logits + head.bias[: self.vocab_size].float()
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+    def release(self) -> None:
+        """Give back the weights that a forward pass has gathered and keeps: embedding and head."""
+        if isinstance(self, FSDPModule):
+            self.reshard()
+
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """All weights by Hugging Face name, gathered one by one: every process must iterate."""
+        self.release()  # what a forward pass leaves behind is rounded to its dtype
         for name, parameter in self.lm.named_parameters():
             weight = parameter.detach()
             yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
@@ -119,7 +149,8 @@ def shard(policy: Policy, *, dtype: torch.dtype) -> Policy:
     for layer in policy.lm.base_model.layers:
         fully_shard(layer, mp_policy=precision)
     fully_shard(policy, mp_policy=precision)
-    register_fsdp_forward_method(policy, "sample")
+    for method in ("sample", "head_inputs"):
+        register_fsdp_forward_method(policy, method)
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -183,6 +214,27 @@ def load_tokenizers(config: Config) -> PreTrainedTokenizerBase:
             f"{theirs.get(different)} here and {ours.get(different)} there",
         )
     return tokenizer
+
+
+def check_context(config: Config) -> None:
+    """Raise ConfigError unless prompt and completion fit into the positions of every model."""
+    rollout = config.rollout
+    for name in config.loaded:
+        path = config.model(name).path
+        try:
+            text_config = AutoConfig.from_pretrained(path).get_text_config()
+        except (OSError, ValueError) as error:
+            expected = f"a model with a config.json: {str(error).splitlines()[0]}"
+            raise ConfigError(f"{name}.path = {path!r}: expected {expected}") from error
+        positions = getattr(text_config, "max_position_embeddings", None)
+        require(
+            positions is None
+            or rollout.max_prompt_tokens + rollout.max_completion_tokens <= positions,
+            "rollout.max_completion_tokens",
+            rollout.max_completion_tokens,
+            f"no more than the {positions} positions of {name}.path = {path!r} less "
+            f"rollout.max_prompt_tokens = {rollout.max_prompt_tokens}",
+        )
 
 
 def end_token_ids(key: str, path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

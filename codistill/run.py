@@ -15,13 +15,14 @@ from rich.console import Console
 from codistill import checkpoint, distributed, report
 from codistill.config import Config, ConfigError
 from codistill.console import Progress, print_summary
-from codistill.data import load_problems
+from codistill.data import Problem, load_problems, overlap
 from codistill.generation import Inputs
-from codistill.model import export, load_tokenizers, quiet_transformers
+from codistill.model import check_context, export, load_tokenizers, quiet_transformers
 from codistill.rewards import Grader
 from codistill.rollout import SyncError
 from codistill.run_directory import RunDirectory
 from codistill.trainer import Trainer
+from codistill.user_rewards import RewardError, load_functions
 
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a run that a signal stopped and that can go on."""
@@ -38,11 +39,11 @@ def run(config: Config) -> int:
     console = Console(quiet=not distributed.is_first())
     device = distributed.start()
     console.print("loading models and engine ...")
-    with Grader(timeout=config.reward.timeout) as grader:
+    with make_grader(config) as grader:
         trainer = Trainer(config, inputs, device, grader)
         try:
             return Loop(trainer, console).run()
-        except (SyncError, FloatingPointError) as error:
+        except (SyncError, RewardError, FloatingPointError) as error:
             if distributed.is_first():
                 print(f"train.py: stopped: {error}", file=sys.stderr)
             return 1
@@ -155,14 +156,35 @@ def load_inputs(config: Config) -> Inputs:
     """Everything that can be wrong about a run, checked before a model is loaded.
 
     Raises:
-        ConfigError: a tokenizer or a problem is missing or wrong, or the run is not the same.
+        ConfigError: a tokenizer, a problem or a reward function is missing or wrong, or the run is
+            not the same.
     """
     tokenizer = load_tokenizers(config)
+    check_context(config)
     limit = config.rollout.max_prompt_tokens
     problems = load_problems("data.train", config.data, tokenizer, max_prompt_tokens=limit)
     held_out = load_problems("data.eval", config.data, tokenizer, max_prompt_tokens=limit)
+    functions = load_functions(config.reward.functions, problems[0].columns)
     check_same_run(config)
-    return Inputs(tokenizer, problems, held_out)
+    if distributed.is_first():
+        check_problems(config, problems, held_out)
+    return Inputs(tokenizer, problems, held_out, functions)
+
+
+def check_problems(config: Config, problems: list[Problem], held_out: list[Problem]) -> None:
+    """Raise ConfigError for an answer that cannot be graded; warn of problems in both sets."""
+    with make_grader(config) as grader:
+        grader.check_golds("data.train", config.data.train, [p.answers for p in problems])
+        grader.check_golds("data.eval", config.data.eval, [p.answers for p in held_out])
+    if common := overlap(problems, held_out):
+        logging.getLogger(__name__).warning(
+            "data.eval: %d of %d problems are in data.train too: they are not held out",
+            *(common, len(held_out)),
+        )
+
+
+def make_grader(config: Config) -> Grader:
+    return Grader(timeout=config.reward.timeout, processes=distributed.helpers())
 
 
 def check_same_run(config: Config) -> None:

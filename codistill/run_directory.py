@@ -40,12 +40,13 @@ class RunDirectory:
         table = pa.table(
             {
                 "prompt": [problem.prompt for problem in rollouts.problems],
-                "answer": [problem.answer for problem in rollouts.problems],
+                "answer": [" or ".join(problem.answers) for problem in rollouts.problems],
                 "completion": rollouts.texts,
                 "tokens": [len(c.token_ids) for c in rollouts.completions],
                 "truncated": [c.truncated for c in rollouts.completions],
                 "accuracy": rollouts.accuracy.tolist(),
                 "format": rollouts.format.tolist(),
+                **{f"reward/{name}": v.tolist() for name, v in rollouts.functions.items()},
                 **kd,
                 "kept": [row in kept for row in range(len(rollouts.texts))],
             }

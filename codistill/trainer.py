@@ -1,6 +1,8 @@
 """The training loop. `Trainer.step` is the algorithm, from top to bottom."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +17,18 @@ from codistill.metrics import StepMetrics
 from codistill.model import Policy, end_token_ids, freeze, load_policy
 from codistill.rewards import Grader
 from codistill.rollout import EngineSpec, HFEngine, SyncError, make_engine
-from codistill.scoring import Rollouts, Scored, rollout_logps, score
+from codistill.scoring import (
+    Rollouts,
+    Scored,
+    alpha_at,
+    divergences,
+    effective_rewards,
+    engine_weights,
+    rollout_logps,
+    score,
+    task_rewards,
+    with_advantages,
+)
 from codistill.updates import make_update
 from codistill_kernels import PolicyLoss
 
@@ -47,10 +60,15 @@ class Trainer:
         )
         self.engine = make_engine(config.rollout.engine, self.engine_spec(config.writer))
         self.learners = {name: self.make_learner(name) for name in config.trained}
-        self.policies = {name: learner.policy for name, learner in self.learners.items()}
-        for name in config.loaded:
-            if name not in self.policies:
-                self.policies[name] = freeze(self.load_policy(name))
+        self.frozen = {
+            name: freeze(self.load_policy(name))
+            for name in config.loaded
+            if name not in config.trained
+        }
+        self.policies = {n: learner.policy for n, learner in self.learners.items()} | self.frozen
+        self.references = {
+            name: freeze(self.load_policy(name)) for name in config.trained if config.loss.beta
+        }
         self.generation = Generation(
             config,
             inputs,
@@ -84,16 +102,21 @@ class Trainer:
         )
 
     def make_learner(self, name: str) -> Learner:
-        loss = PolicyLoss(
-            epsilon_low=self.config.loss.epsilon_low, epsilon_high=self.config.loss.epsilon_high
-        )
+        options, large = self.config.loss, name == "large"
         return Learner(
             name,
             self.load_policy(name),
-            loss,
+            PolicyLoss(
+                kind=options.kind,
+                epsilon_low=options.epsilon_low,
+                epsilon_high=options.epsilon_high,
+                dual_clip=options.large_dual_clip if large else None,
+            ),
             self.config.optimizer,
             learning_rate=self.config.model(name).learning_rate,
             total_steps=self.total_steps,
+            inner_epochs=self.config.training.inner_epochs,
+            log_ratio_clamp=options.large_log_ratio_clamp if large else None,
         )
 
     def step(self, step: int) -> tuple[dict[str, float], Rollouts, Scored]:
@@ -108,32 +131,98 @@ class Trainer:
             with metrics.timer("time/rollout"):
                 rollouts = self.generation.rollouts(step, metrics)
             with metrics.timer("time/score"):
-                scored = self.score(rollouts, metrics)
-            for name, learner in self.learners.items():
-                with metrics.timer(f"time/update_{name}"):
-                    self.update(learner, rollouts, scored, metrics)
+                scored = self.score(step, rollouts, metrics)
+            if self.config.training.update_order == "large_first":
+                self.update("large", step, rollouts, scored, metrics)
+                with metrics.timer("time/score"):
+                    scored = self.score_again(step, rollouts, scored)
+                self.update("small", step, rollouts, scored, metrics)
+            else:
+                for name in self.learners:
+                    self.update(name, step, rollouts, scored, metrics)
             with metrics.timer("time/sync"):
                 self.sync()
         return finish(metrics.reduce()), rollouts, scored
 
-    def score(self, rollouts: Rollouts, metrics: StepMetrics) -> Scored:
-        """Log-probabilities of both models, effective reward, down-sampling, advantages."""
-        options = dict(
-            temperature=self.config.rollout.temperature,
-            batch_size=self.config.training.micro_batch_size,
-            device=self.device,
+    def score(self, step: int, rollouts: Rollouts, metrics: StepMetrics) -> Scored:
+        """Log-probabilities of all models, effective reward, down-sampling, advantages."""
+        config, rows = self.config, range(len(rollouts.completions))
+        logps = {name: self.logps(p, rollouts, rows) for name, p in self.policies.items()}
+        sampled = logps[config.writer]  # as the engine sampled: at its temperature
+        if config.logp_temperature != config.rollout.temperature:
+            sampled = self.logps(
+                self.policies[config.writer], rollouts, rows, config.rollout.temperature
+            )
+        self.check_gap(rollouts, sampled, metrics)
+        scored = score(
+            config,
+            rollouts,
+            logps,
+            step=step,
+            total_steps=self.total_steps,
+            kl=self.divergences(rollouts),
         )
-        logps = {
-            name: rollout_logps(policy, rollouts, **options)
-            for name, policy in self.policies.items()
-        }
-        self.check_gap(rollouts, logps[self.config.writer], metrics)
-        scored = score(self.config, rollouts, logps)
+        kept = scored.kept.tolist()
+        scored = replace(
+            scored,
+            reference_logps={n: self.logps(p, rollouts, kept) for n, p in self.references.items()},
+            importance_weights=engine_weights(config, rollouts, sampled),
+        )
+        for policy in (*self.frozen.values(), *self.references.values()):
+            policy.release()
         if scored.kd_rewards is not None:
             metrics.mean_of("reward/kd", scored.kd_rewards)
             metrics.mean_of("reward/effective", scored.effective_rewards)
         metrics.mean_of("reward/kept_accuracy", rollouts.accuracy[scored.kept])
         return scored
+
+    def score_again(self, step: int, rollouts: Rollouts, scored: Scored) -> Scored:
+        """The KD term and what follows from it, with the large model as it is now.
+
+        The rollouts kept stay: the large model has been trained on them.
+        """
+        rows = range(len(rollouts.completions))
+        teacher = self.logps(self.policies["large"], rollouts, rows)
+        kl, alpha = self.divergences(rollouts), alpha_at(self.config, step, self.total_steps)
+        rewards, small = task_rewards(self.config, rollouts), scored.logps["small"]
+        effective = effective_rewards(self.config, rewards, small, teacher, kl, alpha)
+        scored = replace(
+            scored,
+            teacher_logps=teacher,
+            effective_rewards=effective,
+            kd_rewards=effective - rewards,
+        )
+        return with_advantages(self.config, rollouts, scored)
+
+    def logps(
+        self,
+        policy: Policy,
+        rollouts: Rollouts,
+        rows: Sequence[int],
+        temperature: float | None = None,
+    ) -> list[Tensor]:
+        """Of the rollouts `rows`, at the temperature of training by default."""
+        return rollout_logps(
+            policy,
+            rollouts,
+            rows,
+            temperature=self.config.logp_temperature if temperature is None else temperature,
+            batch_size=self.config.training.micro_batch_size,
+            device=self.device,
+        )
+
+    def divergences(self, rollouts: Rollouts) -> list[Tensor] | None:
+        """Of small from large at every token, where the KD reward is exact."""
+        if "large" not in self.policies or self.config.kd.chosen_estimator != "exact":
+            return None
+        return divergences(
+            self.policies["small"],
+            self.policies["large"],
+            rollouts,
+            temperature=self.config.logp_temperature,
+            batch_size=self.config.training.micro_batch_size,
+            device=self.device,
+        )
 
     def check_gap(
         self, rollouts: Rollouts, writer_logps: list[Tensor], metrics: StepMetrics
@@ -161,17 +250,21 @@ class Trainer:
             )
 
     def update(
-        self, learner: Learner, rollouts: Rollouts, scored: Scored, metrics: StepMetrics
+        self, name: str, step: int, rollouts: Rollouts, scored: Scored, metrics: StepMetrics
     ) -> None:
-        """One optimizer step on the kept rollouts."""
-        update = make_update(self.config, learner.name, rollouts, scored, self.device)
-        learner.backward(
-            update.micro_batches,
-            metrics,
-            normalizer=update.normalizer,
-            temperature=self.config.rollout.temperature,
-        )
-        learner.step(metrics)
+        """One or more optimizer steps of a model on the kept rollouts."""
+        learner = self.learners[name]
+        with metrics.timer(f"time/update_{name}"):
+            alpha = alpha_at(self.config, step, self.total_steps)
+            update = make_update(self.config, name, rollouts, scored, self.device, alpha=alpha)
+            for _ in range(self.config.training.inner_epochs):
+                learner.backward(
+                    update.micro_batches,
+                    metrics,
+                    normalizer=update.normalizer,
+                    temperature=self.config.logp_temperature,
+                )
+                learner.step(metrics)
 
     def sync(self) -> None:
         self.engine.sync(self.policies[self.config.writer].full_weights())
@@ -204,9 +297,14 @@ class Trainer:
 
 def finish(numbers: dict[str, float]) -> dict[str, float]:
     """Add what is a function of reduced numbers; drop what was only needed for that."""
+    # Where no token was in a loss, or none was the engine's, there was nothing to average.
+    numbers.setdefault("rollout/logp_gap_mean", 0.0)
     for name in ("small", "large"):
-        if f"ratio/{name}_squared" in numbers:
-            squared = numbers.pop(f"ratio/{name}_squared")
-            numbers[f"ratio/{name}_ess"] = numbers[f"ratio/{name}_mean"] ** 2 / squared
+        if f"loss/{name}" in numbers:
+            for statistic in ("mean", "squared", "clip_fraction", "kl"):
+                numbers.setdefault(f"ratio/{name}_{statistic}", 0.0)
+            mean, squared = (numbers[f"ratio/{name}_{s}"] for s in ("mean", "squared"))
+            numbers[f"ratio/{name}_ess"] = mean**2 / squared if squared else 0.0
+            del numbers[f"ratio/{name}_squared"]
     numbers["tokens_per_second"] = numbers.pop("rollout/tokens") / numbers["time/step"]
     return numbers

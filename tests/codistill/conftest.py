@@ -4,7 +4,9 @@ import copy
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import yaml
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from codistill.config import Config
-from codistill.rewards import Grader
+from codistill.rewards import Grader, Grades
 from codistill.run import load_inputs
 from codistill.trainer import Trainer
 
@@ -86,6 +88,25 @@ def settings(models, tmp_path) -> dict:
     }
 
 
+def merged(settings: dict, changes: dict) -> dict:
+    """`settings` with the changes, section by section."""
+    out = copy.deepcopy(settings)
+    for key, value in changes.items():
+        out[key] = out.get(key, {}) | value if isinstance(value, dict) else value
+    return out
+
+
+class FakeGrader:
+    """About half of all texts are right, whatever they say: tiny models never are."""
+
+    def grade(self, texts, answers) -> Grades:
+        correct = [
+            zlib.crc32((text + gold[0]).encode()) % 2 == 0
+            for text, gold in zip(texts, answers, strict=True)
+        ]
+        return Grades(correct, 0, 0)
+
+
 @pytest.fixture(scope="session")
 def grader():
     with Grader(timeout=20) as grader:
@@ -94,13 +115,13 @@ def grader():
 
 @pytest.fixture
 def make_trainer(settings, grader, tmp_path):
-    """A trainer in this process: make_trainer({"kd": {"alpha": 2}}) on top of `settings`."""
+    """A trainer in this process: make_trainer({"kd": {"alpha": 2}}) on top of `settings`, or of a
+    whole configuration."""
 
-    def make(changes: dict | None = None) -> Trainer:
-        merged = copy.deepcopy(settings)
-        for key, value in (changes or {}).items():
-            merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
-        config = Config(**merged)
+    def make(changes: dict | Config | None = None, grader: Any = grader) -> Trainer:
+        config = changes
+        if not isinstance(config, Config):
+            config = Config(**merged(settings, changes or {}))
         config.check_processes(1)
         if not dist.is_initialized():
             dist.init_process_group(
@@ -108,7 +129,10 @@ def make_trainer(settings, grader, tmp_path):
             )
         return Trainer(config, load_inputs(config), torch.device("cpu"), grader)
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for matrices this small more threads only wait for each other
     yield make
+    torch.set_num_threads(threads)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,5 +1,6 @@
 """A mistake in the configuration ends in exit code 2 and one line that names it."""
 
+import json
 import subprocess
 import sys
 import time
@@ -56,13 +57,51 @@ def test_defaults_are_those_of_table_3():
         ),
         (["--rollout.num_generations", "6"], "rollout.num_generations = 6: expected M of at least"),
         (["--downsample.keep", "7"], "downsample.keep = 7: expected an even number"),
-        (["--data.template", "x"], "data.template = 'x': expected a text with {problem}"),
+        (["--data.template", "x"], "data.template = 'x': expected r1, boxed, chat or a text with"),
         (
             ["--hint.tokens", "3072"],
             "hint.tokens = 3072: expected less than rollout.max_completion",
         ),
         (["--hint.tokens", "3", "--algorithm", "grpo"], "hint.tokens = 3: expected 0 with"),
         (["--hint.loss", "masked"], "hint.loss = 'masked': expected own where hint.tokens = 0"),
+        (
+            ["--kd.placement", "objective", "--kd.estimator", "k1"],
+            "kd.estimator = 'k1': expected k2",
+        ),
+        (
+            ["--kd.estimator", "k2"],
+            "kd.estimator = 'k2': expected k1 or k3 or exact with kd.placem",
+        ),
+        (["--downsample.method", "none", "--downsample.by", "shortness"], "downsample.by = 'short"),
+        (
+            ["--advantage.baseline", "leave_one_out", "--advantage.scale", "std"],
+            "advantage.scale = 'std': expected none with baseline leave_one_out",
+        ),
+        (["--loss.epsilon_low", "1"], "loss.epsilon_low = 1.0: expected less than 1 with"),
+        (
+            ["--loss.epsilon_low", "2", "--loss.kind", "cispo"],
+            "loss.epsilon_low = 2.0: expected at most 1",
+        ),
+        (
+            ["--loss.kind", "gspo", "--loss.large_dual_clip", "3"],
+            "loss.large_dual_clip = 3.0: expec",
+        ),
+        (
+            ["--loss.old_logps", "engine", "--loss.importance_cap", "2"],
+            "loss.importance_cap = 2.0: expected no value with loss.old_logps = 'engine'",
+        ),
+        (
+            ["--loss.old_logps=engine", "--loss.logp_temperature=one", "--rollout.temperature=0.7"],
+            "loss.old_logps = 'engine': expected trainer with loss.logp_temperature = 'one'",
+        ),
+        (
+            ["--algorithm", "kdrl", "--loss.large_log_ratio_clamp", "5"],
+            "loss.large_log_ratio_clamp = 5.0: expected no value: algorithm kdrl does not train",
+        ),
+        (
+            ["--algorithm", "grpo", "--training.update_order", "large_first"],
+            "training.update_order = 'large_first': expected small_first: algorithm grpo",
+        ),
         (["--algorithm", "ppo"], "algorithm = 'ppo': input should be 'codistill', 'kdrl'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -95,6 +134,22 @@ def test_wrong_file_is_named(tmp_path, text, expected):
 def test_missing_file_is_named():
     with pytest.raises(ConfigError, match="--config = 'no.yaml': expected a YAML file that exists"):
         load_config(["--config", "no.yaml"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--loss.epsilon_low", "1", "--loss.kind", "cispo"],
+        ["--loss.epsilon_low", "3", "--loss.kind", "gmpo"],
+        ["--downsample.keep", "7", "--downsample.method", "top"],
+        ["--downsample.method", "none", "--rollout.num_generations", "4"],
+        ["--loss.old_logps", "engine", "--loss.logp_temperature", "one"],  # temperature is 1
+        ["--algorithm", "grpo", "--grpo.model", "large", "--loss.large_dual_clip", "3"],
+    ],
+    ids=str,
+)
+def test_right_combinations(load, arguments):
+    load(*arguments)
 
 
 def test_processes_must_divide_the_prompts_and_micro_batches_the_rollouts(load):
@@ -136,7 +191,11 @@ def test_help_is_quick_and_needs_no_torch():
             "data.train = 'nowhere.jsonl': expected a file that",
         ),
         ({"data": {"train": "{empty}"}}, "expected at least one problem, found none"),
-        ({"data": {"train": "{wrong}"}}, "rows with the fields problem and answer, found question"),
+        ({"data": {"train": "{wrong}"}}, "answer or final_answer or solution, found question"),
+        (
+            {"data": {"eval": "{bad}"}},
+            "an answer in row 2 that math-verify can read",
+        ),
         (
             {"small": {"path": "./nowhere"}},
             "small.path = './nowhere': expected a folder that exists",
@@ -146,12 +205,28 @@ def test_help_is_quick_and_needs_no_torch():
             {"rollout": {"max_prompt_tokens": 3}},
             "rollout.max_prompt_tokens = 3: expected at least 4",
         ),
+        (
+            {"rollout": {"max_completion_tokens": 57}},
+            "rollout.max_completion_tokens = 57: expected no more than the 64 positions of small",
+        ),
         ({"rollout": {"prompts_per_step": 3}}, "training.micro_batch_size = 8: expected a divisor"),
     ],
-    ids=["no file", "empty", "wrong fields", "no model", "tokenizers", "long prompt", "no divisor"],
+    ids=[
+        "no file",
+        "empty",
+        "wrong fields",
+        "bad answer",
+        "no model",
+        "tokenizers",
+        "long prompt",
+        "few positions",
+        "no divisor",
+    ],
 )
 def test_wrong_input_stops_the_run(settings, tmp_path, tokenizer, change, expected):
     (tmp_path / "empty.jsonl").write_text("")
+    rows = [{"problem": "1", "answer": answer} for answer in ("1", "}")]
+    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "wrong.jsonl").write_text('{"question": "1"}\n')
     tokenizer.save_pretrained(tmp_path / "other")
     vocabulary = tmp_path / "other" / "tokenizer.json"

@@ -1,11 +1,18 @@
-"""Problems, batches and rewards of text."""
+"""Problems: every form of file and field, drawn in order; batches of them."""
 
+import json
+from decimal import Decimal
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 import torch
 
 from codistill.batching import TokenBatch
-from codistill.data import draw
-from codistill.rewards import Grader, format_reward, is_correct
+from codistill.config import ConfigError, DataConfig
+from codistill.data import draw, gold_answers, load_problems, overlap
 from codistill.rollout import cut_at_end, prompt_seeds
 
 
@@ -55,54 +62,134 @@ def test_completion_ends_with_its_first_end_token(tokens, expected):
     assert cut_at_end(tokens, (1, 2)) == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "reward"),
-    [
-        ("<think>a</think><answer>b</answer>", 1.0),
-        ("<think>a</think>", 0.5),
-        ("<think><think>a</think><answer>b</answer>", 0.75),
-        ("b", 0.0),
-    ],
-)
-def test_format_reward(text, reward):
-    assert format_reward(text) == reward
+ROWS = [
+    {"question": "1+1", "final_answer": 2, "level": "easy"},
+    {"question": "2+2", "final_answer": 4, "level": "hard"},
+]
+
+
+def save(path: Path, rows: list) -> Path:
+    """Write rows in the form that the name of the file says; a folder as datasets saves it."""
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.mkdir()
+        parts = [{"filename": f"data-{part}.arrow"} for part in range(len(rows))]
+        (path / "state.json").write_text(json.dumps({"_data_files": parts}))
+        for part, row in zip(parts, rows, strict=True):
+            table = pa.Table.from_pylist([row])
+            with pyarrow.ipc.new_stream(str(path / part["filename"]), table.schema) as stream:
+                stream.write_table(table)
+    return path
+
+
+def load(path: Path, tokenizer, template: str = "{problem}=") -> list:
+    config = DataConfig(train=path, eval=path, template=template)
+    return load_problems("data.train", config, tokenizer, max_prompt_tokens=99)
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet", "folder"])
+def test_every_form_of_file_gives_the_same_problems(tmp_path, tokenizer, name):
+    first, second = load(save(tmp_path / name, ROWS), tokenizer)
+    assert (first.problem, first.answers, first.prompt) == ("1+1", ("2",), "1+1=")
+    assert tokenizer.decode(first.prompt_ids) == "1+1="
+    assert (second.problem, second.columns) == ("2+2", ROWS[1])
+
+
+def test_json_may_hold_a_row_a_line(tmp_path, tokenizer):
+    path = save(tmp_path / "rows.jsonl", ROWS).rename(tmp_path / "rows.json")
+    assert [problem.answers for problem in load(path, tokenizer)] == [("2",), ("4",)]
+
+
+def test_answers_of_one_file_may_be_of_different_kinds(tmp_path, tokenizer):
+    """Also text that a guessing reader takes for a date."""
+    answers = [7, "7", [1, "2"], 0.5, "2020-01-01"]
+    rows = [{"problem": "1", "answer": answer} for answer in answers] + [{"problem": "1"}]
+    problems = load(save(tmp_path / "rows.jsonl", rows[:-1]), tokenizer)
+    assert [p.answers for p in problems] == [
+        *(("7",), ("7",), ("1", "2")),
+        *(("0.5",), ("2020-01-01",)),
+    ]
+    with pytest.raises(ConfigError, match="a text, a number or a list of them as answer in row 6"):
+        load(save(tmp_path / "more.jsonl", rows), tokenizer)
+
+
+def test_columns_are_those_of_all_rows(tmp_path, tokenizer):
+    rows = [{"problem": "1", "answer": "1"}, {"problem": "2", "answer": "2", "level": 3}]
+    problems = load(save(tmp_path / "rows.jsonl", rows), tokenizer)
+    assert [problem.columns["level"] for problem in problems] == [None, 3]
 
 
 @pytest.mark.parametrize(
-    ("text", "answer", "correct"),
+    ("name", "value", "expected"),
     [
-        ("<think>1</think><answer>102</answer>", "102", True),
-        ("<answer>102</answer><answer>103</answer>", "102", False),
-        ("<think>102</think><answer>103</answer>", "102", False),
-        ("so it is \\boxed{\\frac{1}{2}}", "0.5", True),
-        ("<answer>\\frac{1}{2}</answer>", "\\frac{2}{4}", True),
-        ("<answer></answer>", "102", False),
-        ("", "102", False),
-        ("<answer>x+1</answer>", "1+x", True),
+        ("answer", " \\frac{1}{2}\n", ("\\frac{1}{2}",)),
+        ("answer", 142.0, ("142",)),
+        ("answer", Decimal("142.0"), ("142",)),
+        ("answer", 1e-7, ("0.0000001",)),
+        ("answer", -3, ("-3",)),
+        ("answer", ["9.6\n", 10.0], ("9.6", "10")),
+        ("answer", [], ()),
+        ("answer", ["1", " "], ()),
+        ("answer", None, ()),
+        ("answer", float("nan"), ()),
+        ("answer", {"value": 1}, ()),
+        (
+            "solution",
+            "first $\\boxed{1}$ then $\\boxed{\\frac{1}{\\sqrt{2}}}$.",
+            ("\\frac{1}{\\sqrt{2}}",),
+        ),
+        ("solution", "so $\\boxed 7$", ("7",)),
+        ("solution", "so $\\fbox{7}$", ("7",)),
+        ("solution", "so it is 7", ()),
+        ("solution", "so \\boxed{7", ()),
+        ("solution", "so \\boxed{}", ()),
     ],
 )
-def test_answers_are_compared_as_mathematics(text, answer, correct):
-    assert is_correct(text, answer) is correct
+def test_gold_answers(name, value, expected):
+    assert gold_answers(name, value) == expected
 
 
-def test_grader_counts_what_it_could_not_grade():
-    texts = ["<answer>3</answer>", "<answer>3</answer>", "<answer>3</answer>"]
-    with Grader(timeout=20) as grader:
-        grades = grader.grade(texts, ["3", "4", ""])  # "" is no gold answer
-    assert (grades.correct, grades.failures, grades.timeouts) == ([True, False, False], 1, 0)
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.csv", "", "a .jsonl, .json or .parquet file, or a folder that datasets saved"),
+        ("a.jsonl", '{"problem": "1", "answer": "1"}\n{"pro', "line 2: Unterminated string"),
+        ("a.json", '["1"]', "row 1 is no object with fields"),
+        ("a.parquet", "no parquet", "expected rows of problems: "),
+        ("a.json", '[{"problem": "", "answer": "1"}]', "expected a text as problem in row 1"),
+        ("a.json", '[{"prompt": [{"role": "user"}], "answer": 1}]', "expected a text as prompt"),
+        (
+            "a.json",
+            '[{"problem": "1", "solution": "1"}]',
+            "a solution with a \\boxed{} answer in row",
+        ),
+        ("a.json", '[{"text": "1", "answer": 1}]', "rows with problem or question or prompt and"),
+    ],
+)
+def test_wrong_data_is_named(tmp_path, tokenizer, name, text, expected):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path / name, tokenizer)
+    assert str(error.value).startswith(f"data.train = {str(tmp_path / name)!r}: expected")
+    assert expected in str(error.value) and "\n" not in str(error.value)
 
 
-def test_grader_outlives_a_completion_that_hangs(monkeypatch):
-    import time
+def test_folder_of_several_sets_names_them(tmp_path, tokenizer):
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(ConfigError, match=f"give one of {tmp_path}/train, {tmp_path}/test"):
+        load(tmp_path, tokenizer)
+    (tmp_path / "dataset_dict.json").unlink()
+    with pytest.raises(ConfigError, match="has no state.json"):
+        load(tmp_path, tokenizer)
 
-    from codistill import rewards
 
-    with Grader(timeout=0.5) as grader:
-        monkeypatch.setattr(rewards, "is_correct", time.sleep)
-        monkeypatch.setattr(rewards, "zip", lambda *_, strict: [(60,), (0,)], raising=False)
-        grades = grader.grade(["", ""], ["", ""])
-        monkeypatch.undo()
-        assert grades.timeouts == 1
-        # A start of a process takes longer than half a second: give the replacement its time.
-        grader.timeout = 20
-        assert grader.grade(["<answer>3</answer>"], ["3"]).correct == [True]
+def test_overlap_counts_held_out_problems_but_for_white_space(tmp_path, tokenizer):
+    rows = [{"problem": text, "answer": 1} for text in ("1+1", "1 + 2", "3")]
+    train = load(save(tmp_path / "train.jsonl", rows), tokenizer)
+    rows = [{"problem": text, "answer": 1} for text in ("1+1", " 1  +\n2 ", "1+2", "4")]
+    assert overlap(train, load(save(tmp_path / "eval.jsonl", rows), tokenizer)) == 2

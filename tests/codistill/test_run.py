@@ -96,6 +96,15 @@ def test_run_with_vllm_on_two_processes(settings, train, models):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 def test_interrupted_run_goes_on_bitwise(settings, train, tmp_path, number):
     settings["training"]["steps"] = 6
+    # Whatever an algorithm keeps from step to step must be saved or follow from the step's number.
+    settings |= {
+        "hint": {"tokens": 2, "epochs": 2},
+        "kd": {"alpha": 2.0, "alpha_end": 0.5},
+        "downsample": {"keep": 4, "method": "random"},
+        "loss": {"beta": 0.05},
+    }
+    settings["rollout"]["sampling_rounds"] = 2
+    settings["training"]["inner_epochs"] = 2
     settings["name"] = "whole"
     assert train(settings).returncode == 0
     whole = without_times(rows(settings))
@@ -122,6 +131,38 @@ def test_interrupted_run_goes_on_bitwise(settings, train, tmp_path, number):
     assert done.returncode == 0, done.stderr
     assert "going on after step" in done.stdout
     assert without_times(rows(settings)) == whole
+
+
+def test_continued_training_of_the_large_model(settings, train, models):
+    """GRPO with its own rollouts, from what a codistill run has exported; Eq. 2 to 4 in full."""
+    settings["training"]["steps"] = 1
+    assert train(settings).returncode == 0
+    export = Path(settings["output_dir"]) / "tiny" / "export" / "step_1" / "large"
+    changes = {
+        "algorithm": "grpo",
+        "grpo.model": "large",
+        "large.path": export,
+        "name": "ct",
+        "advantage.scale": "std",
+        "loss.normalization": "sequence",
+        "loss.beta": 0.04,
+        "training.steps": 2,
+    }
+    done = train(settings, *(f"--{key}={value}" for key, value in changes.items()))
+    assert done.returncode == 0, done.stderr
+    assert "not used by algorithm grpo: small" in done.stdout
+    settings["name"] = "ct"
+    first, second = rows(settings)
+    assert first["ratio/large_mean"] == pytest.approx(1, abs=1e-5)
+    assert first["kl/large_reference"] < 1e-6 < second["kl/large_reference"]
+    assert not [key for key in first if "small" in key]
+    folder = Path(settings["output_dir"]) / "ct"
+    exported = load_file(folder / "export" / "step_2" / "large" / "model.safetensors")
+    start = load_file(export / "model.safetensors")
+    assert all((exported[key] != start[key]).any() for key in start)
+    assert not (folder / "export" / "step_2" / "small").exists()
+    assert json.loads((folder / "summary.json").read_text()).keys() >= {"large"}
+    assert (folder / "curves.png").is_file()
 
 
 def test_run_stops_when_engine_and_trainer_disagree(settings, train):

@@ -3,32 +3,51 @@
 import pytest
 import torch
 
+from codistill.advantages import beta_scales
 from codistill.config import Config, OptimizerConfig
 from codistill.data import Problem
-from codistill.learner import learning_rate_factor
+from codistill.learner import clamp_log_ratio, learning_rate_factor
 from codistill.rollout import Completion
-from codistill.scoring import Rollouts, score
+from codistill.scoring import Rollouts, alpha_at, score
+
+PROBLEM = Problem("1+1", ("2",), "1+1=", [3, 12, 3, 13])
+GAIN = [0.2, -0.4, 0.0, 0.6, -0.2, -1.0]  # log-ratio large/small of a rollout's first token
+LENGTHS = [2, 5, 3, 2, 4, 3]
+ACCURACY = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
 
 
-def test_score_by_hand(settings):
-    """One prompt, M = 6, G = 4, N = 8, alpha = 4; every completion has two tokens."""
+@pytest.fixture
+def hand(settings):
+    """hand({"section": {...}}) scores one prompt's rollouts: M = 6, G = 4, N = 8, alpha = 4.
+
+    The fourth rollout is truncated; the small model's log-probabilities are -1.
+    """
     settings["rollout"]["prompts_per_step"] = 1
-    settings["training"]["micro_batch_size"] = 4
+    settings["training"]["micro_batch_size"] = 2
     settings["kd"] = {"alpha": 4.0}
-    config = Config(**settings)
-    problem = Problem("1+1", "2", "1+1=", [3, 12, 3, 13])
-    rollouts = Rollouts(
-        problems=[problem] * 6,
-        completions=[Completion([2, 1], [0.0, 0.0], False)] * 6,
-        hints=[0] * 6,
-        texts=[""] * 6,
-        accuracy=torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0]),
-        format=torch.zeros(6),
-    )
-    small = [torch.tensor([-1.0, -1.0])] * 6
-    gain = [0.2, -0.4, 0.0, 0.6, -0.2, -1.0]  # log-ratio of the first token
-    large = [torch.tensor([-1.0 + g, -1.0]) for g in gain]
-    scored = score(config, rollouts, {"small": small, "large": large})
+
+    def run(changes: dict | None = None, **options):
+        for section, values in (changes or {}).items():
+            settings[section] = settings.get(section, {}) | values
+        rollouts = Rollouts(
+            problems=[PROBLEM] * 6,
+            completions=[Completion([2] * n, [0.0] * n, i == 3) for i, n in enumerate(LENGTHS)],
+            hints=[0] * 6,
+            texts=[""] * 6,
+            accuracy=torch.tensor(ACCURACY),
+            format=torch.zeros(6),
+        )
+        small = [torch.full((n,), -1.0) for n in LENGTHS]
+        large = [
+            torch.tensor([-1.0 + g] + [-1.0] * (n - 1)) for g, n in zip(GAIN, LENGTHS, strict=True)
+        ]
+        return score(Config(**settings), rollouts, {"small": small, "large": large}, **options)
+
+    return run
+
+
+def test_score_by_hand(hand):
+    scored = hand()
     # Eq. 6: kd = 4 * gain / 8
     assert scored.kd_rewards.tolist() == pytest.approx([0.1, -0.2, 0.0, 0.3, -0.1, -0.5])
     # effective 1.1, 0.8, 1.0, 0.3, -0.1, -0.5: best two 0, 2; worst two 4, 5
@@ -36,6 +55,179 @@ def test_score_by_hand(settings):
     # Eq. 7 over the kept: mean of 1.1, 1.0, -0.1, -0.5 is 0.375; of 1, 1, 0, 0 it is 0.5
     assert scored.advantages["small"].tolist() == pytest.approx([0.725, 0.625, -0.475, -0.875])
     assert scored.advantages["large"].tolist() == pytest.approx([0.5, 0.5, -0.5, -0.5])
+
+
+def test_grpo_has_no_kd_term(settings, hand):
+    settings["algorithm"] = "grpo"
+    scored = hand({"downsample": {"method": "none"}, "advantage": {"scale": "std"}})
+    assert scored.kd_rewards is None and scored.advantages.keys() == {"small"}
+    assert scored.effective_rewards.tolist() == ACCURACY
+    # Eq. 3 over all six: mean 1/2, sample deviation sqrt(6 / 4 / 5) = 0.5477
+    expected = [0.9129] * 3 + [-0.9129] * 3
+    assert scored.advantages["small"].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kd", "expected"),
+    [
+        # Eq. 4: -4/8 (exp(g) - 1 - g)
+        ({"estimator": "k3"}, [-0.010701, -0.035160, 0.0, -0.111059, -0.009365, -0.183940]),
+        ({"placement": "objective"}, [0.0] * 6),
+        ({"alpha": 1.0}, [0.025, -0.05, 0.0, 0.075, -0.025, -0.125]),
+    ],
+    ids=["k3", "objective", "alpha"],
+)
+def test_kd_term(hand, kd, expected):
+    scored = hand({"kd": kd})
+    assert scored.kd_rewards.tolist() == pytest.approx(expected, abs=1e-6)
+    sums = torch.tensor(ACCURACY) + torch.tensor(expected)
+    assert scored.effective_rewards.tolist() == pytest.approx(sums.tolist(), abs=1e-6)
+
+
+def test_exact_kd_reward_is_the_divergence_itself(hand):
+    kl = [torch.tensor([0.5] + [0.1] * (n - 1)) for n in LENGTHS]
+    scored = hand({"kd": {"estimator": "exact"}}, kl=kl)
+    # -4/8 (0.5 + 0.1 (n - 1)) of 2, 5, 3, 2, 4, 3 tokens
+    expected = [-0.3, -0.45, -0.35, -0.3, -0.4, -0.35]
+    assert scored.kd_rewards.tolist() == pytest.approx(expected)
+
+
+def test_alpha_moves_in_a_straight_line(settings, hand):
+    config = Config(**settings | {"kd": {"alpha": 4.0, "alpha_end": 1.0}})
+    assert [alpha_at(config, step, 4) for step in (1, 2, 3, 4)] == pytest.approx([4, 3, 2, 1])
+    assert alpha_at(config, 1, 1) == 4
+    scored = hand({"kd": {"alpha_end": 0.0}}, step=3, total_steps=5)  # alpha = 2
+    assert scored.kd_rewards.tolist() == pytest.approx([0.05, -0.1, 0.0, 0.15, -0.05, -0.25])
+
+
+@pytest.mark.parametrize(
+    ("downsample", "kept"),
+    [
+        # effective 1.1, 0.8, 1.0, 0.3, -0.1, -0.5
+        ({"method": "top"}, [0, 1, 2, 3]),
+        # two best and two worst; of three: 1.1, 1.0, -0.5 (squares sum to 1.61) before 1.1, -0.1,
+        # -0.5 (1.39)
+        ({"method": "max_variance"}, [0, 2, 4, 5]),
+        ({"method": "max_variance", "keep": 3}, [0, 2, 5]),
+        ({"method": "none"}, [0, 1, 2, 3, 4, 5]),
+        # tokens 2, 5, 3, 2, 4, 3: the shortest four (GFPO)
+        ({"method": "top", "by": "shortness"}, [0, 2, 3, 5]),
+        # 0.55, 0.16, 0.33, 0.15, -0.03, -0.17 a token
+        ({"method": "top", "by": "reward_per_token", "keep": 2}, [0, 2]),
+        ({"by": "shortness", "keep": 2}, [0, 1]),
+    ],
+    ids=str,
+)
+def test_downsampling(hand, downsample, kept):
+    scored = hand({"downsample": downsample})
+    assert scored.kept.tolist() == kept
+    # which are kept decides the baseline, and nothing about the rewards
+    assert scored.kd_rewards.tolist() == pytest.approx([0.1, -0.2, 0.0, 0.3, -0.1, -0.5])
+    effective = scored.effective_rewards[kept]
+    assert scored.advantages["small"].tolist() == pytest.approx(
+        (effective - effective.mean()).tolist()
+    )
+
+
+def test_random_downsampling_is_a_function_of_seed_and_step(hand):
+    changes = {"downsample": {"method": "random", "keep": 3}}
+    kept = [hand(changes, step=step).kept.tolist() for step in range(1, 9)]
+    assert kept == [hand(changes, step=step).kept.tolist() for step in range(1, 9)]
+    assert len({tuple(rows) for rows in kept}) > 3 and all(len(set(rows)) == 3 for rows in kept)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "small", "large"),
+    [
+        # baseline of all six: mean effective 2.6 / 6 = 0.4333, mean reward 0.5
+        ({"group": "all"}, [0.6667, 0.5667, -0.5333, -0.9333], [0.5, 0.5, -0.5, -0.5]),
+        # the others of the kept: 1.1 - (1.0 - 0.1 - 0.5) / 3 and so on; 4/3 of Eq. 7
+        (
+            {"baseline": "leave_one_out"},
+            [0.9667, 0.8333, -0.6333, -1.1667],
+            [2 / 3] * 2 + [-2 / 3] * 2,
+        ),
+        # the others of all six: 6/5 of the first line
+        (
+            {"baseline": "leave_one_out", "group": "all"},
+            [0.8, 0.68, -0.64, -1.12],
+            [0.6, 0.6, -0.6, -0.6],
+        ),
+        # sample deviations of the kept: sqrt(1.9075 / 3) = 0.7974, sqrt(1 / 3)
+        ({"scale": "std"}, [0.9092, 0.7838, -0.5957, -1.0973], [0.8660] * 2 + [-0.8660] * 2),
+    ],
+    ids=str,
+)
+def test_advantages(hand, advantage, small, large):
+    scored = hand({"advantage": advantage})
+    assert scored.kept.tolist() == [0, 2, 4, 5]
+    assert scored.advantages["small"].tolist() == pytest.approx(small, abs=1e-4)
+    assert scored.advantages["large"].tolist() == pytest.approx(large, abs=1e-4)
+
+
+def test_leave_one_out_is_the_mean_of_the_others(hand):
+    scored = hand({"advantage": {"baseline": "leave_one_out"}, "downsample": {"method": "none"}})
+    rewards = scored.effective_rewards
+    others = [(rewards.sum() - reward) / 5 for reward in rewards]
+    expected = [(r - o).item() for r, o in zip(rewards, others, strict=True)]
+    assert scored.advantages["small"].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_beta_scales_by_hand():
+    # accuracies 0.2, 0.4, 0.6, 0.8: mean 0.5, sample variance 0.2 / 3; a + b = 0.25 / 0.0667 - 1 =
+    # 2.75, a = b = 1.375, density with both parameters 1.4583
+    scales = beta_scales(torch.tensor([0.2, 0.4, 0.6, 0.8]))
+    p = torch.tensor([0.2, 0.4], dtype=torch.float64)
+    c = 1 + 1.375 / 3
+    norm = torch.lgamma(torch.tensor(2 * c)) - 2 * torch.lgamma(torch.tensor(c))
+    expected = (-(norm + (c - 1) * (p.log() + (1 - p).log()))).exp().tolist()
+    assert scales.tolist() == pytest.approx([*expected, *expected[::-1]], rel=1e-6)
+    assert scales[0] > scales[1] > 0  # what is rarely right, or rarely wrong, counts more
+    assert beta_scales(torch.tensor([0.3, 0.3])).tolist() == [1, 1]
+    assert beta_scales(torch.tensor([0.0, 1.0, 0.5])).tolist()[:2] == [1, 1]
+
+
+def test_beta_scales_the_accuracy_and_centres_the_rest(settings):
+    settings["rollout"] |= {"num_generations": 4, "prompts_per_step": 2}
+    settings |= {"advantage": {"scale": "beta"}, "kd": {"alpha": 8.0}}
+    accuracy = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0]  # 1/4 and 3/4: mean 1/2, variance 1/8
+    rollouts = Rollouts(
+        problems=[PROBLEM] * 8,
+        completions=[Completion([2], [0.0], False)] * 8,
+        hints=[0] * 8,
+        texts=[""] * 8,
+        accuracy=torch.tensor(accuracy),
+        format=torch.zeros(8),
+    )
+    small, gain = [torch.tensor([-1.0])] * 8, [0.4, 0.0, 0.0, 0.0] * 2
+    large = [torch.tensor([-1.0 + g]) for g in gain]
+    scored = score(Config(**settings), rollouts, {"small": small, "large": large})
+    factor = beta_scales(torch.tensor([0.25, 0.75]))[0].item()
+    # a + b = 0.25 / 0.125 - 1 = 1, both parameters 7/6; gamma(7/3) / gamma(7/6)^2 = 1.38340
+    assert factor == pytest.approx(1 / (1.38340 * (3 / 16) ** (1 / 6)), rel=1e-4)
+    large_first = scored.advantages["large"][:4].tolist()
+    assert large_first == pytest.approx([0.75 * factor] + [-0.25 * factor] * 3)
+    # the KD reward, 0.4 and three times 0, adds 0.3 and -0.1 as it is
+    small_first = scored.advantages["small"][:4].tolist()
+    assert small_first == pytest.approx([0.75 * factor + 0.3] + [-0.25 * factor - 0.1] * 3)
+
+
+def test_truncated_rollouts_without_a_reward(hand, monkeypatch):
+    monkeypatch.setitem(globals(), "ACCURACY", [1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+    effective = hand({"rollout": {"truncated": "keep"}}).effective_rewards
+    assert effective.tolist() == pytest.approx([1.1, 0.8, 1.0, 1.3, -0.1, -0.5])
+    effective = hand({"rollout": {"truncated": "zero_reward"}}).effective_rewards
+    # the fourth keeps its KD reward alone
+    assert effective.tolist() == pytest.approx([1.1, 0.8, 1.0, 0.3, -0.1, -0.5])
+
+
+def test_clamped_log_ratios_have_no_gradient():
+    logps = torch.tensor([-1.0, -1.0, -4.0], requires_grad=True)
+    old = torch.tensor([-1.5, -3.0, -1.0])  # log-ratios 0.5, 2 and -3
+    clamped = clamp_log_ratio(logps, old, 1.0)
+    assert clamped.tolist() == [-1.0, -2.0, -2.0]
+    assert torch.autograd.grad(clamped.sum(), logps)[0].tolist() == [1, 0, 0]
+    assert clamp_log_ratio(logps, old, None) is logps
 
 
 @pytest.mark.parametrize(

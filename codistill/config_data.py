@@ -1,0 +1,53 @@
+"""Sections of the configuration that say what is learned from: problems and rewards."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from codistill.config_base import Section, require
+from codistill.templates import is_template
+
+
+class DataConfig(Section):
+    train: Path = Field(
+        description="training problems: .jsonl, .json, .parquet or a folder that datasets saved, "
+        "with a problem, question or prompt and an answer, final_answer or solution"
+    )
+    eval: Path = Field(description="held-out problems, same form")
+    template: str = Field(
+        "{problem}",
+        description="text of a prompt: r1 (Table 4), boxed (Table 5), chat (the tokenizer's own "
+        "chat template), or a text in which {problem} is replaced by the problem",
+    )
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        expected = "r1, boxed, chat or a text with {problem}"
+        require(is_template(self.template), "template", self.template, expected)
+        return self
+
+
+class RewardConfig(Section):
+    format: bool = Field(
+        False,
+        description="add 0.25 for each of <think> </think> <answer> </answer> that occurs exactly "
+        "once (appendix B), as template r1 asks for; accuracy counts 1",
+    )
+    timeout: float = Field(5.0, gt=0, description="hard limit for grading one completion (seconds)")
+    functions: dict[str, float] = Field(
+        {},
+        description="your own rewards, added to r: import path of a function(prompts, completions, "
+        "completion_ids, **columns) that returns a number for each completion, and its weight",
+    )
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        taken = {"accuracy", "format", "kd", "effective", "zero_fraction", "kept_accuracy"}
+        for path in self.functions:
+            name = path.rpartition(".")[2]
+            require("." in path.strip("."), "functions", path, "an import path, module.function")
+            unused = f"a function whose name is not taken; reward/{name} is a metric already"
+            require(name not in taken, "functions", path, unused)
+            taken.add(name)
+        return self

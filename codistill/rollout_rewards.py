@@ -1,0 +1,93 @@
+"""r of Eq. 6 for the rollouts of a step: accuracy, format and the user's reward functions."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from codistill.config import RewardConfig
+from codistill.data import Problem
+from codistill.metrics import StepMetrics
+from codistill.rewards import Grader, format_reward
+from codistill.user_rewards import RewardError, RewardFunction
+
+
+class RewardTerms(NamedTuple):
+    """The terms of r, each [S]."""
+
+    accuracy: Tensor
+    """1.0 where the answer is right, else 0.0."""
+    format: Tensor
+    """Zeros where the run has no format reward."""
+    functions: dict[str, Tensor]
+    """What each reward function adds, weight included."""
+
+
+class RolloutRewards:
+    """Grades completions, calls the reward functions, and measures both."""
+
+    def __init__(
+        self,
+        config: RewardConfig,
+        grader: Grader,
+        functions: list[RewardFunction],
+        device: torch.device,
+    ) -> None:
+        self.config, self.grader, self.functions, self.device = config, grader, functions, device
+
+    def __call__(
+        self,
+        problems: list[Problem],
+        texts: list[str],
+        token_ids: list[list[int]],
+        metrics: StepMetrics,
+    ) -> RewardTerms:
+        """Every process must call this with its share.
+
+        Raises:
+            RewardError: a reward function failed, on any process: then on all of them.
+        """
+        with metrics.timer("time/grade"):
+            grades = self.grader.grade(texts, [problem.answers for problem in problems])
+            form = [format_reward(text) if self.config.format else 0.0 for text in texts]
+            functions = self.call_functions(problems, texts, token_ids, metrics)
+        terms = RewardTerms(self.tensor(grades.correct), self.tensor(form), functions)
+        metrics.mean_of("reward/accuracy", terms.accuracy)
+        metrics.mean_of("reward/format", terms.format)
+        metrics.total("grade/failures", grades.failures)
+        metrics.total("grade/timeouts", grades.timeouts)
+        return terms
+
+    def call_functions(
+        self,
+        problems: list[Problem],
+        texts: list[str],
+        token_ids: list[list[int]],
+        metrics: StepMetrics,
+    ) -> dict[str, Tensor]:
+        prompts, rows = [p.prompt for p in problems], [p.columns for p in problems]
+        terms = {}
+        for function in self.functions:
+            error, values = None, []
+            try:
+                values = function(prompts, texts, token_ids, rows)
+            except RewardError as failure:
+                error = failure
+            stop_together(error)
+            known = [value for value in values if value is not None]
+            metrics.mean(f"reward/{function.name}", sum(known), len(known))
+            terms[function.name] = function.weight * self.tensor([v or 0.0 for v in values])
+        return terms
+
+    def tensor(self, values: list) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self.device)
+
+
+def stop_together(error: RewardError | None) -> None:
+    """Raise the first process's error on all: one that stops alone leaves the others waiting."""
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if error is None else str(error))
+    message = next((message for message in errors if message is not None), None)
+    if message is not None:
+        raise RewardError(message) from error

@@ -1,0 +1,123 @@
+"""Reward functions of the user's own: found by import path, called with a batch.
+
+    def brevity(prompts, completions, completion_ids, **columns):
+        return [-len(ids) / 1000 for ids in completion_ids]
+
+All arguments are lists with one item a completion: the text of the prompt, the text of the
+completion, its token ids, and every column of the training data. None for a completion means that
+the reward does not apply to it: it adds 0 and is left out of the mean in the metrics.
+"""
+
+import importlib
+import inspect
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from codistill.config_base import ConfigError
+
+OWN_ARGUMENTS = ("prompts", "completions", "completion_ids", "prompt", "completion")
+"""Columns of these names are not passed on: the arguments say it already."""
+
+
+class RewardError(RuntimeError):
+    """A reward function failed, or returned what is no reward."""
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """A function of the user's and its weight in r."""
+
+    path: str
+    weight: float
+    function: Callable[..., Any]
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition(".")[2]
+
+    def __call__(
+        self,
+        prompts: list[str],
+        completions: list[str],
+        completion_ids: list[list[int]],
+        rows: list[dict[str, Any]],
+    ) -> list[float | None]:
+        """One reward a completion, weight not included.
+
+        rows: the row of the training data that each completion belongs to.
+
+        Raises:
+            RewardError: the function raised, or did not return a number or None a completion.
+        """
+        columns = {name: [row[name] for row in rows] for name in columns_of(rows[0])}
+        try:
+            values = self.function(  # copies: training goes on with the originals
+                prompts=list(prompts),
+                completions=list(completions),
+                completion_ids=[list(ids) for ids in completion_ids],
+                **columns,
+            )
+        except Exception as error:  # whatever the user's code raises
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{os.path.basename(frame.filename)}, line {frame.lineno}"
+            raise self.failed(f"raised {type(error).__name__}: {error} ({where})") from error
+        try:
+            rewards = [None if value is None else float(value) for value in values]
+        except Exception as error:
+            raise self.failed(f"returned no list of numbers: {error}") from error
+        if len(rewards) != len(completions):
+            raise self.failed(f"returned {len(rewards)} rewards for {len(completions)} completions")
+        for number, reward in enumerate(rewards):
+            if reward is not None and not math.isfinite(reward):
+                raise self.failed(f"returned {reward} for completion {number}")
+        return rewards
+
+    def failed(self, how: str) -> RewardError:
+        return RewardError(f"reward function {self.path} {how}")
+
+
+def columns_of(row: dict[str, Any]) -> list[str]:
+    return [name for name in row if name not in OWN_ARGUMENTS]
+
+
+def load_functions(functions: dict[str, float], row: dict[str, Any]) -> list[RewardFunction]:
+    """Import the functions of `reward.functions`; modules in the current folder are found too.
+
+    row: any row of the training data: its columns will be arguments.
+
+    Raises:
+        ConfigError: no such function, or it does not take the arguments it will be given.
+    """
+    if functions and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return [
+        RewardFunction(path, weight, load_function(path, columns_of(row)))
+        for path, weight in functions.items()
+    ]
+
+
+def load_function(path: str, columns: Iterable[str]) -> Callable[..., Any]:
+    module, _, name = path.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:  # importing runs the user's module, which may raise anything
+        message = f"{type(error).__name__}: {error}"
+        raise wrong(path, f"the import path of a function; {message}") from error
+    if not callable(function) or inspect.iscoroutinefunction(function):
+        raise wrong(path, f"a plain function, found {function!r}")
+    arguments = dict.fromkeys(["prompts", "completions", "completion_ids", *columns])
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        takes = ", ".join(arguments)
+        raise wrong(path, f"a function that takes {takes} (or **columns); {error}") from error
+    return function
+
+
+def wrong(path: str, expected: str) -> ConfigError:
+    return ConfigError(f"reward.functions = {path!r}: expected {expected}")

@@ -1,0 +1,124 @@
+"""Is an answer right, does a text have its form, and what the grader does when it cannot say."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from codistill.config import ConfigError
+from codistill.rewards import Grader, Grades, format_reward, is_correct, is_only_text, with_alarm
+
+ROOT = Path(__file__).parents[2]
+HANGS = "<answer>999999999^{999999999}</answer>"  # sympy computes the number
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("<think>a</think><answer>b</answer>", 1.0),
+        ("<think>a</think>", 0.5),
+        ("<think><think>a</think><answer>b</answer>", 0.75),
+        ("b", 0.0),
+    ],
+)
+def test_format_reward(text, reward):
+    assert format_reward(text) == reward
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "correct"),
+    [
+        ("<think>1</think><answer>102</answer>", "102", True),
+        ("<answer>102</answer><answer>103</answer>", "102", False),
+        ("<think>102</think><answer>103</answer>", "102", False),
+        ("so it is \\boxed{\\frac{1}{2}}", "0.5", True),
+        ("first \\boxed{1}, no: \\boxed{2}, and 3 more", "2", True),
+        ("first \\boxed{1}, no: \\boxed{2}, and 3 more", "1", False),
+        ("<answer>\\frac{1}{2}</answer>", "\\frac{2}{4}", True),
+        ("<answer></answer>", "102", False),
+        ("", "102", False),
+        ("<answer>x+1</answer>", "1+x", True),
+        ("<answer>$\\frac{1}{2}$</answer>", "$0.5$", True),
+        ("<answer>4 \\times 10^{3}</answer>", "4000", True),
+        ("<answer>\\left(\\frac{3}{2}, -13\\right)</answer>", "(1.5, -13)", True),
+        ("<answer>5r^5</answer>", "5", False),
+        ("<answer>1<x<2</answer>", "1", False),
+        ("<answer>The answer is 5</answer>", "5", True),
+        ("<answer>The answer is $\\boxed{5}$.</answer>", "5", True),
+        ("\\boxed{5 \\text{ apples}}", "5", True),
+        ("\\boxed{5 apples}", "5", True),
+        ("it is 3, so the answer is 5", "5", True),
+        # Not symmetric: a set may answer for a relation, a relation does not answer for a set.
+        ("<answer>(1,2)</answer>", "1<x<2", True),
+        ("<answer>1<x<2</answer>", "(1,2)", False),
+    ],
+)
+def test_answers_are_compared_as_mathematics(text, answer, correct):
+    assert is_correct(text, [answer]) is correct
+
+
+@pytest.mark.parametrize(("text", "correct"), [("2", True), ("1/3", True), ("3", False)])
+def test_any_of_several_answers_is_right(text, correct):
+    assert is_correct(f"<answer>{text}</answer>", ["2", "\\frac{1}{3}"]) is correct
+
+
+def test_text_that_is_no_mathematics():
+    assert not is_only_text("\\frac{1}{2}") and is_only_text("???")
+    assert is_correct("<answer>???</answer>", ["???"])
+    with pytest.raises(ValueError, match="finds nothing in the gold answer ''"):
+        is_only_text("")
+
+
+def test_grader_counts_what_it_could_not_grade(grader):
+    texts = ["<answer>3</answer>"] * 4
+    grades = grader.grade(texts, [["3"], ["4"], [""], ["4", "3"]])  # "" is no gold answer
+    assert grades.correct == [True, False, False, True]
+    assert (grades.failures, grades.timeouts) == (1, 0)
+
+
+def test_grader_outlives_a_completion_that_hangs():
+    with Grader(timeout=1) as grader:
+        grades = grader.grade([HANGS, "<answer>3</answer>"], [["3"], ["3"]])
+    assert (grades.correct, grades.failures, grades.timeouts) == ([False, True], 0, 1)
+
+
+def test_a_grading_process_ends_itself_where_nobody_is_left_to_end_it():
+    assert with_alarm(9, max, 1, 2) == 2 and signal.alarm(0) == 0
+    code = "from codistill.rewards import with_alarm; with_alarm(0, pow, 9, 9**9)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGALRM
+
+
+def test_a_grading_process_is_ready_before_the_time_runs():
+    code = (
+        "import signal, sys; from codistill.rewards import prepare_process; prepare_process()\n"
+        "assert 'math_verify' in sys.modules and 'torch' not in sys.modules\n"
+        "assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_gold_answers_that_cannot_be_graded_are_refused(grader, caplog):
+    path = Path("a.jsonl")
+    grader.check_golds("data.train", path, [["1"], ["\\frac12", "x+1"]])
+    assert not caplog.records
+    grader.check_golds("data.train", path, [["1"], ["???"], ["$t(0,4]$"], ["???"]])
+    assert caplog.messages == [
+        "data.train: to math-verify 2 answers are mere text: only the same text is right (first in "
+        "row 2: '???')"
+    ]
+    with pytest.raises(ConfigError) as error:
+        grader.check_golds("data.train", path, [["1"], ["2", "}"]])
+    expected = "data.train = 'a.jsonl': expected an answer in row 2 that math-verify can read"
+    assert str(error.value).startswith(expected) and "'}'" in str(error.value)
+
+
+def test_held_out_completions_that_cannot_be_graded_are_named(make_trainer, caplog):
+    class FailingGrader:
+        def grade(self, texts, answers) -> Grades:
+            return Grades([True] + [False] * (len(texts) - 1), failures=1, timeouts=2)
+
+    assert make_trainer({}, FailingGrader()).evaluate(1)["small"] == 1 / 8
+    expected = "grading failed on 1 and timed out on 2 of 8 held-out completions: counted as wrong"
+    assert expected in caplog.messages

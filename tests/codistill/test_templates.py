@@ -1,0 +1,77 @@
+"""Prompts: the texts of the paper's tables, chat templates, and one BOS whatever adds it."""
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from codistill.config import ConfigError, DataConfig
+from codistill.data import load_problems
+from codistill.templates import encode, render
+
+BOS, END, WORD = 1, 2, 3
+CHAT = (
+    "{% for message in messages %}<user> {{ message.content }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def make_tokenizer(*, adds: str, bos: bool = True, chat: str | None = None):
+    """Words as tokens. adds: what the tokenizer puts around a text, "<s> $A </s>" for example."""
+    words = ["<unk>", "<s>", "</s>", "one", "<user>", "<assistant>"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = [("<s>", BOS), ("</s>", END)]
+    tokenizer.post_processor = TemplateProcessing(single=adds, special_tokens=special)
+    names = {"bos_token": "<s>"} if bos else {}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", chat_template=chat, **names
+    )
+
+
+@pytest.mark.parametrize(
+    ("adds", "text", "expected"),
+    [
+        ("<s> $A", "one", [BOS, WORD]),
+        ("<s> $A", "<s> one", [BOS, WORD]),
+        ("<s> $A", "<s><s> one", [BOS, WORD]),
+        ("<s> $A </s>", "one", [BOS, WORD]),  # an end token would end the prompt before it begins
+        ("$A", "one", [WORD]),
+        ("$A", "<s> one", [BOS, WORD]),
+    ],
+)
+def test_a_prompt_has_one_bos_or_none(adds, text, expected):
+    assert encode(text, make_tokenizer(adds=adds)) == expected
+
+
+def test_a_tokenizer_without_bos_adds_none():
+    assert encode("one", make_tokenizer(adds="$A", bos=False)) == [WORD]
+
+
+@pytest.mark.parametrize("written", ["", "<s>"], ids=["by tokenizer", "by template"])
+def test_chat_template_of_the_tokenizer(written):
+    tokenizer = make_tokenizer(adds="<s> $A", chat=written + CHAT)
+    text = render("chat", "one", tokenizer)
+    assert text == written + "<user> one <assistant> "
+    assert encode(text, tokenizer) == [BOS, 4, WORD, 5]
+
+
+def test_chat_needs_a_chat_template(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"problem": "one", "answer": "1"}\n')
+    config = DataConfig(train=path, eval=path, template="chat")
+    with pytest.raises(ConfigError, match="data.template = 'chat': expected a tokenizer with a"):
+        load_problems("data.train", config, make_tokenizer(adds="$A"), max_prompt_tokens=9)
+
+
+def test_templates_of_the_paper():
+    text = render("r1", "What is {1}?", None)
+    assert text.startswith("A conversation between User and Assistant. The user asks a question, ")
+    assert text.endswith("</answer>. User: What is {1}?. Assistant:")
+    for tag in ("<think>", "</think>", "<answer>", "</answer>"):
+        assert text.count(tag) == 2
+    assert render("boxed", "1+1", None) == (
+        "Please reason step by step, and put your final answer within \\boxed{}.\n"
+        "Question: 1+1. Answer:"
+    )
+    assert render("{problem} = {problem}", "x", None) == "x = x"
