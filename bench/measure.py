@@ -73,8 +73,8 @@ class Runner:
         """Seconds of each round, after one that warms up (and compiles)."""
         arguments, _ = self.before_round(mode)
         self.synchronized(*arguments)
-        arguments, _ = self.before_round(mode)
         start = time.perf_counter()
+        arguments, _ = self.before_round(mode)
         self.synchronized(*arguments)
         once = time.perf_counter() - start
         budget = SECONDS[self.batch.mask.device.type]
