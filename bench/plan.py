@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from bench.cases import SETS, Case, cases
 from bench.check import CheckFailed, check
 from bench.measure import DTYPES, Runner, extra_mib, matmul_seconds
 from bench.operations import OPERATIONS, OURS
+from bench.report import short
 
 OUT_OF_MEMORY = "out of memory"
 DEFAULT_SETS = ("goals", "main", "inactive", "growth")
@@ -95,12 +97,6 @@ class Plan:
     @pytest.fixture
     def plan(self) -> "Plan":
         return self
-
-    def pytest_sessionfinish(self) -> None:
-        bad = [row for row in self.rows if row.implementation == OURS and not row.is_ok]
-        print(f"\n{len(self.rows)} measurements" + (f" in {self.path}" if self.path else ""))
-        for row in bad:
-            print(f"OURS FAILED: {row.operation} {row.model}: {row.status}")
 
     # --- what is measured ---
 
@@ -200,6 +196,9 @@ class Plan:
             self.status = f"inaccurate: {error}"
         except torch.OutOfMemoryError:
             self.status = OUT_OF_MEMORY
+        except Exception as error:  # a peer's, on shapes or a GPU it was not made for: in the table
+            traceback.print_exc()
+            self.status = f"failed: {type(error).__name__}"
 
 
 def line(row: results.Row) -> str:
@@ -220,6 +219,8 @@ def main(arguments: list[str]) -> int:
     plan = Plan(parser().parse_args(arguments))
     suite = Path(__file__).with_name("bench_kernels.py")
     options = ["-q", "-s", "-p", "no:cacheprovider", "--benchmark-only", "--benchmark-quiet"]
-    code = pytest.main([str(suite), *options, "--no-header", "--durations=0"], plugins=[plan])
+    code = pytest.main([str(suite), *options, "--no-header", "--durations=1"], plugins=[plan])
+    print(short(plan.rows))
+    print(f"{len(plan.rows)} measurements" + (f" in {plan.path}" if plan.path else ""))
     ours_failed = any(row.implementation == OURS and not row.is_ok for row in plan.rows)
     return 1 if ours_failed else int(code)

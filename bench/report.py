@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Iterable
 
 from bench import plots
-from bench.growth import slopes_table
+from bench.growth import all_series, slopes_table
 from bench.operations import OPERATIONS, OURS
 from bench.results import FOLDER, Row, read_all
 
@@ -99,6 +99,28 @@ def losses(rows: list[Row]) -> list[str]:
             name = case_name(ours).replace("<br>", " ")
             sentences.append(f"- {ours.operation}, {ours.mode}, {name}: {' and '.join(faults)}.")
     return sentences
+
+
+def short(rows: list[Row]) -> str:
+    """A line a case: ours against the fastest peer; then the slopes."""
+    lines = []
+    for members in groups(
+        (r for r in rows if r.mode != "backward"), lambda r: (r.case, r.mode)
+    ).values():
+        ours = next((row for row in members if row.implementation == OURS), None)
+        peers = [r for r in members if r.is_ok and not r.implementation.startswith("codistill")]
+        if ours is None:
+            continue
+        figure = f"{ours.median_ms:.4g} ms" if ours.is_ok else ours.status
+        best = min(peers, key=lambda row: row.median_ms, default=None)
+        if best and ours.is_ok:
+            ratio = ours.median_ms / best.median_ms
+            figure += f", {ratio:.2f} of the fastest peer's ({best.implementation})"
+        name = case_name(ours).replace("<br>", " ").replace(" × ", "x")
+        lines.append(f"{ours.operation} {ours.mode} {name}: {figure}")
+    if all_series(rows):
+        lines += ["", slopes_table(rows)]
+    return "\n".join(lines)
 
 
 def where(row: Row) -> str:

@@ -86,23 +86,25 @@ void panel_gradients(const Rows& rows, const int64_t* kept, const float* coeffic
   std::fill(out, out + (rows.padded - n) * kPanel, T(0));
 }
 
-// dw [kPanel rows] += dz^T @ x, for dz [rows, kPanel] and x packed.
+// dw [kPanel rows] (+)= dz^T @ x, for dz [rows, kPanel] and x packed.
 template <typename T>
 void add_weight_gradients(int64_t rows, const T* dz, const uint32_t* x, int64_t stride_dw,
-                          std::vector<T>& transposed, float* dw) {
+                          std::vector<T>& transposed, bool add, float* dw) {
   const int64_t slice = slice_width();
-  transposed.resize(kPanel * kDepth<T>);
-  for (int64_t k0 = 0; k0 < rows; k0 += kDepth<T>) {
-    const int64_t depth = std::min(kDepth<T>, rows - k0);
+  // As many rows at a time as stay in L2: dw goes through the cache once for each such part.
+  constexpr int64_t kPart = 4 * kDepth<T>;
+  transposed.resize(kPanel * kPart);
+  for (int64_t k0 = 0; k0 < rows; k0 += kPart) {
+    const int64_t depth = std::min(kPart, rows - k0);
     for (int64_t i0 = 0; i0 < depth; i0 += 16)
       for (int64_t j = 0; j < kPanel; ++j)
         for (int64_t i = i0; i < i0 + 16; ++i)
-          transposed[j * kDepth<T> + i] = dz[(k0 + i) * kPanel + j];
+          transposed[j * kPart + i] = dz[(k0 + i) * kPanel + j];
     for (int64_t h = 0; h < stride_dw; h += slice) {
       const uint32_t* b = x + packed_words<T>(rows, h) + packed_words<T>(k0, slice);
       for (int64_t j = 0; j < kPanel; j += kRows)
-        multiply<T>(depth, transposed.data() + j * kDepth<T>, kDepth<T>, b, dw + j * stride_dw + h,
-                    stride_dw, /*add=*/true);
+        multiply<T>(depth, transposed.data() + j * kPart, kPart, b, dw + j * stride_dw + h,
+                    stride_dw, add || k0 > 0);
     }
   }
 }
@@ -135,7 +137,7 @@ void add_hidden_gradients(const Rows& rows, const Weight& shape, const float* ra
 template <typename T, typename W>
 void backward(const Rows& rows, const Weight& shape, float* raw, int64_t raw_rows, const T* x,
               int64_t stride_x, const W* weight, const int64_t* kept, const float* coefficients,
-              const float* log_softmax, float* dx, float* dw, float* db) {
+              const float* log_softmax, float* dx, float* dw, bool add_dw, float* db) {
   const int64_t slice = slice_width(), stride = round_up(shape.hidden, slice);
   std::vector<uint32_t> packed(dw == nullptr ? 0 : packed_words<T>(rows.padded, stride));
   if (dw != nullptr)
@@ -154,7 +156,7 @@ void backward(const Rows& rows, const Weight& shape, float* raw, int64_t raw_row
                          at_target.data(), db == nullptr ? nullptr : db + column);
       if (dw == nullptr) continue;
       add_weight_gradients<T>(rows.padded, reinterpret_cast<const T*>(dz), packed.data(), stride,
-                              transposed, dw + column * stride);
+                              transposed, add_dw, dw + column * stride);
       for (int64_t i = 0; i < rows.count; ++i)
         if (rows.target(i, column, shape.valid(panel)) >= 0)
           add_scaled(at_target[i], x + i * stride_x, shape.hidden, dw + rows.token_ids[i] * stride);
@@ -208,13 +210,14 @@ void linear_backward(const at::Tensor& raw, const at::Tensor& x, const at::Tenso
                      const at::Tensor& kept, const at::Tensor& token_ids,
                      const at::Tensor& temperature, double softcap, const at::Tensor& coefficients,
                      const at::Tensor& log_softmax, const std::optional<at::Tensor>& dx,
-                     const std::optional<at::Tensor>& dw, const std::optional<at::Tensor>& db) {
+                     const std::optional<at::Tensor>& dw, bool add_dw,
+                     const std::optional<at::Tensor>& db) {
   const Rows rows(token_ids, temperature, softcap);
   const Weight shape(weight);
   with_types(x, weight, [&](const auto* x_data, const auto* weight_data) {
     backward(rows, shape, raw.data_ptr<float>(), raw.size(1), x_data, x.size(1), weight_data,
              kept.const_data_ptr<int64_t>(), coefficients.const_data_ptr<float>(),
-             log_softmax.const_data_ptr<float>(), data_or_null(dx), data_or_null(dw),
+             log_softmax.const_data_ptr<float>(), data_or_null(dx), data_or_null(dw), add_dw,
              data_or_null(db));
   });
 }
@@ -232,7 +235,7 @@ TORCH_LIBRARY_FRAGMENT(codistill_cpu, m) {
   m.def(
       "linear_backward(Tensor(a!) raw, Tensor x, Tensor weight, Tensor kept, Tensor token_ids, "
       "Tensor temperature, float softcap, Tensor coefficients, Tensor log_softmax, Tensor(b!)? dx, "
-      "Tensor(c!)? dw, Tensor(d!)? db) -> ()",
+      "Tensor(c!)? dw, bool add_dw, Tensor(d!)? db) -> ()",
       &linear_backward);
   m.def("multiplies_bf16() -> bool", &multiplies_bf16);
   m.def("tile_shape() -> (int, int, int)", [] {

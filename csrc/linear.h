@@ -8,7 +8,7 @@
 
 namespace codistill {
 
-constexpr int64_t kBlock = 8;  // panels of a block, the unit of work of the forward pass
+constexpr int64_t kBlock = 4;  // panels of a block, the unit of work of the forward pass; even shares
 
 struct Rows {
   int64_t count, padded;  // padded to a multiple of kRows

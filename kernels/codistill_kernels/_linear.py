@@ -52,11 +52,13 @@ class GradientSums:
         hidden, head = chunks.hidden_states, chunks.head
         options = dict(dtype=compute_dtype(hidden), device=hidden.device)
         self.dx = torch.zeros(hidden.shape, **options) if needs[0] else None
-        self.dw = chunks.weight_gradients() if needs[1] else None
+        self.needs_dw, self.dw = needs[1], None
         self.db = torch.zeros(len(head.weight), **options) if needs[2] else None
 
     def add(self, rows: Tensor, kept: Tensor, coefficients: Tensor, log_softmax: Tensor) -> None:
         """From `rows`, those the chunks hold, only the `kept` [K] with their [3, K] numbers."""
+        if self.needs_dw and self.dw is None:
+            self.dw = self.chunks.weight_gradients()
         dx = self.chunks.gradients(
             kept, coefficients, log_softmax, self.dx is not None, self.dw, self.db
         )
@@ -66,8 +68,9 @@ class GradientSums:
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """An empty tensor for each that is not needed."""
         vocab, width = self.chunks.head.weight.shape
-        dw = None if self.dw is None else self.dw[:vocab, :width].contiguous()
         none = self.chunks.head.temperature.new_empty
+        dw = none(vocab, width).zero_() if self.needs_dw and self.dw is None else self.dw
+        dw = None if dw is None else dw[:vocab, :width].contiguous()
         dx, dw, db = (none(0) if g is None else g for g in (self.dx, dw, self.db))
         return dx, dw, db
 

@@ -34,6 +34,7 @@ class CpuChunks:
         self.tile_rows, self.panel, self.slice = torch.ops.codistill_cpu.tile_shape()
         self.dtype = operand_dtype(hidden_states, head.weight)
         self.workspace = torch.empty(0) if workspace is None else workspace
+        self.is_filled = False
 
     def statistics(self) -> Tensor:
         """[4, N] of all rows, none of them held."""
@@ -63,9 +64,11 @@ class CpuChunks:
         )
 
     def weight_gradients(self) -> Tensor:
-        """Zeros for `gradients` to add to, in whole tiles; the first [V, H] count."""
+        """Memory that `gradients` fills at its first call and then adds to, in whole tiles; the
+        first [V, H] count."""
+        self.is_filled = False
         vocab, width = self.weight.shape
-        return torch.zeros((round_up(vocab, self.panel), round_up(width, self.slice)))
+        return torch.empty((round_up(vocab, self.panel), round_up(width, self.slice)))
 
     def gradients(
         self,
@@ -93,9 +96,10 @@ class CpuChunks:
             log_softmax.contiguous(),
             dx,
             dw,
+            self.is_filled,
             db,
         )
-        self.raw = None
+        self.raw, self.is_filled = None, True
         return None if dx is None else dx[: len(rows), :width]
 
 
