@@ -25,7 +25,7 @@ from bench.shapes import Shape
 
 ROOT = Path(__file__).parents[1]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-SECONDS = {"cpu": 2.0, "cuda": 0.3}  # that the rounds of one measurement may take
+SECONDS = {"cpu": 1.0, "cuda": 0.3}  # that the rounds of one measurement may take
 ROUNDS = (5, 50)  # at least and at most
 L2_BYTES = 256 * 2**20  # more than any L2: written between rounds, so that no input is still there
 # Freed memory goes back at once, and a peak is not hidden by what an earlier call left behind.
