@@ -5,6 +5,7 @@ between its two markers. Nothing in them is written by hand, the sentences on wh
 """
 
 import argparse
+import csv
 import re
 import statistics
 from collections.abc import Callable, Iterable
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable
 from bench import plots
 from bench.growth import all_series, slopes_table
 from bench.operations import OPERATIONS, OURS
-from bench.results import FOLDER, Row, read_all
+from bench.results import FOLDER, Row, read_all, slug
 
 README = FOLDER.parents[1] / "README.md"
 BEGIN, END = "<!-- bench report: begin -->", "<!-- bench report: end -->"
@@ -166,10 +167,27 @@ def full(rows: list[Row]) -> str:
                     chosen = [row for row in chosen if is_main(row)]
                     if chosen:
                         parts += [f"### {operation}, {mode}, {dtype}", table(chosen)]
-        parts += ["### Growth", slopes_table(members)]
+        parts += ["### Growth", slopes_table(members), *step_table(device)]
         lost = losses([row for row in members if row.mode != "backward"])
         parts += ["### Where we lose", "\n".join(lost) if lost else "Nowhere."]
     return "\n\n".join(parts) + "\n"
+
+
+def step_table(device: str) -> list[str]:
+    """Of the training step, where it was measured: phases by runs."""
+    path = FOLDER / f"{slug(device)}-step.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    seconds = {(row["run"], row["phase"]): row["median_s"] for row in rows}
+    runs, phases = (list(dict.fromkeys(row[key] for row in rows)) for key in ("run", "phase"))
+    order = sorted(phases, key=lambda phase: phase == "step")
+    lines = [["", *runs], ["---"] * (len(runs) + 1)]
+    lines += [[phase, *(seconds.get((run, phase), "–") for run in runs)] for phase in order]
+    made = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    title = f"### Training step, {rows[0]['models']} models, {rows[0]['rollouts']} rollouts"
+    return [f"{title}: median seconds", made]
 
 
 def with_section(text: str, section: str) -> str:
