@@ -60,10 +60,12 @@ class Trainer:
         )
         self.engine = make_engine(config.rollout.engine, self.engine_spec(config.writer))
         self.learners = {name: self.make_learner(name) for name in config.trained}
-        self.policies = {name: learner.policy for name, learner in self.learners.items()}
-        for name in config.loaded:
-            if name not in self.policies:
-                self.policies[name] = freeze(self.load_policy(name))
+        self.frozen = {
+            name: freeze(self.load_policy(name))
+            for name in config.loaded
+            if name not in config.trained
+        }
+        self.policies = {n: learner.policy for n, learner in self.learners.items()} | self.frozen
         self.references = {
             name: freeze(self.load_policy(name)) for name in config.trained if config.loss.beta
         }
@@ -166,6 +168,8 @@ class Trainer:
             reference_logps={n: self.logps(p, rollouts, kept) for n, p in self.references.items()},
             importance_weights=engine_weights(config, rollouts, sampled),
         )
+        for policy in (*self.frozen.values(), *self.references.values()):
+            policy.release()
         if scored.kd_rewards is not None:
             metrics.mean_of("reward/kd", scored.kd_rewards)
             metrics.mean_of("reward/effective", scored.effective_rewards)

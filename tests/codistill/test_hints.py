@@ -57,6 +57,18 @@ def test_sampling_with_a_cache_is_sampling_without(models, tmp_path):
     spawn(check_sampling, str(tmp_path), [str(models[m]) for m in ("small", "large")], processes=2)
 
 
+def test_sampling_rounds_no_logits(make_trainer):
+    """bf16 logits of 10 to 20 are 1/16 apart: sampled tokens would not be those of the trainer."""
+    policy = make_trainer({"training": {"dtype": "bfloat16"}}).policies["large"]
+    policy.lm.lm_head.weight.data.mul_(8)  # peaked, so that a rounded logit shows
+    hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    policy.sample([[3]], np.zeros((1, 1)), 1.0)  # gathers the weights, in bf16
+    weight = policy.lm.lm_head.weight
+    assert weight.dtype == torch.bfloat16
+    expected = hidden.double() @ weight[: policy.vocab_size].double().T
+    torch.testing.assert_close(policy.logits(hidden).double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_hint_ends_with_an_end_token(make_trainer):
     policy = make_trainer().policies["large"]
     uniforms = hint_uniforms(0, 1, range(40), 1, 6)
@@ -124,8 +136,13 @@ def by_hand(settings):
     scored = Scored(logps, large, None, torch.zeros(2), torch.arange(2), advantages)
 
     def update(loss: str, model: str):
-        config = Config(**settings | {"hint": {"tokens": 2, "loss": loss}})
-        made = make_update(config, model, rollouts, scored, CPU)
+        changes = {"hint": {"tokens": 2, "loss": loss}}
+        config = Config(**settings | changes | {"loss": {"normalization": "sequence"}})
+        (batch,) = make_update(config, model, rollouts, scored, CPU).micro_batches
+        # 1/|o| of Eq. 2: the tokens that are in the loss
+        masked = loss == "masked" and model == "small"
+        assert batch.weights.tolist() == pytest.approx([1.0 if masked else 1 / 3, 1 / 3])
+        made = make_update(Config(**settings | changes), model, rollouts, scored, CPU)
         (batch,) = made.micro_batches
         assert made.normalizer == 2 * 8
         assert batch.advantages.tolist() == advantages[model].tolist()

@@ -89,6 +89,13 @@ def test_leave_one_out_is_a_larger_learning_rate(make_trainer):
     assert norms["leave_one_out"] == pytest.approx(norms["mean"] * 4 / 3, rel=1e-5)
 
 
+def test_bounds_of_the_large_model_are_its_own(make_trainer):
+    trainer = make_trainer({"loss": {"large_dual_clip": 3.0, "large_log_ratio_clamp": 2.0}})
+    small, large = trainer.learners["small"], trainer.learners["large"]
+    assert (small.loss.dual_clip, small.log_ratio_clamp) == (None, None)
+    assert (large.loss.dual_clip, large.log_ratio_clamp) == (3.0, 2.0)
+
+
 def test_inner_epochs_are_optimizer_steps(make_trainer):
     trainer = make_trainer({"training": {"inner_epochs": 3, "steps": 4}}, FakeGrader())
     numbers, _, _ = trainer.step(1)
