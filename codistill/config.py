@@ -206,6 +206,12 @@ class Config(BaseSettings):
             generations,
             f"M of at least downsample.keep = {keep} rollouts",
         )
+        require(
+            keep > 1 or self.advantage.group == "all",
+            "downsample.keep",
+            keep,
+            "at least 2: a rollout alone has no advantage over its group",
+        )
         check_hint(self)
         check_models_learn(self)
         tempered = self.loss.logp_temperature == "sampling" or self.rollout.temperature == 1

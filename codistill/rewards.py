@@ -24,6 +24,8 @@ ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
 BARE = re.compile(r"[^{}$\s]+")
 WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}")
+SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]\+?(-?\d+)(?![\w^]|\.\d)")
+POWER = r"\1 \\times 10^{\2}"
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
 OPTIONS: dict[str, Any] = dict(parsing_timeout=None, raise_on_error=True)  # the time limit is ours
 
@@ -62,7 +64,7 @@ def parse_prediction(text: str) -> list:
     answer = tagged[-1] if tagged else last_boxed(text)
     if answer is None:
         return parse(text, **OPTIONS)
-    readings = parse(f"\\boxed{{{answer}}}", **OPTIONS)
+    readings = parse_formula(answer)
     return readings + parse(answer, **OPTIONS) if WORD.search(answer) else readings
 
 
@@ -81,12 +83,17 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
+def parse_formula(answer: str) -> list:
+    """What math-verify reads in an answer; to it alone 1e-5 is -5 plus Euler's number."""
+    from math_verify import parse
+
+    return parse(f"\\boxed{{{SCIENTIFIC.sub(POWER, answer)}}}", **OPTIONS)
+
+
 @lru_cache(maxsize=1024)
 def parse_gold(answer: str) -> list:
     """What math-verify reads in a gold answer: a sympy expression, or only its text."""
-    from math_verify import parse
-
-    readings = parse(f"\\boxed{{{answer}}}", **OPTIONS)
+    readings = parse_formula(answer)
     if not readings:
         raise ValueError(f"math-verify finds nothing in the gold answer {answer!r}")
     return readings

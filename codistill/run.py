@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 
 from codistill import checkpoint, distributed, report
-from codistill.config import Config, ConfigError
+from codistill.config import Config, ConfigError, require
 from codistill.console import Progress, print_summary
 from codistill.data import Problem, load_problems, overlap
 from codistill.generation import Inputs
@@ -164,6 +164,13 @@ def load_inputs(config: Config) -> Inputs:
     limit = config.rollout.max_prompt_tokens
     problems = load_problems("data.train", config.data, tokenizer, max_prompt_tokens=limit)
     held_out = load_problems("data.eval", config.data, tokenizer, max_prompt_tokens=limit)
+    rounds = config.rollout.sampling_rounds
+    require(
+        rounds == 1 or len(problems) >= 2 * config.rollout.prompts_per_step,
+        "rollout.sampling_rounds",
+        rounds,
+        f"1 with the {len(problems)} problems of data.train: no prompts_per_step others are left",
+    )
     functions = load_functions(config.reward.functions, problems[0].columns)
     check_same_run(config)
     if distributed.is_first():

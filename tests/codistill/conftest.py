@@ -1,10 +1,8 @@
-"""What the trainer's tests share: a tiny tokenizer, tiny models and a configuration of them."""
+"""Fixtures of the trainer's tests: tiny models and a configuration of them."""
 
-import copy
 import os
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +10,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from tiny import merged, save_model
+from transformers import AutoTokenizer
 
 from codistill.config import Config
-from codistill.rewards import Grader, Grades
+from codistill.rewards import Grader
 from codistill.run import load_inputs
 from codistill.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
-VOCAB = 18  # tokens of the demo's tokenizer
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
     return AutoTokenizer.from_pretrained(ROOT / "demo" / "small")
-
-
-def save_model(folder: Path, tokenizer, *, hidden: int, rows: int, seed: int, tied: bool) -> Path:
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=rows,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=2,
-        num_attention_heads=hidden // 32,  # vLLM's smallest head on a CPU is 32
-        num_key_value_heads=hidden // 32,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        initializer_range=0.3,  # far from uniform: a wrong weight shows
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -86,25 +63,6 @@ def settings(models, tmp_path) -> dict:
         "evaluation": {"every": 2},
         "checkpoint": {"every": 1},
     }
-
-
-def merged(settings: dict, changes: dict) -> dict:
-    """`settings` with the changes, section by section."""
-    out = copy.deepcopy(settings)
-    for key, value in changes.items():
-        out[key] = out.get(key, {}) | value if isinstance(value, dict) else value
-    return out
-
-
-class FakeGrader:
-    """About half of all texts are right, whatever they say: tiny models never are."""
-
-    def grade(self, texts, answers) -> Grades:
-        correct = [
-            zlib.crc32((text + gold[0]).encode()) % 2 == 0
-            for text, gold in zip(texts, answers, strict=True)
-        ]
-        return Grades(correct, 0, 0)
 
 
 @pytest.fixture(scope="session")

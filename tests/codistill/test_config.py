@@ -77,6 +77,10 @@ def test_defaults_are_those_of_table_3():
             ["--advantage.baseline", "leave_one_out", "--advantage.scale", "std"],
             "advantage.scale = 'std': expected none with baseline leave_one_out",
         ),
+        (
+            ["--downsample.keep", "1", "--downsample.method", "top"],
+            "downsample.keep = 1: expected at least 2",
+        ),
         (["--loss.epsilon_low", "1"], "loss.epsilon_low = 1.0: expected less than 1 with"),
         (
             ["--loss.epsilon_low", "2", "--loss.kind", "cispo"],
@@ -210,6 +214,10 @@ def test_help_is_quick_and_needs_no_torch():
             "rollout.max_completion_tokens = 57: expected no more than the 64 positions of small",
         ),
         ({"rollout": {"prompts_per_step": 3}}, "training.micro_batch_size = 8: expected a divisor"),
+        (
+            {"rollout": {"prompts_per_step": 6, "sampling_rounds": 2}},
+            "rollout.sampling_rounds = 2: expected 1 with the 8 problems of data.train",
+        ),
     ],
     ids=[
         "no file",
@@ -221,6 +229,7 @@ def test_help_is_quick_and_needs_no_torch():
         "long prompt",
         "few positions",
         "no divisor",
+        "no rounds",
     ],
 )
 def test_wrong_input_stops_the_run(settings, tmp_path, tokenizer, change, expected):

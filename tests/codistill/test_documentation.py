@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import FakeGrader
+from tiny import FakeGrader
 
 from codistill.config import Config, field_keys, load_config
 

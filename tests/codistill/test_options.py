@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import FakeGrader, merged
 from processes import spawn
+from tiny import FakeGrader, merged
 
 from codistill import checkpoint
 from codistill.config import Config

@@ -10,8 +10,8 @@ Here the factor N is kept on the left, where the learning rate takes it up.
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import save_model
 from processes import spawn
+from tiny import save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
