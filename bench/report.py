@@ -61,7 +61,7 @@ def cell(row: Row | None) -> str:
         return "–"
     if not row.is_ok:
         return row.status.split(":")[0]
-    parts = [f"{row.median_ms:.3g} ms"]
+    parts = [f"{row.median_ms:.0f} ms" if row.median_ms >= 100 else f"{row.median_ms:.3g} ms"]
     if row.extra_mib is not None:
         parts.append(f"{row.extra_mib:.0f} MiB")
     if row.tflops and row.matmul_tflops:
