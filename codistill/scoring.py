@@ -159,9 +159,14 @@ def score(
 
 def task_rewards(config: Config, rollouts: Rollouts) -> Tensor:
     """r of Eq. 6, [S]."""
+    return credited(config, rollouts, rollouts.rewards)
+
+
+def credited(config: Config, rollouts: Rollouts, values: Tensor) -> Tensor:
+    """[S] values; 0 where a rollout was cut off and the run gives no reward for that."""
     if config.rollout.truncated != "zero_reward":
-        return rollouts.rewards
-    return torch.where(rollouts.truncated.to(rollouts.rewards.device), 0.0, rollouts.rewards)
+        return values
+    return torch.where(rollouts.truncated.to(values.device), 0.0, values)
 
 
 def effective_rewards(
@@ -213,10 +218,11 @@ def choose(config: Config, rollouts: Rollouts, effective: Tensor, step: int) -> 
 def with_advantages(config: Config, rollouts: Rollouts, scored: Scored) -> Scored:
     """The same with the advantages that follow from its effective rewards."""
     rewards, found = task_rewards(config, rollouts), {}
+    accuracy = credited(config, rollouts, rollouts.accuracy)
     for name in config.trained:
         # Eq. 10: the large model learns from the reward alone, it is the one to be like.
         learned = scored.effective_rewards if name == config.writer else rewards
-        found[name] = advantages(config, learned, rollouts.accuracy, scored.kept)
+        found[name] = advantages(config, learned, accuracy, scored.kept)
     return replace(scored, advantages=found)
 
 

@@ -221,6 +221,15 @@ def test_truncated_rollouts_without_a_reward(hand, monkeypatch):
     assert effective.tolist() == pytest.approx([1.1, 0.8, 1.0, 0.3, -0.1, -0.5])
 
 
+def test_beta_scales_what_was_given_as_accuracy(hand, monkeypatch):
+    """The fourth rollout is right, cut off and gets nothing: it counts as wrong."""
+    monkeypatch.setitem(globals(), "ACCURACY", [1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+    monkeypatch.setattr("codistill.advantages.beta_scales", lambda p: torch.full_like(p, 2.0))
+    changes = {"advantage": {"scale": "beta"}, "rollout": {"truncated": "zero_reward"}}
+    large = hand(changes | {"downsample": {"method": "none"}}).advantages["large"]
+    assert large.tolist() == pytest.approx([1.0] * 3 + [-1.0] * 3)
+
+
 def test_clamped_log_ratios_have_no_gradient():
     logps = torch.tensor([-1.0, -1.0, -4.0], requires_grad=True)
     old = torch.tensor([-1.5, -3.0, -1.0])  # log-ratios 0.5, 2 and -3
