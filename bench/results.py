@@ -141,7 +141,9 @@ def cpu_name() -> str:
 def commit() -> str:
     """Short hash, with a + where files are changed; "unknown" outside a checkout."""
     here = output_of("git", "rev-parse", "--short", "HEAD")
-    changed = output_of("git", "status", "--porcelain", "--untracked-files=no")
+    # Rows that are being written change nothing that is measured.
+    paths = ("--", ":/", ":(top,exclude)bench/results", ":(top,exclude)README.md")
+    changed = output_of("git", "status", "--porcelain", "--untracked-files=no", *paths)
     return f"{here}+" if changed else here or os.environ.get("CODISTILL_COMMIT", "unknown")
 
 
