@@ -61,7 +61,7 @@ class RolloutConfig(Section):
         None,
         gt=0,
         description="stop when engine and trainer disagree on a token's log-probability by more "
-        "(nats); by default 1e-4 in float32, no limit in bfloat16",
+        "(nats); by default 1e-3 in float32, no limit in bfloat16",
     )
 
 

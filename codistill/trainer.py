@@ -33,7 +33,7 @@ from codistill.updates import make_update
 from codistill_kernels import PolicyLoss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-FLOAT32_GAP_LIMIT = 1e-4  # nats; vLLM and the trainer differ by 2e-6 to 1e-5 in float32
+FLOAT32_GAP_LIMIT = 1e-3  # nats; rounding makes 2e-7 on average, 1e-4 on one of a million tokens
 
 
 class Trainer:
