@@ -1,4 +1,4 @@
-"""The kernels' benchmark suite: `python -m bench kernels`, or pytest on this file.
+"""The kernels' benchmark suite, of pytest-benchmark: `python -m bench kernels`.
 
 A test measures one implementation of one operation on one case in one mode.
 """
