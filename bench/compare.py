@@ -46,9 +46,7 @@ class Change:
 
     def line(self, threshold: float) -> str:
         new = self.new
-        sizes = "x".join(str(size) for size in (new.tokens, new.hidden, new.vocab) if size)
-        share = f" {new.inactive:.0%} inactive" if new.inactive else ""
-        name = f"{new.operation} {sizes}{share} {new.dtype} {new.mode} {new.implementation}"
+        name = f"{new.title} {new.dtype} {new.mode} {new.implementation}"
         figures = (
             new.status if not new.is_ok else f"{times(self.time)} time, {times(self.memory)} memory"
         )

@@ -203,9 +203,7 @@ class Plan:
 
 def line(row: results.Row) -> str:
     """A measurement, for a person."""
-    sizes = "x".join(str(size) for size in (row.tokens, row.hidden, row.vocab) if size)
-    share = f" {row.inactive:.0%} inactive" if row.inactive else ""
-    head = f"{row.operation} {sizes}{share} {row.mode:8} {row.implementation:22}"
+    head = f"{row.title} {row.mode:8} {row.implementation:22}"
     if not row.is_ok:
         return f"{head} {row.status}"
     memory = "" if row.extra_mib is None else f", {row.extra_mib:.0f} MiB"

@@ -31,7 +31,7 @@ def draw_bars(rows: list[Row], path: Path) -> Path | None:
     chosen = [
         row
         for row in rows
-        if (row.operation, row.mode) == (OPERATION, MODE) and row.is_ok and " / " not in row.model
+        if (row.operation, row.mode) == (OPERATION, MODE) and row.is_ok and row.is_at_model_size
     ]
     usual = statistics.mode(row.tokens for row in chosen) if chosen else 0
     chosen = [row for row in chosen if row.tokens == usual]  # others show growth: the next picture

@@ -21,11 +21,6 @@ HEADLINE = "linear_policy_loss"
 TIE = 1.03  # closer than that is no win: medians of one run differ by so much
 
 
-def is_main(row: Row) -> bool:
-    """Not of a series that only shows growth."""
-    return " / " not in row.model
-
-
 def groups(rows: Iterable[Row], key: Callable[[Row], object]) -> dict[object, list[Row]]:
     found: dict[object, list[Row]] = {}
     for row in rows:
@@ -132,10 +127,14 @@ def headline(rows: list[Row]) -> str:
     """The README's section."""
     parts = []
     for members in groups(rows, lambda row: (row.device, row.dtype)).values():
-        chosen = [r for r in members if r.operation == HEADLINE and r.mode == "both" and is_main(r)]
+        chosen = [
+            r
+            for r in members
+            if r.operation == HEADLINE and r.mode == "both" and r.is_at_model_size
+        ]
         if not chosen:
             continue
-        models = [row for row in chosen if is_at_model_size(row, chosen)]
+        models = [row for row in chosen if has_usual_tokens(row, chosen)]
         parts += [
             f"**{HEADLINE}, forward and backward, {models[0].dtype}, on {where(models[0])}**: "
             "median time, extra memory, share of a matmul's FLOP/s",
@@ -147,7 +146,7 @@ def headline(rows: list[Row]) -> str:
     return "\n\n".join(parts) if parts else "Nothing has been measured."
 
 
-def is_at_model_size(row: Row, rows: list[Row]) -> bool:
+def has_usual_tokens(row: Row, rows: list[Row]) -> bool:
     """Of the token counts measured, the one that most models have."""
     return row.tokens in statistics.multimode(r.tokens for r in rows if not r.inactive)
 
@@ -164,7 +163,7 @@ def full(rows: list[Row]) -> str:
             for dtype, same in groups(members, lambda row: row.dtype).items():
                 for mode in ("forward", "backward", "both"):
                     chosen = [r for r in same if (r.operation, r.mode) == (operation, mode)]
-                    chosen = [row for row in chosen if is_main(row)]
+                    chosen = [row for row in chosen if row.is_at_model_size]
                     if chosen:
                         parts += [f"### {operation}, {mode}, {dtype}", table(chosen)]
         parts += ["### Growth", slopes_table(members), *step_table(device)]

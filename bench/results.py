@@ -59,8 +59,21 @@ class Row:
         return (self.device, self.operation, self.model, *sizes, self.dtype)
 
     @property
+    def title(self) -> str:
+        """What was measured, in a line."""
+        sizes = "x".join(str(size) for size in (self.tokens, self.hidden, self.vocab) if size)
+        return f"{self.operation} {sizes}" + (
+            f" {self.inactive:.0%} inactive" if self.inactive else ""
+        )
+
+    @property
     def key(self) -> tuple:
         return (*self.case, self.implementation, self.mode)
+
+    @property
+    def is_at_model_size(self) -> bool:
+        """Not of a part of a model's vocabulary, which only shows growth."""
+        return " / " not in self.model
 
     @property
     def is_ok(self) -> bool:
