@@ -1,6 +1,7 @@
-"""What a linear head is, for every backend."""
+"""What a linear head is and in which order tokens go through it, for every backend."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +28,18 @@ class Head:
     def of_rows(self, rows: Tensor) -> "Head":
         """The head for some of the tokens."""
         return replace(self, temperature=self.temperature[rows])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How log-probabilities and gradients of all tokens come about."""
+
+    way: Literal["kept", "chunks", "columns"]
+    """kept: exponentials of all tokens stay for the backward pass, 6 N H V operations. chunks: of
+    `rows` tokens at a time, the head's gradient summed over chunks in fp32, 6 N H V. columns:
+    nothing stays, logits are computed again, 8 N H V."""
+    rows: int
+    """Tokens whose logits, or their exponentials, are in memory at once."""
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

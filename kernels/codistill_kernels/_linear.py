@@ -10,18 +10,36 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from codistill_kernels import _backends
-from codistill_kernels._head import Head, compute_dtype
+from codistill_kernels import _backends, _slabs
+from codistill_kernels._head import Head, Plan, compute_dtype
 from codistill_kernels._linear_cpu import CpuChunks
 from codistill_kernels._linear_torch import TorchChunks
 from codistill_kernels._softmax_torch import normalizers
 
 if TYPE_CHECKING:
-    from codistill_kernels._linear_triton import TritonChunks
+    from codistill_kernels._linear_triton import Exponentials, TritonChunks
 
     Chunks = TorchChunks | CpuChunks | TritonChunks
 
 WORKSPACE_MIB = 128  # 512 rows of 65536 fp32 logits on a CPU; 256 MiB was a tenth faster there
+
+
+def workspace_bytes(
+    workspace_mib: int | None, device: torch.device, *, is_shard: bool = False
+) -> int:
+    """Of the caller's choice; else the device's default, on a GPU at most half of what is free.
+
+    is_shard: all processes must choose alike, however much each has free.
+    """
+    if workspace_mib is not None:
+        return workspace_mib * 2**20
+    if device.type != "cuda":
+        return WORKSPACE_MIB * 2**20
+    if is_shard:
+        return _slabs.WORKSPACE_MIB * 2**20
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(_slabs.WORKSPACE_MIB * 2**20, free // 2)
 
 
 def kind_of_chunks(hidden_states: Tensor, backend: str) -> "type[Chunks]":
@@ -42,6 +60,57 @@ def kind_for(hidden_states: Tensor, head: Head, backend: str) -> "type[Chunks]":
     kind = kind_of_chunks(hidden_states, backend)
     # Without a vocabulary row (the last shard may have none) there is nothing to fuse.
     return kind if len(head.weight) else TorchChunks
+
+
+class Held:
+    """Exponentials of the active rows of a call, and its gradients made of them."""
+
+    def __init__(self, exponentials: "Exponentials", rows: Tensor) -> None:
+        self.exponentials, self.rows = exponentials, rows
+
+    @property
+    def statistics(self) -> Tensor:
+        """[4, K] of the active rows."""
+        return self.exponentials.statistics
+
+    def gradients(
+        self,
+        coefficients: Tensor,
+        log_softmax: Tensor,
+        needs: Sequence[bool],
+        hidden_states: Tensor,
+        dw_dtype: torch.dtype,
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        """Gradients from [3, N] of all rows, the first in fp32. Once only."""
+        c0 = coefficients[0, self.rows]
+        kept = c0.nonzero().squeeze(1)
+        rows = self.rows[kept]
+        dw = self.exponentials.head_gradient(dw_dtype) if needs[1] else None
+        if not len(kept):
+            return torch.zeros_like(hidden_states), None if dw is None else dw.zero_(), None
+        dx = self.exponentials.gradients(kept, c0[kept], log_softmax[:, rows], needs[0], dw)
+        if dx is not None and len(rows) < len(hidden_states):
+            part, dx = dx, dx.new_zeros(hidden_states.shape)
+            dx[rows] = part
+        return dx, dw, None
+
+
+def keep_exponentials(
+    hidden_states: Tensor,
+    head: Head,
+    token_ids: Tensor,
+    rows: Tensor,
+    needs: Sequence[bool],
+    backend: str,
+    workspace: int,
+) -> Held | None:
+    """Of these rows, all active, numbered `rows` in the call; None where they are not kept."""
+    kind = kind_for(hidden_states, head, backend)
+    plan = plan_for(kind, hidden_states, head.weight, len(head.weight), workspace)
+    # A bias's gradient is a sum of numbers that are not rounded, as exponentials are.
+    if plan.way != "kept" or needs[2] or not len(rows):
+        return None
+    return Held(kind.keep(hidden_states, head, token_ids, needs[1], workspace), rows)
 
 
 class GradientSums:
@@ -85,24 +154,26 @@ def recomputed_gradients(
     needs: Sequence[bool],
     backend: str,
     dw_dtype: torch.dtype,
-    workspace_mib: int = WORKSPACE_MIB,
+    workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients from per-row coefficients [3, N]; rows whose coefficients are 0 are left out.
 
     log_softmax: [3, N], `normalizers` of the whole vocabulary. is_whole: so is the weight.
+    workspace: bytes.
     """
     active = (coefficients.ne(0).any(dim=0) & any(needs)).nonzero().squeeze(1)
     kind = kind_for(hidden_states, head, backend)
-    if kind is CpuChunks:
+    if kind is not TorchChunks:
         numbers = (coefficients, log_softmax)
         return by_columns(
-            hidden_states, head, token_ids, active, *numbers, needs, dw_dtype, workspace_mib
+            kind, hidden_states, head, token_ids, active, *numbers, needs, dw_dtype, workspace
         )
     chunks = kind(hidden_states, head, token_ids)
     sums = GradientSums(chunks, needs)
-    size = bytes_per_logit(kind, hidden_states)
-    most = rows_within(workspace_mib, len(head.weight), size)
-    for rows in split_rows(active, most):
+    plan = plan_for(kind, hidden_states, head.weight, len(head.weight), workspace)
+    for rows in split_rows(active, plan.rows):
+        if not len(rows):
+            break
         statistics = chunks.hold(rows)
         # Of these very logits where they are all: no kernel promises a matrix product's bits, and a
         # peaked row's p - 1 is all rounding if its maximum is another number than in the forward.
@@ -114,6 +185,7 @@ def recomputed_gradients(
 
 
 def by_columns(
+    kind: "type[CpuChunks | TritonChunks]",
     hidden_states: Tensor,
     head: Head,
     token_ids: Tensor,
@@ -122,7 +194,7 @@ def by_columns(
     log_softmax: Tensor,
     needs: Sequence[bool],
     dw_dtype: torch.dtype,
-    workspace_mib: int,
+    workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`recomputed_gradients` with vocabulary ranges outermost: needs no fp32 copy of all of dW.
 
@@ -130,32 +202,24 @@ def by_columns(
     """
     shapes = (hidden_states.shape, head.weight.shape, head.weight.shape[:1])
     dtypes = (torch.float32, dw_dtype, torch.float32)
-    dx, dw, db = (
-        torch.zeros(shape if need else 0, dtype=dtype)
+    results = [
+        torch.zeros(shape if need else 0, dtype=dtype, device=hidden_states.device)
         for need, shape, dtype in zip(needs, shapes, dtypes, strict=True)
-    )
-    if not len(active):
-        return dx, dw, db
-    hidden, ids, head = hidden_states[active], token_ids[active], head.of_rows(active)
-    numbers = coefficients[:, active], log_softmax[:, active]
-    every = torch.arange(len(active))
-    width = columns_within(workspace_mib, len(active))
-    workspace = None
-    for first in range(0, len(head.weight), width):
-        columns = slice(first, first + width)
-        chunks = CpuChunks(hidden, head.columns(columns), ids - first, workspace)
-        chunks.hold(every)
-        workspace = chunks.workspace
-        sums = GradientSums(chunks, needs)
-        sums.add(every, every, *numbers)
-        part_dx, part_dw, part_db = sums.results()
-        if needs[0]:
-            dx[active] += part_dx
-        if needs[1]:
-            dw[columns] = part_dw
-        if needs[2]:
-            db[columns] = part_db
-    return dx, dw, db
+    ]
+    if len(active):
+        is_all = len(active) == len(hidden_states)
+        outputs = [t if need else None for t, need in zip(results, needs, strict=True)]
+        if is_all:
+            rows = (hidden_states, head, token_ids, coefficients, log_softmax)
+        else:
+            rows = (hidden_states[active], head.of_rows(active), token_ids[active])
+            rows += (coefficients[:, active], log_softmax[:, active])
+            if outputs[0] is not None:
+                outputs[0] = torch.zeros_like(rows[0], dtype=torch.float32)
+        kind.write_gradients(*rows, *outputs, workspace)
+        if not is_all and outputs[0] is not None:
+            results[0][active] = outputs[0]
+    return tuple(results)
 
 
 def split_rows(rows: Tensor, most: int) -> Iterator[Tensor]:
@@ -164,16 +228,14 @@ def split_rows(rows: Tensor, most: int) -> Iterator[Tensor]:
     return iter(rows.split(max(1, -(-len(rows) // parts))))
 
 
-def bytes_per_logit(kind: "type[Chunks]", hidden_states: Tensor) -> int:
-    """Of what is alive at once."""
-    return kind.BUFFERS * compute_dtype(hidden_states).itemsize
-
-
-def rows_within(workspace_mib: int, vocab: int, bytes_per_logit: int) -> int:
-    """Rows whose logits fit; at least a tile of them."""
-    return max(64, workspace_mib * 2**20 // (bytes_per_logit * max(1, vocab)))
-
-
-def columns_within(workspace_mib: int, rows: int) -> int:
-    """Vocabulary rows of which the logits of all `rows` fit; whole panels of 256."""
-    return max(256, workspace_mib * 2**20 // (4 * rows) // 256 * 256)
+def plan_for(
+    kind: "type[Chunks]",
+    hidden_states: Tensor,
+    weight: Tensor,
+    vocab: int,
+    workspace: int,
+    rows: int | None = None,
+) -> Plan:
+    """Of `vocab` logits of each row (of so many of them), within a workspace of so many bytes."""
+    dtype = torch.promote_types(hidden_states.dtype, weight.dtype)
+    return kind.plan(len(hidden_states) if rows is None else rows, vocab, dtype, workspace)

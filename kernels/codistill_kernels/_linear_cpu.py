@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from codistill_kernels._head import Head
+from codistill_kernels._head import Head, Plan
 
 ROWS = 4096  # of a chunk whose logits need not be held: a copy of this many hidden states
 
@@ -17,6 +17,7 @@ def round_up(number: int, unit: int) -> int:
 class CpuChunks:
     """Raw logits x . w + bias of one chunk of rows at a time."""
 
+    HAS_BIAS_GRADIENT = True
     BUFFERS = 1  # [R, V] tensors alive at once: the gradient takes the place of the raw logits
     FEW_ROWS = 256  # below, a chunk is not worth packing the weight for
 
@@ -35,6 +36,46 @@ class CpuChunks:
         self.dtype = operand_dtype(hidden_states, head.weight)
         self.workspace = torch.empty(0) if workspace is None else workspace
         self.is_filled = False
+
+    @classmethod
+    def plan(cls, rows: int, vocab: int, dtype: torch.dtype, workspace: int) -> Plan:
+        """workspace: bytes. A chunk has at least a tile of rows."""
+        most = max(64, workspace // (4 * cls.BUFFERS * max(1, vocab)))
+        return Plan("columns" if most < min(cls.FEW_ROWS, rows) else "chunks", most)
+
+    @classmethod
+    def write_gradients(
+        cls,
+        hidden_states: Tensor,
+        head: Head,
+        token_ids: Tensor,
+        coefficients: Tensor,
+        log_softmax: Tensor,
+        dx: Tensor | None,
+        dw: Tensor | None,
+        db: Tensor | None,
+        workspace: int,
+    ) -> None:
+        """Gradients [N, H], [V, H], [V] from logits that are computed again, as many vocabulary
+        rows at a time as fit into the workspace (bytes)."""
+        every = torch.arange(len(hidden_states))
+        width = max(256, workspace // (4 * len(hidden_states)) // 256 * 256)  # whole panels
+        memory = None
+        for first in range(0, len(head.weight), width):
+            columns = slice(first, first + width)
+            chunks = cls(hidden_states, head.columns(columns), token_ids - first, memory)
+            chunks.hold(every)
+            memory = chunks.workspace
+            part_dw = None if dw is None else chunks.weight_gradients()
+            part_db = None if db is None else db[columns]
+            part = chunks.gradients(
+                every, coefficients, log_softmax, dx is not None, part_dw, part_db
+            )
+            if dx is not None:
+                dx += part
+            if dw is not None:
+                rows = dw[columns]
+                rows.copy_(part_dw[: len(rows), : dw.shape[1]])
 
     def statistics(self) -> Tensor:
         """[4, N] of all rows, none of them held."""

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
-from codistill_kernels._head import Head, compute_dtype
+from codistill_kernels._head import Head, Plan, compute_dtype
 from codistill_kernels._softmax_torch import gradients, scale, statistics
 
 
 class TorchChunks:
     """Raw logits x . w + bias of one chunk of rows at a time."""
 
+    HAS_BIAS_GRADIENT = True
     ROWS = 256  # of a chunk whose logits need not be held; chosen, untested
     BUFFERS = 3  # [R, V] tensors alive at once: raw logits, their exponentials, their gradient
     FEW_ROWS = 0  # a chunk costs little besides its products
@@ -19,6 +20,13 @@ class TorchChunks:
         self.dtype = compute_dtype(hidden_states)
         # Once, where `matmul` would convert it for every chunk.
         self.weight = head.weight if head.weight.is_cuda else head.weight.to(self.dtype)
+
+    @classmethod
+    def plan(cls, rows: int, vocab: int, dtype: torch.dtype, workspace: int) -> Plan:
+        """workspace: bytes. A chunk has at least 64 rows."""
+        size = cls.BUFFERS * (8 if dtype == torch.float64 else 4)
+        most = max(64, workspace // (size * max(1, vocab)))
+        return Plan("columns" if most < min(cls.FEW_ROWS, rows) else "chunks", most)
 
     def statistics(self) -> Tensor:
         """[4, N] of all rows, none of them held."""

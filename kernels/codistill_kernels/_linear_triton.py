@@ -1,204 +1,73 @@
-"""Logits of a linear head in Triton: products on tensor cores, states from the accumulators.
+"""Logits of a linear head on a GPU: products by cuBLAS into fp32 slabs, the rest in Triton.
 
-One program goes through a split of the vocabulary for a tile of tokens and merges the states of its
-tiles; the states of splits are merged by `merge_splits`. No [N, V] is written but for chunks whose
-gradients are wanted. Splits, tiles and the order of sums depend on the vocabulary alone, so a row's
-result does not depend on the other rows.
+    slab = x W_s^T (fp32, never rounded) -> states of its rows and, where gradients are wanted,
+    E = 2^(z log2e - k) in the operands' dtype
+    v = c0 2^k e^-lse a row:  dx = v (E W),  dW_s = E_s^T (v x)
+
+E is written once and is what both gradient products read: 6 N H V operations, 6 bytes a logit. The
+power k is a multiple of 128 that few rows have: a row's segments differ by exact powers of two.
+Slabs have fixed shapes, so a row's result does not depend on the other rows.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from codistill_kernels._head import Head
-from codistill_kernels._softmax_torch import local_columns
+from codistill_kernels import _slabs
+from codistill_kernels._head import Head, Plan
+from codistill_kernels._slabs import padded_columns, padded_rows, pieces
 from codistill_kernels._softmax_triton import (
+    COARSE,
+    LOG2E,
+    NUM_WARPS,
+    STATES,
     logit_gradients,
-    merge_tile,
-    scale,
+    merge_segments,
+    segment_states,
 )
-from codistill_kernels._tiles import (
-    GROUP_N,
-    LINEAR_TILES,
-    TILES_PER_SPLIT,
-    Tile,
-    tile_for,
-)
-
-# --- tiles -------------------------------------------------------------------------------------
-
-
-@triton.jit
-def load_tile(
-    matrix,
-    first_row,
-    first_column,
-    num_rows,
-    num_columns,
-    stride_row,
-    USE_TMA: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """[BLOCK_R, BLOCK_C] of a row-major matrix, a pointer or (TMA) a descriptor; 0 outside."""
-    if USE_TMA:
-        tile = matrix.load([first_row, first_column])
-    else:
-        rows = first_row + tl.arange(0, BLOCK_R)
-        cols = first_column + tl.arange(0, BLOCK_C)
-        mask = (rows < num_rows)[:, None] & (cols < num_columns)[None, :]
-        at = rows.to(tl.int64)[:, None] * stride_row + cols[None, :]
-        tile = tl.load(matrix + at, mask=mask, other=0.0)
-    return tile
-
-
-@triton.jit
-def product_tile(
-    x,
-    weight,
-    first_n,
-    first_v,
-    num_rows,
-    vocab_size,
-    hidden,
-    stride_xn,
-    stride_wv,
-    USE_TMA: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """Raw logits [BLOCK_N, BLOCK_V] without the bias: fp32 sums, never rounded."""
-    acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    for h in range(0, hidden, BLOCK_H):
-        x_tile = load_tile(x, first_n, h, num_rows, hidden, stride_xn, USE_TMA, BLOCK_N, BLOCK_H)
-        w_tile = load_tile(
-            weight, first_v, h, vocab_size, hidden, stride_wv, USE_TMA, BLOCK_V, BLOCK_H
-        )
-        # ieee: fp32 operands are not cut to TF32.
-        acc = tl.dot(x_tile, w_tile.T, acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
-def halves(tile, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    """The left and the right columns of a tile."""
-    return tl.split(tile.reshape([BLOCK_N, 2, BLOCK_V // 2]).permute(0, 2, 1))
-
-
-@triton.jit
-def my_tiles(num_rows, num_splits, GROUP_N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Token tile and vocabulary split of this program: GROUP_N token tiles go through the splits
-    side by side, so that they find a weight tile in L2."""
-    program = tl.program_id(0)
-    num_tiles = tl.cdiv(num_rows, BLOCK_N)
-    first = program // (GROUP_N * num_splits) * GROUP_N
-    size = tl.minimum(num_tiles - first, GROUP_N)
-    within = program % (GROUP_N * num_splits)
-    return first + within % size, within // size
-
 
 # --- kernels -----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_splits"])
-def linear_statistics_kernel(
-    x,
-    weight,
-    bias_ptr,
-    token_ids_ptr,
-    temperature_ptr,
-    states_ptr,
-    raw_ptr,
-    num_rows,
-    vocab_size,
-    hidden,
-    num_splits,
-    stride_xn,
-    stride_wv,
-    stride_raw_n,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    STORE_RAW: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    TILES_PER_SPLIT: tl.constexpr,
-    GROUP_N: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+@triton.jit(do_not_specialize=["num_kept", "first_segment", "num_segments"])
+def finish_exponentials_kernel(
+    exponentials_ptr,
+    rows_ptr,
+    shifts_ptr,
+    target_column_ptr,
+    at_target_ptr,
+    num_kept,
+    first_segment,
+    num_segments,
+    columns,
+    stride_n,
+    SEGMENT: tl.constexpr,
 ):
-    tile_n, split = my_tiles(num_rows, num_splits, GROUP_N, BLOCK_N)
-    first_n = tile_n * BLOCK_N
-    offs_n = first_n + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < num_rows
-    target_column = tl.load(token_ids_ptr + offs_n, mask=mask_n, other=-1)
-    temperature = tl.load(temperature_ptr + offs_n, mask=mask_n, other=1.0)
-    maximum = tl.full([BLOCK_N], -float("inf"), tl.float32)
-    rest = tl.zeros([BLOCK_N], tl.float32)
-    weighted = tl.zeros([BLOCK_N], tl.float32)
-    target = tl.zeros([BLOCK_N], tl.float32)
-    start = split * (TILES_PER_SPLIT * BLOCK_V)
-    stop = tl.minimum(start + TILES_PER_SPLIT * BLOCK_V, vocab_size)
-    for first_v in range(start, stop, BLOCK_V):
-        raw = product_tile(
-            x,
-            weight,
-            first_n,
-            first_v,
-            num_rows,
-            vocab_size,
-            hidden,
-            stride_xn,
-            stride_wv,
-            USE_TMA,
-            BLOCK_N,
-            BLOCK_V,
-            BLOCK_H,
-        )
-        # A quarter at a time: what the epilogue needs besides would not fit into the registers.
-        left, right = halves(raw, BLOCK_N, BLOCK_V)
-        quarter_0, quarter_1 = halves(left, BLOCK_N, BLOCK_V // 2)
-        quarter_2, quarter_3 = halves(right, BLOCK_N, BLOCK_V // 2)
-        for quarter in tl.static_range(4):
-            if quarter == 0:
-                part_raw = quarter_0
-            elif quarter == 1:
-                part_raw = quarter_1
-            elif quarter == 2:
-                part_raw = quarter_2
-            else:
-                part_raw = quarter_3
-            first = first_v + quarter * (BLOCK_V // 4)
-            local_v = tl.arange(0, BLOCK_V // 4)
-            mask_v = first + local_v < vocab_size
-            if HAS_BIAS:
-                part_raw += tl.load(bias_ptr + first + local_v, mask=mask_v, other=0.0)[None, :]
-            if STORE_RAW:
-                # 64 bits for the tile's start, 32 within, and whole tiles: pointers and masks would
-                # take as many registers as the logits.
-                start_ptr = raw_ptr + first_n.to(tl.int64) * stride_raw_n + first
-                at = tl.arange(0, BLOCK_N)[:, None] * stride_raw_n + local_v[None, :]
-                tl.store(start_ptr + at, part_raw)
-            z = scale(part_raw, softcap, temperature[:, None], HAS_SOFTCAP)
-            is_target = (first + local_v)[None, :] == target_column[:, None]
-            target += tl.sum(tl.where(is_target & mask_v[None, :], z, 0.0), axis=1)
-            z = tl.where(mask_v[None, :], z, -float("inf"))
-            maximum, rest, weighted = merge_tile(maximum, rest, weighted, z)
-    # states: [4, splits, N]
-    at = states_ptr + split.to(tl.int64) * num_rows + offs_n
-    part = num_splits.to(tl.int64) * num_rows
-    tl.store(at, maximum, mask=mask_n)
-    tl.store(at + part, rest, mask=mask_n)
-    tl.store(at + 2 * part, weighted, mask=mask_n)
-    tl.store(at + 3 * part, target, mask=mask_n)
+    """Segments times 2^shift, where there is one, and the target's entry in its place."""
+    index = tl.program_id(0)
+    row = tl.load(rows_ptr + index)
+    exponentials_ptr += row * stride_n
+    for segment in range(num_segments):
+        shift = tl.load(shifts_ptr + (first_segment + segment) * num_kept + index)
+        if shift != 0.0:  # rare: offsets differ from 44 nats on
+            cols = segment * SEGMENT + tl.arange(0, SEGMENT)
+            e = tl.load(exponentials_ptr + cols, mask=cols < columns, other=0.0).to(tl.float32)
+            e *= tl.exp2(shift)  # exact
+            e = e.to(exponentials_ptr.dtype.element_ty)
+            tl.store(exponentials_ptr + cols, e, mask=cols < columns)
+    column = tl.load(target_column_ptr + index) - first_segment * SEGMENT
+    if (column >= 0) & (column < columns):
+        at_target = tl.load(at_target_ptr + index).to(exponentials_ptr.dtype.element_ty)
+        tl.debug_barrier()  # its segment may just have been written
+        tl.store(exponentials_ptr + column, at_target)
 
 
-# --- launchers ---------------------------------------------------------------------------------
+# --- products ----------------------------------------------------------------------------------
 
 
 def as_operands(hidden_states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,125 +77,324 @@ def as_operands(hidden_states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(t if t.stride(1) == 1 else t.contiguous() for t in (hidden_states, weight))
 
 
-def fits_tma(*operands: Tensor) -> bool:
-    """Descriptors want compute capability 9, rows and the start on 16 bytes. fp32 products are not
-    bound by loads."""
-    return all(
-        t.is_cuda
-        and t.element_size() == 2
-        and torch.cuda.get_device_capability(t.device)[0] >= 9
-        and t.data_ptr() % 16 == 0
-        and t.stride(0) * t.element_size() % 16 == 0
-        for t in operands
-    )
-
-
-def descriptor(matrix: Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
-    block = [block_rows, block_columns]
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)
-
-
-def num_splits(vocab: int, tile: Tile) -> int:
-    return triton.cdiv(vocab, tile.block_v * TILES_PER_SPLIT)
-
-
-def blocks_of(tile: Tile) -> dict[str, int]:
-    """The constants and launch options that both kernels take from the table."""
-    return dict(
-        TILES_PER_SPLIT=TILES_PER_SPLIT,
-        GROUP_N=GROUP_N,
-        BLOCK_N=tile.block_n,
-        BLOCK_V=tile.block_v,
-        BLOCK_H=tile.block_h,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-
-
-def linear_statistics(hidden_states: Tensor, head: Head, token_ids: Tensor) -> Tensor:
-    """[4, N]"""
-    return launch_statistics(hidden_states, head, token_ids, keep=False)[0]
-
-
-def launch_statistics(
-    hidden_states: Tensor, head: Head, token_ids: Tensor, *, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """[4, N], and with `keep` the raw logits x . w + bias, [N, V] fp32, else an empty tensor."""
+def operands(hidden_states: Tensor, head: Head) -> tuple[Tensor, Head]:
+    """Hidden states and head as products and kernels take them."""
     x, weight = as_operands(hidden_states, head.weight)
-    rows, vocab = len(x), len(weight)
-    tile = tile_for(LINEAR_TILES, x.device, x.dtype)
-    splits = num_splits(vocab, tile)
-    states = torch.empty((4, splits, rows), dtype=torch.float32, device=x.device)
-    shape = (
-        tile.block_n * triton.cdiv(rows, tile.block_n),
-        tile.block_v * triton.cdiv(vocab, tile.block_v),
+    bias = None if head.bias is None else head.bias.float().contiguous()
+    return x, replace(head, weight=weight, bias=bias, temperature=head.temperature.contiguous())
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b: summed in fp32, rounded once to the dtype of `out`."""
+    if a.is_cuda and a.dtype != torch.float32:
+        if out.dtype != torch.float32:
+            assert not add
+            torch.mm(a, b, out=out)
+        elif add:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif add:
+        out.addmm_(a.float(), b.float())
+    elif out.dtype == torch.float32:
+        torch.mm(a.float(), b.float(), out=out)
+    else:
+        out.copy_(a.float() @ b.float())
+
+
+@contextmanager
+def fp32_sums() -> Iterator[None]:
+    """cuBLAS may not add up parts of a product in bf16 or fp16."""
+    settings = torch.backends.cuda.matmul
+    names = (
+        "allow_bf16_reduced_precision_reduction",
+        "allow_fp16_reduced_precision_reduction",
+        "allow_tf32",
     )
-    raw = states.new_empty(shape if keep else (0, 0))
-    use_tma = fits_tma(x, weight)
-    if rows:
-        linear_statistics_kernel[(triton.cdiv(rows, tile.block_n) * splits,)](
-            descriptor(x, tile.block_n, tile.block_h) if use_tma else x,
-            descriptor(weight, tile.block_v, tile.block_h) if use_tma else weight,
-            states if head.bias is None else head.bias.float().contiguous(),
-            token_ids.contiguous(),
-            head.temperature.contiguous(),
-            states,
-            raw if keep else states,
-            rows,
-            vocab,
-            x.shape[1],
-            splits,
-            x.stride(0),
-            weight.stride(0),
-            raw.stride(0),
-            head.softcap,
-            HAS_BIAS=head.bias is not None,
-            HAS_SOFTCAP=head.softcap != 0,
-            STORE_RAW=keep,
-            USE_TMA=use_tma,
-            **blocks_of(tile),
-        )
-    return merge_splits(states), raw[:rows, :vocab]
+    before = {name: getattr(settings, name) for name in names}
+    try:
+        for name in names:
+            setattr(settings, name, False)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(settings, name, value)
 
 
-def merge_splits(states: Tensor) -> Tensor:
-    """[4, N] from the states [4, splits, N] of disjoint ranges."""
-    maximum, rest, weighted, target = states
-    largest, at = maximum.max(dim=0, keepdim=True)
-    shift = torch.where(maximum == largest, 0.0, maximum - largest)
-    factor = torch.where(maximum == -torch.inf, 0.0, shift.exp())
-    weighted = factor * (torch.where(factor == 0, 0.0, shift) * (1 + rest) + weighted)
-    # Of the split that holds the maximum only the rest: 1 + rest - 1 would round it.
-    parts = (factor * (1 + rest)).scatter(0, at, rest.gather(0, at))
-    return torch.stack((largest.squeeze(0), parts.sum(0), weighted.sum(0), target.sum(0)))
+class Slabs:
+    """fp32 products x . w of a head, a slab at a time in the same memory."""
+
+    def __init__(self, x: Tensor, weight: Tensor) -> None:
+        self.x, self.weight = x, weight
+        widest = padded_columns(min(_slabs.SEGMENT, len(weight)))
+        shape = padded_rows(len(x)) * widest
+        self.memory = torch.empty(shape, dtype=torch.float32, device=x.device)
+        self.blocks = [(rows, self.block(rows)) for rows in pieces(len(x), _slabs.ROWS)]
+
+    def block(self, rows: slice) -> Tensor:
+        """Hidden states of a slab, with rows of zeros to its fixed height."""
+        x = self.x[rows]
+        height = padded_rows(len(x))
+        if height == len(x):
+            return x
+        out = x.new_zeros((height, x.shape[1]))
+        out[: len(x)] = x
+        return out
+
+    def of(self, columns: slice) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, their products with these vocabulary rows), slab after slab."""
+        weight = self.weight[columns]
+        width = padded_columns(len(weight))
+        for rows, x in self.blocks:
+            slab = self.memory[: len(x) * width].view(len(x), width)[:, : len(weight)]
+            product(x, weight.T, slab)
+            yield rows, slab[: rows.stop - rows.start]
+
+
+def linear_states(
+    slabs: Slabs, head: Head, token_ids: Tensor, columns: slice, exponentials: Tensor | None = None
+) -> Tensor:
+    """States [segments, STATES, N] of these vocabulary rows; fills exponentials [N, columns]."""
+    segments = [
+        slice(columns.start + piece.start, columns.start + piece.stop)
+        for piece in pieces(columns.stop - columns.start, _slabs.SEGMENT)
+    ]
+    shape = (len(segments), STATES, len(token_ids))
+    states = torch.empty(shape, dtype=torch.float32, device=token_ids.device)
+    for number, segment in enumerate(segments):
+        first = segment.start - columns.start
+        for rows, slab in slabs.of(segment):
+            segment_states(
+                slab,
+                head.bias,
+                token_ids[rows],
+                head.temperature[rows],
+                head.softcap,
+                slab.shape[1],
+                segment.start,
+                states[number : number + 1, :, rows],
+                None if exponentials is None else exponentials[rows, first : first + _slabs.SEGMENT],
+            )
+    return states
+
+
+# --- exponentials ------------------------------------------------------------------------------
+
+
+class Exponentials:
+    """Statistics of rows, and E of their logits until the gradients are made of it."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        head: Head,
+        token_ids: Tensor,
+        *,
+        is_shared: bool = False,
+        memory: Tensor | None = None,
+    ) -> None:
+        """x, head: as `operands` gives them. is_shared: the head's gradient will take the place of
+        E. memory: of exponentials that are done with, to be used again."""
+        self.x, self.head, self.token_ids = x, head, token_ids.contiguous()
+        self.is_shared = is_shared
+        self.columns = list(_slabs.slices(len(x), *head.weight.shape, shared=is_shared))
+        size = _slabs.kept_elements(len(x), *head.weight.shape, shared=is_shared)
+        self.memory = x.new_empty(size) if memory is None else memory[:size]
+        self.slices = [self.slice_of(columns) for columns in self.columns]
+        states = self.states(Slabs(x, head.weight))
+        self.statistics = merge_segments(states, self.token_ids)
+        self.offsets, self.slopes = states[:, 5], states[:, 4]
+
+    def slice_of(self, columns: slice) -> Tensor:
+        """[N, columns] at the end of the memory, behind the slices before."""
+        rows, width = len(self.x), columns.stop - columns.start
+        first = len(self.memory) - rows * (self.columns[-1].stop - columns.start)
+        return self.memory[first : first + rows * width].view(rows, width)
+
+    def states(self, slabs: Slabs) -> Tensor:
+        parts = []
+        for columns, e in zip(self.columns, self.slices, strict=True):
+            segments = slice(columns.start, min(columns.stop, len(self.head.weight)))
+            parts.append(linear_states(slabs, self.head, self.token_ids, segments, e))
+        return torch.cat(parts)
+
+    def head_gradient(self, dtype: torch.dtype) -> Tensor:
+        """Memory [V, H], where they are shared in the place of exponentials."""
+        vocab, hidden = self.head.weight.shape
+        if self.is_shared:
+            return self.memory[: vocab * hidden].view(vocab, hidden)
+        return self.memory.new_empty((vocab, hidden), dtype=dtype)
+
+    def gradients(
+        self,
+        kept: Tensor,
+        c0: Tensor,
+        log_softmax: Tensor,
+        needs_hidden: bool,
+        dw: Tensor | None,
+        *,
+        add: bool = False,
+    ) -> Tensor | None:
+        """dx [K, H] in fp32 of the `kept` rows, and dw [V, H], overwritten or with `add` added to.
+
+        c0 [K], log_softmax [3, K] of these rows. Once only: it changes E.
+        """
+        factors = self.finish(kept, c0, log_softmax)
+        x = self.x[kept]
+        scaled = (factors[:, None] * x).to(x.dtype)
+        dx = factors.new_empty(x.shape) if needs_hidden else None
+        with fp32_sums():
+            for columns, e in self.parts(kept):
+                if dx is not None:
+                    product(e, self.head.weight[columns], dx, add=columns.start > 0)
+                if dw is not None:
+                    out = dw[columns]
+                    direct = torch.empty_like(out) if overlap(e, out) else out
+                    product(e.T, scaled, direct, add=add)
+                    if direct is not out:
+                        out.copy_(direct)
+        return None if dx is None else dx.mul_(factors[:, None])
+
+    def finish(self, kept: Tensor, c0: Tensor, log_softmax: Tensor) -> Tensor:
+        """Bring the kept rows' segments to one power of two a row and put p_y - 1 in the target's
+        place; the number [K] a row that makes E the gradient of its raw logits."""
+        maximum, log_sum, _ = log_softmax
+        ids, target = self.token_ids[kept], self.statistics[3, kept]
+        exponent = maximum * LOG2E.value
+        offset = (exponent / COARSE.value).round() * COARSE.value
+        exponent = exponent - offset + log_sum * LOG2E.value  # log2 of e^lse 2^-offset
+        at_target = (target - maximum - log_sum).clamp(max=0).expm1() * exponent.exp2()
+        if self.head.softcap:
+            owner = ids.clamp(min=0).div(_slabs.SEGMENT, rounding_mode="floor")
+            slopes = self.slopes[:, kept].gather(0, owner.clamp(max=len(self.slopes) - 1)[None])
+            at_target = at_target * slopes.squeeze(0)
+        shifts = self.offsets[:, kept] - offset
+        for columns, e in zip(self.columns, self.slices, strict=True):
+            finish_exponentials_kernel[(len(kept),)](
+                e,
+                kept,
+                shifts,
+                ids,
+                at_target,
+                len(kept),
+                columns.start // _slabs.SEGMENT,
+                triton.cdiv(e.shape[1], _slabs.SEGMENT),
+                e.shape[1],
+                e.stride(0),
+                SEGMENT=_slabs.SEGMENT,
+                num_warps=NUM_WARPS,
+            )
+        return c0 * (-exponent).exp2() / self.head.temperature[kept]
+
+    def parts(self, kept: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(vocabulary rows, E [K, columns] of the kept rows), where they lie or gathered."""
+        vocab = len(self.head.weight)
+        is_all = len(kept) == len(self.x)
+        widest = self.columns[-1].stop if is_all else _slabs.SEGMENT
+        buffer = self.memory.new_empty(0 if is_all else len(kept) * widest)
+        for columns, e in zip(self.columns, self.slices, strict=True):
+            for piece in pieces(e.shape[1], widest):
+                part = e[:, piece]
+                if not is_all:
+                    out = buffer[: len(kept) * part.shape[1]].view(len(kept), part.shape[1])
+                    part = torch.index_select(part, 0, kept, out=out)
+                first = columns.start + piece.start
+                stop = min(columns.start + piece.stop, vocab)
+                yield slice(first, stop), part[:, : stop - first]
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether matrices of row stride >= columns lie on the same memory."""
+    (start_a, end_a), (start_b, end_b) = (
+        (t.data_ptr(), t.data_ptr() + t.stride(0) * len(t) * t.element_size()) for t in (a, b)
+    )
+    return start_a < end_b and start_b < end_a
 
 
 class TritonChunks:
-    """Raw logits x . w + bias of one chunk of rows at a time."""
+    """Exponentials of one chunk of rows at a time."""
 
-    BUFFERS = 2  # [R, V] fp32 alive at once: raw logits and their gradient, at most as wide
-    FEW_ROWS = 0
+    HAS_BIAS_GRADIENT = False  # a plain sum, of numbers that are not rounded: they are not held
 
     def __init__(self, hidden_states: Tensor, head: Head, token_ids: Tensor) -> None:
-        self.hidden_states, self.token_ids = hidden_states, token_ids
-        # Once, where every launch would convert them.
-        self.x, self.weight = as_operands(hidden_states, head.weight)
-        self.head = replace(head, weight=self.weight)
+        self.hidden_states, self.token_ids = hidden_states, token_ids.contiguous()
+        self.x, self.head = operands(hidden_states, head)
+        self.memory: Tensor | None = None
+        self.is_filled = False
+
+    @classmethod
+    def plan(cls, rows: int, vocab: int, dtype: torch.dtype, workspace: int) -> Plan:
+        """workspace: bytes."""
+        return _slabs.plan(rows, vocab, dtype, workspace)
+
+    @classmethod
+    def keep(
+        cls, hidden_states: Tensor, head: Head, token_ids: Tensor, needs_dw: bool, workspace: int
+    ) -> Exponentials:
+        """Of all rows, until their gradients are wanted."""
+        x, head_operands = operands(hidden_states, head)
+        is_shared = (
+            needs_dw
+            and head.weight.dtype == x.dtype
+            and _slabs.shares_memory(len(x), *head.weight.shape, x.element_size(), workspace)
+        )
+        return Exponentials(x, head_operands, token_ids, is_shared=is_shared)
 
     def statistics(self) -> Tensor:
         """[4, N] of all rows, none of them held."""
-        return linear_statistics(self.x, self.head, self.token_ids)
+        slabs, vocab = Slabs(self.x, self.head.weight), len(self.head.weight)
+        states = linear_states(slabs, self.head, self.token_ids, slice(0, vocab))
+        return merge_segments(states, self.token_ids)
+
+    @classmethod
+    def write_gradients(
+        cls,
+        hidden_states: Tensor,
+        head: Head,
+        token_ids: Tensor,
+        coefficients: Tensor,
+        log_softmax: Tensor,
+        dx: Tensor | None,
+        dw: Tensor | None,
+        db: Tensor | None,
+        workspace: int,
+    ) -> None:
+        """Gradients [N, H], [V, H], [V] from logits that are computed again, a segment of the
+        vocabulary after the other: dw is summed over all rows in one product, and rounded once."""
+        x, head = operands(hidden_states, head)
+        slabs, vocab = Slabs(x, head.weight), len(head.weight)
+        numbers = coefficients.contiguous(), log_softmax.contiguous()
+        memory = x.new_empty(len(x) * padded_columns(min(_slabs.SEGMENT, vocab)))
+        for columns in pieces(vocab, _slabs.SEGMENT):
+            weight = head.weight[columns]
+            width = padded_columns(len(weight))
+            dz = memory[: len(x) * width].view(len(x), width)
+            for rows, slab in slabs.of(columns):
+                out = dz[rows] if db is None else slab
+                token = (token_ids[rows], head.temperature[rows], head.softcap)
+                place = (len(weight), columns.start)
+                logit_gradients(slab, out, head.bias, *token, *place, *(t[:, rows] for t in numbers))
+                if db is not None:  # of numbers that are not rounded: a plain sum
+                    db[columns] += slab.sum(dim=0)
+                    dz[rows, : len(weight)] = slab
+            dz = dz[:, : len(weight)]
+            with fp32_sums():
+                if dx is not None:
+                    product(dz, weight, dx, add=columns.start > 0)
+                if dw is not None:
+                    product(dz.T, x, dw[columns])
 
     def hold(self, rows: Tensor) -> Tensor:
-        """Keep the raw logits of these rows; their statistics [4, R]."""
-        self.rows = rows
+        """Keep the exponentials of these rows; their statistics [4, R]."""
         head, ids = self.head.of_rows(rows), self.token_ids[rows]
-        statistics, self.raw = launch_statistics(self.x[rows], head, ids, keep=True)
-        return statistics
+        self.held = Exponentials(self.x[rows], head, ids, memory=self.memory)
+        self.memory = self.held.memory
+        return self.held.statistics
 
     def weight_gradients(self) -> Tensor:
-        """Zeros for `gradients` to add to."""
-        return torch.zeros(self.weight.shape, dtype=torch.float32, device=self.x.device)
+        """Memory that `gradients` fills at its first call and then adds to."""
+        self.is_filled = False
+        return self.x.new_empty(self.head.weight.shape, dtype=torch.float32)
 
     def gradients(
         self,
@@ -337,43 +405,10 @@ class TritonChunks:
         dw: Tensor | None,
         db: Tensor | None,
     ) -> Tensor | None:
-        """dx [K, H] of rows `kept` of those held, which ends their being held; adds to dw, db."""
-        rows = self.rows[kept]
-        ids, x = self.token_ids[rows], self.x[rows]
-        raw = self.raw if len(kept) == len(self.raw) else self.raw[kept]
-        dz = torch.empty(raw.shape, dtype=x.dtype, device=x.device)
-        at_target = torch.zeros(len(rows), dtype=torch.float32, device=x.device)
-        logit_gradients(
-            raw,
-            dz,
-            ids,
-            self.head.temperature[rows],
-            self.head.softcap,
-            raw.shape[1],
-            coefficients,
-            log_softmax,
-            at_target,
+        """dx [K, H] of rows `kept` of those held, which ends their being held; adds to dw."""
+        assert db is None
+        dx = self.held.gradients(
+            kept, coefficients[0], log_softmax, needs_hidden, dw, add=self.is_filled
         )
-        self.raw = None
-        here, _ = local_columns(ids, len(self.weight))
-        at_target = at_target[:, None]  # 0 where the token is not here
-        if db is not None:
-            db += dz.sum(dim=0, dtype=torch.float32)
-            db.index_put_((here,), at_target.squeeze(1), accumulate=True)
-        if dw is not None:
-            add_product(dw, dz.T, x)
-            # index_put_, unlike index_add_, adds in the same order each time.
-            dw.index_put_((here,), at_target * x, accumulate=True)
-        if not needs_hidden:
-            return None
-        dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        add_product(dx, dz, self.weight)
-        return dx.addcmul_(at_target, self.weight[here].float())
-
-
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b, summed in fp32."""
-    if a.dtype == torch.float32:
-        out.addmm_(a, b)
-    else:
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        self.is_filled = True
+        return dx

@@ -1,7 +1,7 @@
 """KL divergence of two models in Triton, from hidden states and heads, without their logits.
 
-Two products, of either hidden size, go into two accumulators of one program; one epilogue takes the
-states of both softmaxes and what relates them.
+Each model's product goes into a slab of its own; one pass over both takes the states of the two
+softmaxes and what relates them.
 """
 
 import torch
@@ -9,138 +9,56 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from codistill_kernels._linear_triton import (
-    as_operands,
-    blocks_of,
-    descriptor,
-    fits_tma,
-    halves,
-    merge_splits,
-    my_tiles,
-    num_splits,
-    product_tile,
-)
-from codistill_kernels._softmax_triton import distance, divide, merge_sums, tile_sum
-from codistill_kernels._tiles import PAIR_TILES, tile_for
+from codistill_kernels import _slabs
+from codistill_kernels._linear_triton import Slabs, as_operands
+from codistill_kernels._slabs import pieces
+from codistill_kernels._softmax_triton import LOG2E, NUM_WARPS, divide, load_raw
+
+STATES = 5  # of a segment: max and rest of the student, of the teacher, weighted difference
 
 # --- tiles -------------------------------------------------------------------------------------
 
 
 @triton.jit
-def merged_difference(new_max_s, new_max_t, max_s, rest_s, max_t, difference):
-    """What a range adds to sum exp(z_s - new_max_s) ((z_s - new_max_s) - (z_t - new_max_t))."""
-    shift = distance(max_s, new_max_s)
-    apart = shift - distance(max_t, new_max_t)
-    factor = tl.where(max_s == -float("inf"), 0.0, tl.exp(shift))
-    return tl.where(factor == 0.0, 0.0, factor * (difference + apart * (1.0 + rest_s)))
-
-
-@triton.jit
-def merge_pair(max_s, rest_s, max_t, rest_t, difference, z_s, z_t):
-    """The states of both models over a range, and one more tile of their logits [N, V]."""
-    tile_max_s, tile_rest_s, p_s, far_s = tile_sum(z_s)
-    tile_max_t, tile_rest_t, _, far_t = tile_sum(z_t)
-    tile_difference = tl.sum(tl.where(p_s == 0.0, 0.0, p_s * (far_s - far_t)), axis=1)
-    new_max_s, new_rest_s = merge_sums(max_s, rest_s, tile_max_s, tile_rest_s)
-    new_max_t, new_rest_t = merge_sums(max_t, rest_t, tile_max_t, tile_rest_t)
-    new_difference = merged_difference(
-        new_max_s, new_max_t, max_s, rest_s, max_t, difference
-    ) + merged_difference(
-        new_max_s, new_max_t, tile_max_s, tile_rest_s, tile_max_t, tile_difference
-    )
-    return new_max_s, new_rest_s, new_max_t, new_rest_t, new_difference
+def exponentials(z):
+    """Max, rest of sum exp(z - max) (without the term 1 of one maximum), exp(z - max), z - max."""
+    maximum = tl.max(z, axis=0)
+    shifted = z - maximum
+    e = tl.exp2(shifted * LOG2E)
+    rest = tl.sum(e, axis=0) - 1.0
+    if rest < 0.01:  # one maximum, and few digits of the others left
+        rest = tl.sum(tl.where(shifted == 0.0, 0.0, e), axis=0)
+    return maximum, rest, e, shifted
 
 
 # --- kernels -----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_splits"])
-def reverse_kl_kernel(
-    x_s,
-    weight_s,
-    x_t,
-    weight_t,
+@triton.jit(do_not_specialize=["num_rows"])
+def pair_states_kernel(
+    student_ptr,
+    teacher_ptr,
     temperature_ptr,
     states_ptr,
     num_rows,
-    vocab_size,
-    hidden_s,
-    hidden_t,
-    num_splits,
-    stride_xsn,
-    stride_wsv,
-    stride_xtn,
-    stride_wtv,
-    USE_TMA: tl.constexpr,
-    TILES_PER_SPLIT: tl.constexpr,
-    GROUP_N: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    columns,
+    stride_n,
+    SEGMENT: tl.constexpr,
 ):
-    """Two products, of either hidden size, into two accumulators; one epilogue."""
-    tile_n, split = my_tiles(num_rows, num_splits, GROUP_N, BLOCK_N)
-    first_n = tile_n * BLOCK_N
-    offs_n = first_n + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < num_rows
-    temperature = tl.load(temperature_ptr + offs_n, mask=mask_n, other=1.0)
-    max_s = tl.full([BLOCK_N], -float("inf"), tl.float32)
-    max_t = tl.full([BLOCK_N], -float("inf"), tl.float32)
-    rest_s = tl.zeros([BLOCK_N], tl.float32)
-    rest_t = tl.zeros([BLOCK_N], tl.float32)
-    difference = tl.zeros([BLOCK_N], tl.float32)
-    start = split * (TILES_PER_SPLIT * BLOCK_V)
-    stop = tl.minimum(start + TILES_PER_SPLIT * BLOCK_V, vocab_size)
-    for first_v in range(start, stop, BLOCK_V):
-        z_s = product_tile(
-            x_s,
-            weight_s,
-            first_n,
-            first_v,
-            num_rows,
-            vocab_size,
-            hidden_s,
-            stride_xsn,
-            stride_wsv,
-            USE_TMA,
-            BLOCK_N,
-            BLOCK_V,
-            BLOCK_H,
-        )
-        z_t = product_tile(
-            x_t,
-            weight_t,
-            first_n,
-            first_v,
-            num_rows,
-            vocab_size,
-            hidden_t,
-            stride_xtn,
-            stride_wtv,
-            USE_TMA,
-            BLOCK_N,
-            BLOCK_V,
-            BLOCK_H,
-        )
-        left_s, right_s = halves(z_s, BLOCK_N, BLOCK_V)
-        left_t, right_t = halves(z_t, BLOCK_N, BLOCK_V)
-        for half in tl.static_range(2):
-            part_s, part_t = (left_s, left_t) if half == 0 else (right_s, right_t)
-            local_v = first_v + half * (BLOCK_V // 2) + tl.arange(0, BLOCK_V // 2)
-            mask_v = (local_v < vocab_size)[None, :]
-            part_s = tl.where(mask_v, divide(part_s, temperature[:, None]), -float("inf"))
-            part_t = tl.where(mask_v, divide(part_t, temperature[:, None]), -float("inf"))
-            max_s, rest_s, max_t, rest_t, difference = merge_pair(
-                max_s, rest_s, max_t, rest_t, difference, part_s, part_t
-            )
-    # states: [5, splits, N]
-    at = states_ptr + split.to(tl.int64) * num_rows + offs_n
-    part = num_splits.to(tl.int64) * num_rows
-    tl.store(at, max_s, mask=mask_n)
-    tl.store(at + part, rest_s, mask=mask_n)
-    tl.store(at + 2 * part, max_t, mask=mask_n)
-    tl.store(at + 3 * part, rest_t, mask=mask_n)
-    tl.store(at + 4 * part, difference, mask=mask_n)
+    """states [STATES, num_rows] of the logits of both models, one row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, SEGMENT)
+    temperature = tl.load(temperature_ptr + row)
+    raw_s = load_raw(student_ptr + row * stride_n, student_ptr, cols, columns, False)
+    raw_t = load_raw(teacher_ptr + row * stride_n, teacher_ptr, cols, columns, False)
+    max_s, rest_s, p_s, shifted_s = exponentials(divide(raw_s, temperature))
+    max_t, rest_t, _, shifted_t = exponentials(divide(raw_t, temperature))
+    at = states_ptr + row
+    tl.store(at, max_s)
+    tl.store(at + num_rows, rest_s)
+    tl.store(at + 2 * num_rows, max_t)
+    tl.store(at + 3 * num_rows, rest_t)
+    tl.store(at + 4 * num_rows, tl.sum(p_s * (shifted_s - shifted_t), axis=0))
 
 
 # --- launchers ---------------------------------------------------------------------------------
@@ -154,47 +72,47 @@ def reverse_kl(
     temperature: Tensor,
 ) -> Tensor:
     """[N] KL(student || teacher), nats; both weights have the same number of rows."""
-    x_s, weight_s = as_operands(student_hidden, student_weight)
-    x_t, weight_t = as_operands(teacher_hidden, teacher_weight)
-    if x_s.dtype != x_t.dtype:
-        x_s, weight_s, x_t, weight_t = (t.float() for t in (x_s, weight_s, x_t, weight_t))
-    rows, vocab = len(x_s), len(weight_s)
-    tile = tile_for(PAIR_TILES, x_s.device, x_s.dtype)
-    splits = num_splits(vocab, tile)
-    states = torch.empty((5, splits, rows), dtype=torch.float32, device=x_s.device)
-    operands = (x_s, weight_s, x_t, weight_t)
-    use_tma = fits_tma(*operands)
-    if not rows:
-        return states.new_empty(0)
-    heights = (tile.block_n, tile.block_v) * 2
-    reverse_kl_kernel[(triton.cdiv(rows, tile.block_n) * splits,)](
-        *(
-            descriptor(t, height, tile.block_h) if use_tma else t
-            for t, height in zip(operands, heights, strict=True)
-        ),
-        temperature.contiguous(),
-        states,
-        rows,
-        vocab,
-        x_s.shape[1],
-        x_t.shape[1],
-        splits,
-        *(t.stride(0) for t in operands),
-        USE_TMA=use_tma,
-        **blocks_of(tile),
-    )
-    return divergence_of_splits(states)
+    student = Slabs(*as_operands(student_hidden, student_weight))
+    teacher = Slabs(*as_operands(teacher_hidden, teacher_weight))
+    temperature = temperature.contiguous()
+    segments = list(pieces(len(student_weight), _slabs.SEGMENT))
+    shape = (len(segments), STATES, len(temperature))
+    states = torch.empty(shape, dtype=torch.float32, device=temperature.device)
+    for number, columns in enumerate(segments):
+        for (rows, slab), (_, other) in zip(student.of(columns), teacher.of(columns), strict=True):
+            pair_states_kernel[(len(slab),)](
+                slab,
+                other,
+                temperature[rows],
+                states[number, :, rows],
+                len(temperature),
+                slab.shape[1],
+                slab.stride(0),
+                SEGMENT=_slabs.SEGMENT,
+                num_warps=NUM_WARPS,
+            )
+    return divergence(states)
 
 
-def divergence_of_splits(states: Tensor) -> Tensor:
-    """[N] from the states [5, splits, N] of disjoint ranges."""
-    max_s, rest_s, max_t, rest_t, difference = states
-    zero = torch.zeros_like(max_s)
-    student = merge_splits(torch.stack((max_s, rest_s, zero, zero)))
-    teacher = merge_splits(torch.stack((max_t, rest_t, zero, zero)))
-    shift = max_s - student[0]
-    apart = shift - (max_t - teacher[0])
+def divergence(states: Tensor) -> Tensor:
+    """[N] from the states [segments, STATES, N] of the whole vocabulary."""
+    max_s, rest_s, max_t, rest_t, difference = states.unbind(1)
+    max_s, max_t = (torch.where(t < -1e29, -torch.inf, t) for t in (max_s, max_t))
+    student, student_rest = merge_segments(max_s, rest_s)
+    teacher, teacher_rest = merge_segments(max_t, rest_t)
+    shift = max_s - student
     factor = shift.exp()
-    parts = torch.where(factor > 0, factor * (difference + apart * (1 + rest_s)), 0.0)
-    kl = parts.sum(0) / (1 + student[1]) - student[1].log1p() + teacher[1].log1p()
-    return kl.clamp(min=0)  # rounding; NaN stays
+    parts = factor * (difference + (shift - (max_t - teacher)) * (1 + rest_s))
+    kl = torch.where(factor == 0, 0.0, parts).sum(0) / (1 + student_rest)
+    kl = kl - student_rest.log1p() + teacher_rest.log1p()
+    # A token that the teacher rules out and the student does not: 1e30 stood for infinity.
+    return torch.where(kl > 1e20, torch.inf, kl.clamp(min=0))  # below 0: rounding; NaN stays
+
+
+def merge_segments(maxima: Tensor, rests: Tensor) -> tuple[Tensor, Tensor]:
+    """Max and rest [N] from those of segments [segments, N]."""
+    largest, at = maxima.max(dim=0, keepdim=True)
+    factor = (maxima - largest).exp()
+    # Of the segment that holds the maximum only the rest: 1 + rest - 1 would round it.
+    parts = (factor * (1 + rests)).scatter(0, at, rests.gather(0, at))
+    return largest.squeeze(0), parts.sum(0)

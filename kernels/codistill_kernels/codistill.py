@@ -5,7 +5,6 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from codistill_kernels._checks import require_shape
-from codistill_kernels._linear import WORKSPACE_MIB
 from codistill_kernels.linear_policy_loss import linear_policy_loss
 from codistill_kernels.policy_loss import PolicyLoss
 from codistill_kernels.rewards import downsample, group_advantages, kd_rewards
@@ -102,7 +101,7 @@ def codistill_losses(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
-    workspace_mib: int = WORKSPACE_MIB,
+    workspace_mib: int | None = None,
     backend: str = "auto",
 ) -> tuple[tuple[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]:
     """The losses of both models on the same tokens, which the small model wrote.

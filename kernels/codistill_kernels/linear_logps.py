@@ -16,7 +16,13 @@ from codistill_kernels._checks import (
     require_token_ids,
 )
 from codistill_kernels._head import Head, compute_dtype
-from codistill_kernels._linear import make_chunks, recomputed_gradients
+from codistill_kernels._linear import (
+    Held,
+    keep_exponentials,
+    make_chunks,
+    recomputed_gradients,
+    workspace_bytes,
+)
 from codistill_kernels._softmax_torch import normalizers
 
 # --- custom ops --------------------------------------------------------------------------------
@@ -54,6 +60,7 @@ def linear_gradients(
     log_softmax: Tensor,
     is_whole: bool,
     needs: list[bool],
+    workspace_mib: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden_states' gradient in the compute dtype, the others in those of weight and bias.
@@ -72,6 +79,7 @@ def linear_gradients(
         needs,
         backend,
         lm_head_weight.dtype,
+        workspace_bytes(workspace_mib, hidden_states.device),
     )
     return dx, dw, db if bias is None else db.to(bias.dtype)
 
@@ -88,6 +96,7 @@ def _(
     log_softmax,
     is_whole,
     needs,
+    workspace_mib,
     backend,
 ):
     db = coefficients if bias is None else bias
@@ -101,35 +110,103 @@ def _(
 # --- autograd ----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Options:
+    """How `LinearLogps` runs."""
+
+    softcap: float
+    group: dist.ProcessGroup | None
+    backend: str
+    has_gradient: bool
+    """Whether a backward pass can follow."""
+    workspace_mib: int | None = None
+    rows: Tensor | None = None
+    """Those that are active, where they are known."""
+
+
 class LinearLogps(torch.autograd.Function):
     """(hidden_states [N, H], weight [V, H], bias [V] or None, ...) -> logps [N], entropy [N]."""
 
     @staticmethod
     def forward(ctx, hidden_states, lm_head_weight, bias, token_ids, temperature, active, options):
-        softcap, group, backend = options
-        softcap = softcap or 0.0
         inputs = (hidden_states, lm_head_weight, bias, token_ids, temperature)
-        statistics = linear_statistics(*inputs, softcap, backend)
-        logps, entropy, log_softmax = logps_and_entropy(statistics, active, group)
+        ctx.held = None
+        if torch.compiler.is_compiling():
+            statistics = linear_statistics(*inputs, options.softcap, options.backend)
+        else:
+            # A gradient that nobody asked for comes as None, where zeros would have to be looked at.
+            ctx.set_materialize_grads(False)
+            statistics, ctx.held = statistics_of_active(
+                inputs, active, options, ctx.needs_input_grad[:3]
+            )
+        logps, entropy, log_softmax = logps_and_entropy(statistics, active, options.group)
         ctx.save_for_backward(*inputs, active, log_softmax)
-        ctx.softcap, ctx.group, ctx.backend = softcap, group, backend
+        ctx.options = options
         return logps, entropy
 
     @staticmethod
     def backward(ctx, dlogps, dentropy):
         *inputs, active, log_softmax = ctx.saved_tensors
-        coefficients = row_coefficients(dlogps, dentropy, active)
-        needs = list(ctx.needs_input_grad[:3])
-        is_whole = ctx.group is None
-        gradients = linear_gradients(
-            *inputs, ctx.softcap, coefficients, log_softmax, is_whole, needs, ctx.backend
+        needs, group, held = list(ctx.needs_input_grad[:3]), ctx.options.group, ctx.held
+        zero = torch.zeros_like(log_softmax[0])
+        coefficients = row_coefficients(
+            zero if dlogps is None else dlogps, zero if dentropy is None else dentropy, active
         )
+        if held is not None and dentropy is None:
+            gradients = held.gradients(
+                coefficients, log_softmax, needs, inputs[0], inputs[1].dtype
+            )
+        else:
+            ctx.held = held = None  # before as much is allocated again
+            gradients = linear_gradients(
+                *inputs,
+                ctx.options.softcap,
+                coefficients,
+                log_softmax,
+                group is None,
+                needs,
+                ctx.options.workspace_mib,
+                ctx.options.backend,
+            )
+        ctx.held = None  # its memory; and a second backward pass computes the logits again
         dx, dw, db = (g if need else None for g, need in zip(gradients, needs, strict=True))
         if dx is not None:
-            if not is_whole:
-                dist.all_reduce(dx, group=ctx.group)
+            if group is not None:
+                dist.all_reduce(dx, group=group)
             dx = dx.to(inputs[0].dtype)
         return dx, dw, db, *[None] * 4
+
+
+def statistics_of_active(
+    inputs: tuple, active: Tensor, options: Options, needs: tuple[bool, ...]
+) -> tuple[Tensor, Held | None]:
+    """[4, N], zeros where not active; and what is kept of the logits for the backward pass, where
+    the backend can and the memory allows."""
+    hidden_states, weight, bias, token_ids, temperature = inputs
+    rows = active.nonzero().squeeze(1) if options.rows is None else options.rows
+    is_all = len(rows) == len(active)
+    if not is_all:
+        hidden_states, token_ids, temperature = (
+            t[rows] for t in (hidden_states, token_ids, temperature)
+        )
+    compact = (hidden_states, weight, bias, token_ids, temperature)
+    head = Head(weight, bias, temperature, options.softcap)
+    held = None
+    if options.has_gradient and any(needs):
+        device, is_shard = hidden_states.device, options.group is not None
+        workspace = workspace_bytes(options.workspace_mib, device, is_shard=is_shard)
+        held = keep_exponentials(
+            hidden_states, head, token_ids, rows, needs, options.backend, workspace
+        )
+    if held is not None:
+        statistics = held.statistics
+    else:
+        statistics = linear_statistics(*compact, options.softcap, options.backend)
+    if is_all:
+        return statistics, held
+    full = statistics.new_zeros((4, len(active)))
+    full[:, rows] = statistics
+    return full, held
 
 
 def logps_and_entropy(
@@ -224,9 +301,12 @@ def linear_logps(
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value. The message names it.
 
-    Logits are fp32 sums, never rounded. Memory besides the inputs: the forward pass holds a tile
-    of logits a thread (cpu) or program (triton), or a chunk of 256 rows (torch); the backward pass
-    recomputes them, at most 128 MiB at a time, and holds the gradients, of hidden_states in fp32.
+    Logits are fp32 sums, never rounded. Memory besides the inputs, and the gradients, of
+    hidden_states in fp32: the forward pass holds a tile of logits a thread (cpu), a slab of 128 MiB
+    (triton) or a chunk of 256 rows (torch); the backward pass computes them again, at most 128 MiB
+    at a time. triton keeps the exponentials of all logits in the dtype of the inputs for the
+    backward pass where they fit into 2.5 GiB and half of what is free: 6 N H V operations instead
+    of 8, unless the entropy or a bias has a gradient.
     Definition: codistill_kernels.reference.linear_logps. Source: online softmax, Milakov &
     Gimelshein 2018 (arXiv:1805.02867).
     """
@@ -241,7 +321,8 @@ def linear_logps(
         vocab_size=vocab_size,
         group=group,
     )
-    logps, entropy = LinearLogps.apply(*inputs.tensors, inputs.active, (softcap, group, backend))
+    options = Options(softcap or 0.0, group, backend, torch.is_grad_enabled())
+    logps, entropy = LinearLogps.apply(*inputs.tensors, inputs.active, options)
     shape = token_ids.shape
     if len(shape) != 1:
         logps, entropy = logps.view(shape), entropy.view(shape)

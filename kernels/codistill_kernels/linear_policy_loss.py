@@ -16,16 +16,15 @@ from torch import Tensor
 from codistill_kernels._checks import require, require_mask
 from codistill_kernels._head import Head
 from codistill_kernels._linear import (
-    WORKSPACE_MIB,
     GradientSums,
-    bytes_per_logit,
     kind_of_chunks,
     make_chunks,
+    plan_for,
     recomputed_gradients,
-    rows_within,
     split_rows,
+    workspace_bytes,
 )
-from codistill_kernels.linear_logps import log_probabilities, prepare
+from codistill_kernels.linear_logps import LinearLogps, Options, log_probabilities, prepare
 from codistill_kernels.policy_loss import (
     PolicyLoss,
     check_inputs,
@@ -53,7 +52,7 @@ def linear_policy_gradients(
     kind: str,
     bounds: list[float],
     shard_rows: int,
-    workspace_mib: int,
+    workspace_mib: int | None,
     group_name: str,
     needs: list[bool],
     backend: str,
@@ -67,13 +66,14 @@ def linear_policy_gradients(
     group = dist.distributed_c10d._resolve_process_group(group_name) if group_name else None
     head = Head(lm_head_weight, bias, temperature, softcap)
     terms = Terms(old_logps, advantages, importance_weights, mask, cu_seqlens, loss)
-    chunks = kind_of_chunks(hidden_states, backend)
-    most = rows_within(workspace_mib, shard_rows, bytes_per_logit(chunks, hidden_states))
-    few = most < min(chunks.FEW_ROWS, len(mask))
+    kind = kind_of_chunks(hidden_states, backend)
+    is_shard = group is not None
+    workspace = workspace_bytes(workspace_mib, hidden_states.device, is_shard=is_shard)
+    plan = plan_for(kind, hidden_states, lm_head_weight, shard_rows, workspace)
     arguments = (hidden_states, head, token_ids, terms, group, needs, backend)
-    if few or not any(needs) or loss.is_sequence_level:
-        return two_passes(*arguments, workspace_mib)
-    return single_pass(*arguments, most)
+    if plan.way == "columns" or takes_two_passes(kind, loss, needs):
+        return two_passes(*arguments, workspace)
+    return single_pass(*arguments, plan.rows)
 
 
 @linear_policy_gradients.register_fake
@@ -102,6 +102,13 @@ def _(
         temperature.new_empty(shape if need else 0)
         for shape, need in zip(shapes, needs, strict=True)
     )
+
+
+def takes_two_passes(kind: type, loss: PolicyLoss, needs: list[bool]) -> bool:
+    """A gradient at one token depends on others, there is none, or it is one that chunks of this
+    kind do not give."""
+    is_bias_left = needs[2] and not kind.HAS_BIAS_GRADIENT
+    return loss.is_sequence_level or not any(needs) or is_bias_left
 
 
 @dataclass(frozen=True)
@@ -182,7 +189,7 @@ def two_passes(
     group: dist.ProcessGroup | None,
     needs: list[bool],
     backend: str,
-    workspace_mib: int,
+    workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All log-probabilities first, then the gradients from recomputed logits: 8 N H V.
 
@@ -204,7 +211,7 @@ def two_passes(
         needs,
         backend,
         logps.dtype,
-        workspace_mib,
+        workspace,
     )
     return logps, *gradients
 
@@ -218,7 +225,7 @@ class WithGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, lm_head_weight, bias, loss, gradients, normalizer, group):
         ctx.save_for_backward(*gradients)
-        ctx.normalizer, ctx.group = normalizer, group
+        ctx.normalizer, ctx.group, ctx.is_spent = normalizer, group, False
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden_states, lm_head_weight, bias)]
         return loss.clone()
 
@@ -234,8 +241,17 @@ class WithGradients(torch.autograd.Function):
         if dx is not None and ctx.group is not None:
             dx = dx.clone()
             dist.all_reduce(dx, group=ctx.group)
-        scaled = (scale(g, factor, d) for g, d in zip((dx, dw, db), ctx.dtypes, strict=True))
-        return *scaled, *[None] * 4
+        if not torch.compiler.is_compiling() and dw is not None and dw.is_cuda:
+            if ctx.is_spent:
+                raise RuntimeError(
+                    "linear_policy_loss: a second backward pass needs a second call: the first one "
+                    "has taken the memory of the head's gradient"
+                )
+            ctx.is_spent, dw = True, scale_in_place(dw, factor, ctx.dtypes[1])
+        else:
+            dw = scale(dw, factor, ctx.dtypes[1])
+        dx, db = scale(dx, factor, ctx.dtypes[0]), scale(db, factor, ctx.dtypes[2])
+        return dx, dw, db, *[None] * 4
 
 
 ROWS_AT_ONCE = 512  # of a gradient scaled on a CPU: 3 MiB of fp32 at H = 1536, which stay in cache
@@ -253,6 +269,21 @@ def scale(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor
     for part, result in zip(gradient.split(ROWS_AT_ONCE), out.split(ROWS_AT_ONCE), strict=True):
         result.copy_(torch.mul(part, factor, out=buffer[: len(part)]))
     return out
+
+
+def scale_in_place(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor, rounded once, at the start of the gradient's own memory."""
+    if gradient.dtype == dtype:
+        return gradient.mul_(factor)
+    source, out = gradient.view(-1), gradient.view(-1).view(dtype)[: gradient.numel()]
+    # Results first .. 2 first take the bytes of sources first / 2 .. first, which are done with.
+    first = min(4096, len(source))
+    out[:first] = source[:first] * factor
+    while first < len(source):
+        part = slice(first, min(2 * first, len(source)))
+        torch.mul(source[part], factor, out=out[part])
+        first *= 2
+    return out.view(gradient.shape)
 
 
 # --- public function ---------------------------------------------------------------------------
@@ -275,12 +306,12 @@ def linear_policy_loss(
     softcap: float | None = None,
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
-    workspace_mib: int = WORKSPACE_MIB,
+    workspace_mib: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`policy_loss` of `linear_logps`, in one pass: 6 N H V operations, no [N, V] logits.
 
-    Sequence-level losses take two passes, 8 N H V.
+    Losses of sequences take two passes, 8 N H V, except where triton keeps exponentials.
 
     Args:
         hidden_states: [N, H], fp32, bf16, fp16 or fp64. Differentiable.
@@ -290,12 +321,14 @@ def linear_policy_loss(
             `policy_loss`.
         bias, temperature, softcap, vocab_size, group: as in `linear_logps`.
         workspace_mib: bound of the logits held at once (MiB); more rows a pass, fewer passes over
-            the weight. At least 64 tokens' logits, or 256 vocabulary rows' in two passes.
+            the weight. At least 64 tokens' logits, or 256 vocabulary rows' in two passes. None: 128
+            on a CPU, 2560 or half of what is free on a GPU.
         backend: as in `linear_logps`.
 
     Returns:
-        (loss, statistics) as `policy_loss`. Gradients are made here, for the inputs that require
-        one, and only scaled in the backward pass; under torch.no_grad none is made.
+        (loss, statistics) as `policy_loss`. Gradients are made for the inputs that require one:
+        of chunks of tokens here, and only scaled in the backward pass, else there; under
+        torch.no_grad none is made.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value. The message names it.
@@ -304,7 +337,7 @@ def linear_policy_loss(
     Source: Eq. 5 and Eq. 10. Definition: reference.policy_loss of reference.linear_logps.
     """
     require(hidden_states.ndim == 2, "hidden_states", "[N, H]", tuple(hidden_states.shape))
-    require(workspace_mib > 0, "workspace_mib", "> 0", workspace_mib)
+    require(workspace_mib is None or workspace_mib > 0, "workspace_mib", "> 0", workspace_mib)
     require_mask(mask, len(hidden_states))
     keep = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
     inputs = prepare(
@@ -334,6 +367,21 @@ def linear_policy_loss(
         importance_weights,
         cu_seqlens,
     )
+    if torch.compiler.is_compiling():
+        rows, in_chunks = None, True  # one op, whatever it does inside
+    else:
+        rows = keep.nonzero().squeeze(1)
+        is_shard, shard_rows = group is not None, len(lm_head_weight)
+        workspace = workspace_bytes(workspace_mib, keep.device, is_shard=is_shard)
+        kind = kind_of_chunks(hidden_states, backend)
+        plan = plan_for(kind, hidden_states, lm_head_weight, shard_rows, workspace, len(rows))
+        in_chunks = plan.way == "chunks" and not takes_two_passes(kind, loss, needs)
+    if not in_chunks:
+        options = Options(softcap or 0.0, group, backend, any(needs), workspace_mib, rows)
+        logps, _ = LinearLogps.apply(*inputs.tensors, keep, options)
+        return policy_loss(
+            logps, old_logps, advantages, keep, loss=loss, normalizer=normalizer, **terms
+        )
     with torch.no_grad():
         logps, *gradients = linear_policy_gradients(
             *inputs.tensors,

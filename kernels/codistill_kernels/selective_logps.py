@@ -81,7 +81,8 @@ def write_logits_gradients(
         else:
             from codistill_kernels._softmax_triton import logit_gradients
 
-            logit_gradients(in_rows, result, token_ids, temperature, softcap, vocab_size, *numbers)
+            token = (token_ids.contiguous(), temperature.contiguous(), softcap)
+            logit_gradients(in_rows, result, None, *token, vocab_size, 0, *numbers)
         if result is not out:
             out.copy_(result)
         return

@@ -5,9 +5,12 @@ from numerics import DEVICE, INTERPRETED
 
 @pytest.fixture(autouse=True)
 def on_device(monkeypatch):
-    if INTERPRETED:  # small vocabularies must have several splits too
-        from codistill_kernels import _linear_triton
+    if INTERPRETED:  # small vocabularies and few tokens must have several slabs too
+        from codistill_kernels import _slabs
 
-        monkeypatch.setattr(_linear_triton, "TILES_PER_SPLIT", 2)
+        monkeypatch.setattr(_slabs, "SEGMENT", 512)
+        monkeypatch.setattr(_slabs, "ROWS", 64)
+        monkeypatch.setattr(_slabs, "ROW_PADDING", 32)
+        monkeypatch.setattr(_slabs, "SLAB_BYTES", 4 * 64 * 512)
     with torch.device(DEVICE):
         yield

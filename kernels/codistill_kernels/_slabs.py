@@ -1,0 +1,86 @@
+"""In which pieces the Triton backend goes through the logits [N, V], and what they take of memory.
+
+A slab is fp32 logits of at most ROWS tokens and SEGMENT vocabulary rows: a product whose tiles fill
+a GPU, and small enough that the pass over it is mostly hidden in L2. Nothing here touches a device;
+`bench/roofline.py` predicts times from the same functions.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from codistill_kernels._head import Plan
+
+# Tokens and vocabulary rows of a slab: 512 tiles of 128 x 256, four waves on 132 multiprocessors.
+ROWS, SEGMENT = 4096, 8192
+# Tokens of a slab are padded to a multiple of this: a product of few rows may sum in another order.
+ROW_PADDING = 1024
+ALIGNMENT = 64  # columns: rows start at 128 bytes or more, so that every access has 16
+FEW_ROWS = 2048  # below, a chunk's read and write of the fp32 head gradient costs more than 2 N H V
+WORKSPACE_MIB = 2560  # on a GPU: exponentials of 8192 tokens of a 151936-row head, and a slab
+KEPT_DTYPES = (torch.bfloat16, torch.float32)  # fp16 has not the range of an exponential
+SLAB_BYTES = 4 * ROWS * SEGMENT
+
+
+def round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
+
+
+def pieces(size: int, most: int) -> Iterator[slice]:
+    """0 : size, `most` at a time."""
+    return (slice(first, min(first + most, size)) for first in range(0, size, most))
+
+
+def padded_rows(rows: int) -> int:
+    """Of a slab with so many tokens."""
+    return min(round_up(rows, ROW_PADDING), ROWS)
+
+
+def padded_columns(columns: int) -> int:
+    """Stride of so many logits in memory."""
+    return round_up(columns, ALIGNMENT)
+
+
+def plan(rows: int, vocab: int, dtype: torch.dtype, workspace_bytes: int) -> Plan:
+    """The fastest way whose slab and exponentials fit into the workspace."""
+    if dtype not in KEPT_DTYPES:
+        return Plan("columns", 0)
+    fit = max(0, workspace_bytes - SLAB_BYTES) // (dtype.itemsize * padded_columns(vocab))
+    if rows <= fit:
+        return Plan("kept", rows)
+    if fit < FEW_ROWS:
+        return Plan("columns", 0)
+    chunks = -(-rows // fit)
+    return Plan("chunks", -(-rows // chunks))
+
+
+def shares_memory(rows: int, vocab: int, hidden: int, itemsize: int, workspace_bytes: int) -> bool:
+    """Whether the head's gradient is written where the exponentials were: where both side by side
+    take more than the workspace, unless it would keep over twice its own memory alive."""
+    both = itemsize * vocab * (rows + hidden) + SLAB_BYTES
+    return both > workspace_bytes and rows <= 2 * hidden
+
+
+def kept_elements(rows: int, vocab: int, hidden: int, *, shared: bool) -> int:
+    """Of the buffer whose end holds the exponentials, its start with `shared` the gradient."""
+    exponentials = rows * padded_columns(vocab)
+    return round_up(max(exponentials, vocab * hidden), ALIGNMENT) if shared else exponentials
+
+
+def slices(rows: int, vocab: int, hidden: int, *, shared: bool) -> Iterator[slice]:
+    """Padded vocabulary rows of exponentials that lie together, [rows, columns] after another.
+
+    All of them; with `shared` as many as leave room in front of them for their part of the
+    gradient, which is written when they have been read, or a single segment.
+    """
+    columns = padded_columns(vocab)
+    if not shared:
+        yield slice(0, columns)
+        return
+    in_front = kept_elements(rows, vocab, hidden, shared=True) - rows * columns
+    first = 0
+    while first < columns:
+        room = (in_front + rows * first) // hidden - first
+        width = max(SEGMENT, room // SEGMENT * SEGMENT)
+        yield slice(first, min(first + width, columns))
+        first += width
