@@ -5,7 +5,7 @@ and turns them into gradients; here is the order in which chunks are gone throug
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from codistill_kernels._softmax_torch import normalizers
 if TYPE_CHECKING:
     from codistill_kernels._linear_triton import Exponentials, TritonChunks
 
-    Chunks = TorchChunks | CpuChunks | TritonChunks
+    Chunks: TypeAlias = TorchChunks | CpuChunks | TritonChunks
 
 WORKSPACE_MIB = 128  # 512 rows of 65536 fp32 logits on a CPU; 256 MiB was a tenth faster there
 
@@ -110,7 +110,10 @@ def keep_exponentials(
     # A bias's gradient is a sum of numbers that are not rounded, as exponentials are.
     if plan.way != "kept" or needs[2] or not len(rows):
         return None
-    return Held(kind.keep(hidden_states, head, token_ids, needs[1], workspace), rows)
+    from codistill_kernels._linear_triton import TritonChunks
+
+    kept = TritonChunks.keep(hidden_states, head, token_ids, needs[1], workspace)
+    return Held(kept, rows)
 
 
 class GradientSums:
@@ -163,8 +166,8 @@ def recomputed_gradients(
     """
     active = (coefficients.ne(0).any(dim=0) & any(needs)).nonzero().squeeze(1)
     kind = kind_for(hidden_states, head, backend)
-    if kind is not TorchChunks:
-        numbers = (coefficients, log_softmax)
+    numbers = (coefficients, log_softmax)
+    if not issubclass(kind, TorchChunks):
         return by_columns(
             kind, hidden_states, head, token_ids, active, *numbers, needs, dw_dtype, workspace
         )
@@ -206,20 +209,28 @@ def by_columns(
         torch.zeros(shape if need else 0, dtype=dtype, device=hidden_states.device)
         for need, shape, dtype in zip(needs, shapes, dtypes, strict=True)
     ]
-    if len(active):
-        is_all = len(active) == len(hidden_states)
-        outputs = [t if need else None for t, need in zip(results, needs, strict=True)]
-        if is_all:
-            rows = (hidden_states, head, token_ids, coefficients, log_softmax)
-        else:
-            rows = (hidden_states[active], head.of_rows(active), token_ids[active])
-            rows += (coefficients[:, active], log_softmax[:, active])
-            if outputs[0] is not None:
-                outputs[0] = torch.zeros_like(rows[0], dtype=torch.float32)
-        kind.write_gradients(*rows, *outputs, workspace)
-        if not is_all and outputs[0] is not None:
-            results[0][active] = outputs[0]
-    return tuple(results)
+    dx, dw, db = results
+    if not len(active):
+        return dx, dw, db
+    is_all = len(active) == len(hidden_states)
+    if not is_all:
+        hidden_states, head, token_ids = (
+            hidden_states[active],
+            head.of_rows(active),
+            token_ids[active],
+        )
+        coefficients, log_softmax = coefficients[:, active], log_softmax[:, active]
+    part = dx if is_all or not needs[0] else dx.new_zeros(hidden_states.shape)
+    part_dx, part_dw, part_db = (
+        t if need else None for t, need in zip((part, dw, db), needs, strict=True)
+    )
+    numbers = (coefficients, log_softmax)
+    kind.write_gradients(
+        hidden_states, head, token_ids, *numbers, part_dx, part_dw, part_db, workspace
+    )
+    if part is not dx:
+        dx[active] = part
+    return dx, dw, db
 
 
 def split_rows(rows: Tensor, most: int) -> Iterator[Tensor]:

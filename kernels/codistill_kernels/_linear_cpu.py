@@ -68,12 +68,12 @@ class CpuChunks:
             memory = chunks.workspace
             part_dw = None if dw is None else chunks.weight_gradients()
             part_db = None if db is None else db[columns]
-            part = chunks.gradients(
+            part_dx = chunks.gradients(
                 every, coefficients, log_softmax, dx is not None, part_dw, part_db
             )
             if dx is not None:
-                dx += part
-            if dw is not None:
+                dx += part_dx
+            if dw is not None and part_dw is not None:
                 rows = dw[columns]
                 rows.copy_(part_dw[: len(rows), : dw.shape[1]])
 

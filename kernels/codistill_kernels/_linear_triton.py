@@ -173,7 +173,9 @@ def linear_states(
                 slab.shape[1],
                 segment.start,
                 states[number : number + 1, :, rows],
-                None if exponentials is None else exponentials[rows, first : first + _slabs.SEGMENT],
+                None
+                if exponentials is None
+                else exponentials[rows, first : first + _slabs.SEGMENT],
             )
     return states
 
@@ -333,10 +335,11 @@ class TritonChunks:
     ) -> Exponentials:
         """Of all rows, until their gradients are wanted."""
         x, head_operands = operands(hidden_states, head)
+        vocab, hidden = head.weight.shape
         is_shared = (
             needs_dw
             and head.weight.dtype == x.dtype
-            and _slabs.shares_memory(len(x), *head.weight.shape, x.element_size(), workspace)
+            and _slabs.shares_memory(len(x), vocab, hidden, x.element_size(), workspace)
         )
         return Exponentials(x, head_operands, token_ids, is_shared=is_shared)
 
@@ -373,7 +376,9 @@ class TritonChunks:
                 out = dz[rows] if db is None else slab
                 token = (token_ids[rows], head.temperature[rows], head.softcap)
                 place = (len(weight), columns.start)
-                logit_gradients(slab, out, head.bias, *token, *place, *(t[:, rows] for t in numbers))
+                logit_gradients(
+                    slab, out, head.bias, *token, *place, *(t[:, rows] for t in numbers)
+                )
                 if db is not None:  # of numbers that are not rounded: a plain sum
                     db[columns] += slab.sum(dim=0)
                     dz[rows, : len(weight)] = slab

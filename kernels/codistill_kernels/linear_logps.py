@@ -134,7 +134,7 @@ class LinearLogps(torch.autograd.Function):
         if torch.compiler.is_compiling():
             statistics = linear_statistics(*inputs, options.softcap, options.backend)
         else:
-            # A gradient that nobody asked for comes as None, where zeros would have to be looked at.
+            # A gradient that is not there comes as None: zeros would have to be looked at.
             ctx.set_materialize_grads(False)
             statistics, ctx.held = statistics_of_active(
                 inputs, active, options, ctx.needs_input_grad[:3]
@@ -153,9 +153,7 @@ class LinearLogps(torch.autograd.Function):
             zero if dlogps is None else dlogps, zero if dentropy is None else dentropy, active
         )
         if held is not None and dentropy is None:
-            gradients = held.gradients(
-                coefficients, log_softmax, needs, inputs[0], inputs[1].dtype
-            )
+            gradients = held.gradients(coefficients, log_softmax, needs, inputs[0], inputs[1].dtype)
         else:
             ctx.held = held = None  # before as much is allocated again
             gradients = linear_gradients(

@@ -8,6 +8,7 @@ out of the two gradient products, exactly.
 """
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,9 @@ from codistill_kernels.policy_loss import (
     to_tokens,
     token_gradients,
 )
+
+if TYPE_CHECKING:
+    from codistill_kernels._linear import Chunks
 
 # --- custom op ---------------------------------------------------------------------------------
 
@@ -66,12 +70,12 @@ def linear_policy_gradients(
     group = dist.distributed_c10d._resolve_process_group(group_name) if group_name else None
     head = Head(lm_head_weight, bias, temperature, softcap)
     terms = Terms(old_logps, advantages, importance_weights, mask, cu_seqlens, loss)
-    kind = kind_of_chunks(hidden_states, backend)
+    chunks = kind_of_chunks(hidden_states, backend)
     is_shard = group is not None
     workspace = workspace_bytes(workspace_mib, hidden_states.device, is_shard=is_shard)
-    plan = plan_for(kind, hidden_states, lm_head_weight, shard_rows, workspace)
+    plan = plan_for(chunks, hidden_states, lm_head_weight, shard_rows, workspace)
     arguments = (hidden_states, head, token_ids, terms, group, needs, backend)
-    if plan.way == "columns" or takes_two_passes(kind, loss, needs):
+    if plan.way == "columns" or takes_two_passes(chunks, loss, needs):
         return two_passes(*arguments, workspace)
     return single_pass(*arguments, plan.rows)
 
@@ -104,7 +108,7 @@ def _(
     )
 
 
-def takes_two_passes(kind: type, loss: PolicyLoss, needs: list[bool]) -> bool:
+def takes_two_passes(kind: "type[Chunks]", loss: PolicyLoss, needs: list[bool]) -> bool:
     """A gradient at one token depends on others, there is none, or it is one that chunks of this
     kind do not give."""
     is_bias_left = needs[2] and not kind.HAS_BIAS_GRADIENT
