@@ -100,11 +100,15 @@ def keep_exponentials(
     head: Head,
     token_ids: Tensor,
     rows: Tensor,
+    head_rows: int,
     needs: Sequence[bool],
     backend: str,
     workspace: int,
 ) -> Held | None:
-    """Of these rows, all active, numbered `rows` in the call; None where they are not kept."""
+    """Of these rows, all active, numbered `rows` in the call; None where they are not kept.
+
+    head_rows: of the head's gradient, V or more.
+    """
     kind = kind_for(hidden_states, head, backend)
     plan = plan_for(kind, hidden_states, head.weight, len(head.weight), workspace)
     # A bias's gradient is a sum of numbers that are not rounded, as exponentials are.
@@ -112,7 +116,7 @@ def keep_exponentials(
         return None
     from codistill_kernels._linear_triton import TritonChunks
 
-    kept = TritonChunks.keep(hidden_states, head, token_ids, needs[1], workspace)
+    kept = TritonChunks.keep(hidden_states, head, token_ids, head_rows, needs[1], workspace)
     return Held(kept, rows)
 
 
@@ -156,20 +160,31 @@ def recomputed_gradients(
     is_whole: bool,
     needs: Sequence[bool],
     backend: str,
+    head_rows: int,
     dw_dtype: torch.dtype,
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients from per-row coefficients [3, N]; rows whose coefficients are 0 are left out.
 
     log_softmax: [3, N], `normalizers` of the whole vocabulary. is_whole: so is the weight.
-    workspace: bytes.
+    head_rows: of the gradients of weight and bias, zeros from V on. workspace: bytes.
     """
     active = (coefficients.ne(0).any(dim=0) & any(needs)).nonzero().squeeze(1)
     kind = kind_for(hidden_states, head, backend)
     numbers = (coefficients, log_softmax)
     if not issubclass(kind, TorchChunks):
+        shape = (head_rows, hidden_states.shape[1])
         return by_columns(
-            kind, hidden_states, head, token_ids, active, *numbers, needs, dw_dtype, workspace
+            kind,
+            hidden_states,
+            head,
+            token_ids,
+            active,
+            *numbers,
+            needs,
+            shape,
+            dw_dtype,
+            workspace,
         )
     chunks = kind(hidden_states, head, token_ids)
     sums = GradientSums(chunks, needs)
@@ -184,6 +199,11 @@ def recomputed_gradients(
         every = torch.arange(len(rows), device=rows.device)
         sums.add(rows, every, coefficients[:, rows], softmax)
     dx, dw, db = sums.results()
+    extra = head_rows - len(head.weight)
+    if needs[1] and extra:
+        dw = torch.nn.functional.pad(dw, (0, 0, 0, extra))
+    if needs[2]:
+        db = torch.nn.functional.pad(db, (0, extra))
     return dx, dw.to(dw_dtype), db
 
 
@@ -196,6 +216,7 @@ def by_columns(
     coefficients: Tensor,
     log_softmax: Tensor,
     needs: Sequence[bool],
+    shape: tuple[int, int],
     dw_dtype: torch.dtype,
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,7 +224,7 @@ def by_columns(
 
     The logits come out as they were in the forward pass, bit for bit.
     """
-    shapes = (hidden_states.shape, head.weight.shape, head.weight.shape[:1])
+    shapes = (hidden_states.shape, shape, shape[:1])
     dtypes = (torch.float32, dw_dtype, torch.float32)
     results = [
         torch.zeros(shape if need else 0, dtype=dtype, device=hidden_states.device)

@@ -9,6 +9,7 @@ power k is a multiple of 128 that few rows have: a row's segments differ by exac
 Slabs have fixed shapes, so a row's result does not depend on the other rows.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -192,19 +193,24 @@ class Exponentials:
         head: Head,
         token_ids: Tensor,
         *,
+        head_rows: int | None = None,
         is_shared: bool = False,
         memory: Tensor | None = None,
     ) -> None:
-        """x, head: as `operands` gives them. is_shared: the head's gradient will take the place of
-        E. memory: of exponentials that are done with, to be used again."""
+        """x, head: as `operands` gives them. is_shared: the gradient of head_rows rows (default:
+        the head's) will take the place of E. memory: of exponentials that are done with, to be used
+        again."""
         self.x, self.head, self.token_ids = x, head, token_ids.contiguous()
         self.is_shared = is_shared
-        self.columns = list(_slabs.slices(len(x), *head.weight.shape, shared=is_shared))
-        size = _slabs.kept_elements(len(x), *head.weight.shape, shared=is_shared)
+        self.head_rows = len(head.weight) if head_rows is None else head_rows
+        shape = (len(x), *head.weight.shape)
+        rows = self.head_rows
+        self.columns = list(_slabs.slices(*shape, shared=is_shared, head_rows=rows))
+        size = _slabs.kept_elements(*shape, shared=is_shared, head_rows=rows)
         self.memory = x.new_empty(size) if memory is None else memory[:size]
         self.slices = [self.slice_of(columns) for columns in self.columns]
         states = self.states(Slabs(x, head.weight))
-        self.statistics = merge_segments(states, self.token_ids)
+        self.statistics = merge_segments(states, self.token_ids, len(head.weight))
         self.offsets, self.slopes = states[:, 5], states[:, 4]
 
     def slice_of(self, columns: slice) -> Tensor:
@@ -221,11 +227,11 @@ class Exponentials:
         return torch.cat(parts)
 
     def head_gradient(self, dtype: torch.dtype) -> Tensor:
-        """Memory [V, H], where they are shared in the place of exponentials."""
-        vocab, hidden = self.head.weight.shape
+        """Memory [head_rows, H] for `gradients`, where it is shared in the place of E."""
+        shape = (self.head_rows, self.head.weight.shape[1])
         if self.is_shared:
-            return self.memory[: vocab * hidden].view(vocab, hidden)
-        return self.memory.new_empty((vocab, hidden), dtype=dtype)
+            return self.memory[: math.prod(shape)].view(shape)
+        return self.memory.new_empty(shape, dtype=dtype)
 
     def gradients(
         self,
@@ -237,7 +243,8 @@ class Exponentials:
         *,
         add: bool = False,
     ) -> Tensor | None:
-        """dx [K, H] in fp32 of the `kept` rows, and dw [V, H], overwritten or with `add` added to.
+        """dx [K, H] in fp32 of the `kept` rows, and dw [>= V, H], overwritten or with `add` added
+        to; rows from V on become 0.
 
         c0 [K], log_softmax [3, K] of these rows. Once only: it changes E.
         """
@@ -255,6 +262,8 @@ class Exponentials:
                     product(e.T, scaled, direct, add=add)
                     if direct is not out:
                         out.copy_(direct)
+        if dw is not None:
+            dw[len(self.head.weight) :] = 0
         return None if dx is None else dx.mul_(factors[:, None])
 
     def finish(self, kept: Tensor, c0: Tensor, log_softmax: Tensor) -> Tensor:
@@ -262,6 +271,7 @@ class Exponentials:
         place; the number [K] a row that makes E the gradient of its raw logits."""
         maximum, log_sum, _ = log_softmax
         ids, target = self.token_ids[kept], self.statistics[3, kept]
+        ids = torch.where(ids < len(self.head.weight), ids, -1)  # another shard's
         exponent = maximum * LOG2E.value
         offset = (exponent / COARSE.value).round() * COARSE.value
         exponent = exponent - offset + log_sum * LOG2E.value  # log2 of e^lse 2^-offset
@@ -331,9 +341,15 @@ class TritonChunks:
 
     @classmethod
     def keep(
-        cls, hidden_states: Tensor, head: Head, token_ids: Tensor, needs_dw: bool, workspace: int
+        cls,
+        hidden_states: Tensor,
+        head: Head,
+        token_ids: Tensor,
+        head_rows: int,
+        needs_dw: bool,
+        workspace: int,
     ) -> Exponentials:
-        """Of all rows, until their gradients are wanted."""
+        """Of all rows, until their gradients are wanted; head_rows: of the head's."""
         x, head_operands = operands(hidden_states, head)
         vocab, hidden = head.weight.shape
         is_shared = (
@@ -341,13 +357,13 @@ class TritonChunks:
             and head.weight.dtype == x.dtype
             and _slabs.shares_memory(len(x), vocab, hidden, x.element_size(), workspace)
         )
-        return Exponentials(x, head_operands, token_ids, is_shared=is_shared)
+        return Exponentials(x, head_operands, token_ids, head_rows=head_rows, is_shared=is_shared)
 
     def statistics(self) -> Tensor:
         """[4, N] of all rows, none of them held."""
         slabs, vocab = Slabs(self.x, self.head.weight), len(self.head.weight)
         states = linear_states(slabs, self.head, self.token_ids, slice(0, vocab))
-        return merge_segments(states, self.token_ids)
+        return merge_segments(states, self.token_ids, vocab)
 
     @classmethod
     def write_gradients(

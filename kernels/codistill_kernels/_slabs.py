@@ -61,13 +61,19 @@ def shares_memory(rows: int, vocab: int, hidden: int, itemsize: int, workspace_b
     return both > workspace_bytes and rows <= 2 * hidden
 
 
-def kept_elements(rows: int, vocab: int, hidden: int, *, shared: bool) -> int:
-    """Of the buffer whose end holds the exponentials, its start with `shared` the gradient."""
+def kept_elements(
+    rows: int, vocab: int, hidden: int, *, shared: bool, head_rows: int | None = None
+) -> int:
+    """Of the buffer whose end holds the exponentials, its start with `shared` the gradient of
+    head_rows rows, more than `vocab` where the vocabulary is padded."""
     exponentials = rows * padded_columns(vocab)
-    return round_up(max(exponentials, vocab * hidden), ALIGNMENT) if shared else exponentials
+    gradient = hidden * (vocab if head_rows is None else head_rows)
+    return round_up(max(exponentials, gradient), ALIGNMENT) if shared else exponentials
 
 
-def slices(rows: int, vocab: int, hidden: int, *, shared: bool) -> Iterator[slice]:
+def slices(
+    rows: int, vocab: int, hidden: int, *, shared: bool, head_rows: int | None = None
+) -> Iterator[slice]:
     """Padded vocabulary rows of exponentials that lie together, [rows, columns] after another.
 
     All of them; with `shared` as many as leave room in front of them for their part of the
@@ -77,7 +83,7 @@ def slices(rows: int, vocab: int, hidden: int, *, shared: bool) -> Iterator[slic
     if not shared:
         yield slice(0, columns)
         return
-    in_front = kept_elements(rows, vocab, hidden, shared=True) - rows * columns
+    in_front = kept_elements(rows, vocab, hidden, shared=True, head_rows=head_rows) - rows * columns
     first = 0
     while first < columns:
         room = (in_front + rows * first) // hidden - first

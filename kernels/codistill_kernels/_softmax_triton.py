@@ -120,10 +120,9 @@ def segment_states_kernel(
     # Without the target, whose term may be all but the rest: lse keeps the digits of the rest.
     tl.store(at + num_rows, tl.sum(tl.where(is_target, 0.0, e), axis=0))
     tl.store(at + 2 * num_rows, tl.sum(e * shifted, axis=0))
-    if (local_target >= 0) & (local_target < SEGMENT):
+    if (local_target >= 0) & (local_target < SEGMENT) & (target_column < columns):
         raw_target = load_raw(logits_ptr, bias_ptr, target_column, columns, HAS_BIAS)
-        inside = target_column < columns
-        target, target_slope = scale(raw_target, inside, softcap, temperature, HAS_SOFTCAP)
+        target, target_slope = scale(raw_target, True, softcap, temperature, HAS_SOFTCAP)
         tl.store(at + 3 * num_rows, target)
         tl.store(at + 4 * num_rows, target_slope)
     if KEEP:
@@ -177,6 +176,7 @@ def logit_gradients_kernel(
     shifted = z - maximum
     dz = tl.exp2((shifted - log_sum) * LOG2E) * (c0 + c2 * (shifted - mean))
     is_owner = (target_column >= 0) & (target_column < columns)
+    target_column = tl.where(is_owner, target_column, -1)
     target_columns = tl.where(is_owner, columns, 0)
     raw_target = load_raw(logits_ptr, bias_ptr, target_column, target_columns, HAS_BIAS)
     z_target, _ = scale(raw_target, is_owner, softcap, temperature, HAS_SOFTCAP)
@@ -233,8 +233,8 @@ def segment_states(
     )
 
 
-def merge_segments(states: Tensor, token_ids: Tensor) -> Tensor:
-    """Statistics [4, N] from the states [segments, STATES, N] of all vocabulary rows here."""
+def merge_segments(states: Tensor, token_ids: Tensor, vocab: int) -> Tensor:
+    """Statistics [4, N] from the states [segments, STATES, N] of all `vocab` rows here."""
     maxima, totals, weighted, targets, _, _ = states.unbind(1)
     maxima, targets = (torch.where(t < -1e29, -torch.inf, t) for t in (maxima, targets))
     largest = maxima.amax(dim=0)
@@ -242,7 +242,9 @@ def merge_segments(states: Tensor, token_ids: Tensor) -> Tensor:
     shift = maxima - torch.where(largest == -torch.inf, 0.0, largest)
     factor = shift.exp()
     total = (factor * totals).sum(dim=0)
-    owner = token_ids.div(_slabs.SEGMENT, rounding_mode="floor")
+    # Another shard's tokens may be numbered from `vocab` on.
+    here = torch.where(token_ids < vocab, token_ids, -1)
+    owner = here.div(_slabs.SEGMENT, rounding_mode="floor")
     is_owner = owner == torch.arange(len(states), device=states.device)[:, None]
     target = torch.where(is_owner, targets, 0.0).sum(dim=0)
     # `totals` are without the target.
@@ -264,7 +266,7 @@ def logit_statistics(
     states = torch.empty(shape, dtype=torch.float32, device=logits.device)
     ids, temperature = token_ids.contiguous(), temperature.contiguous()
     segment_states(logits, None, ids, temperature, softcap, vocab_size, 0, states)
-    return merge_segments(states, ids)
+    return merge_segments(states, ids, vocab_size)
 
 
 def logit_gradients(

@@ -59,14 +59,15 @@ def linear_gradients(
     coefficients: Tensor,
     log_softmax: Tensor,
     is_whole: bool,
+    head_rows: int,
     needs: list[bool],
     workspace_mib: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden_states' gradient in the compute dtype, the others in those of weight and bias.
 
-    From coefficients and log_softmax [3, N]; is_whole: the weight is the whole vocabulary. An empty
-    tensor for each that is not needed.
+    From coefficients and log_softmax [3, N]; is_whole: the weight is the whole vocabulary. Those of
+    weight and bias have head_rows rows, zeros from V on. An empty tensor for each not needed.
     """
     head = Head(lm_head_weight, bias, temperature, softcap)
     dx, dw, db = recomputed_gradients(
@@ -78,6 +79,7 @@ def linear_gradients(
         is_whole,
         needs,
         backend,
+        head_rows,
         lm_head_weight.dtype,
         workspace_bytes(workspace_mib, hidden_states.device),
     )
@@ -95,6 +97,7 @@ def _(
     coefficients,
     log_softmax,
     is_whole,
+    head_rows,
     needs,
     workspace_mib,
     backend,
@@ -102,8 +105,8 @@ def _(
     db = coefficients if bias is None else bias
     return (
         coefficients.new_empty(hidden_states.shape if needs[0] else 0),
-        lm_head_weight.new_empty(lm_head_weight.shape if needs[1] else 0),
-        db.new_empty(lm_head_weight.shape[0] if needs[2] else 0),
+        lm_head_weight.new_empty((head_rows, lm_head_weight.shape[1]) if needs[1] else 0),
+        db.new_empty(head_rows if needs[2] else 0),
     )
 
 
@@ -114,6 +117,8 @@ def _(
 class Options:
     """How `LinearLogps` runs."""
 
+    vocab: int
+    """Rows of weight and bias that count."""
     softcap: float
     group: dist.ProcessGroup | None
     backend: str
@@ -129,7 +134,8 @@ class LinearLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_states, lm_head_weight, bias, token_ids, temperature, active, options):
-        inputs = (hidden_states, lm_head_weight, bias, token_ids, temperature)
+        weight, bias_part = cut(lm_head_weight, bias, options.vocab)
+        inputs = (hidden_states, weight, bias_part, token_ids, temperature)
         ctx.held = None
         if torch.compiler.is_compiling():
             statistics = linear_statistics(*inputs, options.softcap, options.backend)
@@ -137,46 +143,56 @@ class LinearLogps(torch.autograd.Function):
             # A gradient that is not there comes as None: zeros would have to be looked at.
             ctx.set_materialize_grads(False)
             statistics, ctx.held = statistics_of_active(
-                inputs, active, options, ctx.needs_input_grad[:3]
+                inputs, active, options, len(lm_head_weight), ctx.needs_input_grad[:3]
             )
         logps, entropy, log_softmax = logps_and_entropy(statistics, active, options.group)
-        ctx.save_for_backward(*inputs, active, log_softmax)
+        whole = (hidden_states, lm_head_weight, bias, token_ids, temperature)
+        ctx.save_for_backward(*whole, active, log_softmax)
         ctx.options = options
         return logps, entropy
 
     @staticmethod
     def backward(ctx, dlogps, dentropy):
-        *inputs, active, log_softmax = ctx.saved_tensors
+        hidden_states, lm_head_weight, bias, *tokens, active, log_softmax = ctx.saved_tensors
         needs, group, held = list(ctx.needs_input_grad[:3]), ctx.options.group, ctx.held
+        head_rows = len(lm_head_weight)
+        lm_head_weight, bias = cut(lm_head_weight, bias, ctx.options.vocab)
         zero = torch.zeros_like(log_softmax[0])
         coefficients = row_coefficients(
             zero if dlogps is None else dlogps, zero if dentropy is None else dentropy, active
         )
         if held is not None and dentropy is None:
-            gradients = held.gradients(coefficients, log_softmax, needs, inputs[0], inputs[1].dtype)
+            gradients = held.gradients(
+                coefficients, log_softmax, needs, hidden_states, lm_head_weight.dtype
+            )
         else:
             ctx.held = held = None  # before as much is allocated again
             gradients = linear_gradients(
-                *inputs,
+                hidden_states,
+                lm_head_weight,
+                bias,
+                *tokens,
                 ctx.options.softcap,
                 coefficients,
                 log_softmax,
                 group is None,
+                head_rows,
                 needs,
                 ctx.options.workspace_mib,
                 ctx.options.backend,
             )
-        ctx.held = None  # its memory; and a second backward pass computes the logits again
+        # Its memory goes; a second backward pass computes the logits again.
+        ctx.held = held = None
         dx, dw, db = (g if need else None for g, need in zip(gradients, needs, strict=True))
         if dx is not None:
             if group is not None:
                 dist.all_reduce(dx, group=group)
-            dx = dx.to(inputs[0].dtype)
+            dx = dx.to(hidden_states.dtype)
         return dx, dw, db, *[None] * 4
 
 
 def statistics_of_active(
-    inputs: tuple, active: Tensor, options: Options, needs: tuple[bool, ...]
+    inputs: tuple, active: Tensor, options: Options, head_rows: int, needs: tuple[bool, ...]
 ) -> tuple[Tensor, Held | None]:
     """[4, N], zeros where not active; and what is kept of the logits for the backward pass, where
     the backend can and the memory allows."""
@@ -194,7 +210,7 @@ def statistics_of_active(
         device, is_shard = hidden_states.device, options.group is not None
         workspace = workspace_bytes(options.workspace_mib, device, is_shard=is_shard)
         held = keep_exponentials(
-            hidden_states, head, token_ids, rows, needs, options.backend, workspace
+            hidden_states, head, token_ids, rows, head_rows, needs, options.backend, workspace
         )
     if held is not None:
         statistics = held.statistics
@@ -319,7 +335,7 @@ def linear_logps(
         vocab_size=vocab_size,
         group=group,
     )
-    options = Options(softcap or 0.0, group, backend, torch.is_grad_enabled())
+    options = Options(inputs.vocab, softcap or 0.0, group, backend, torch.is_grad_enabled())
     logps, entropy = LinearLogps.apply(*inputs.tensors, inputs.active, options)
     shape = token_ids.shape
     if len(shape) != 1:
@@ -329,12 +345,23 @@ def linear_logps(
 
 @dataclass(frozen=True)
 class LinearInputs:
-    """Checked arguments of an op over a linear head, flat, cut to this process's vocab rows."""
+    """Checked arguments of an op over a linear head, flat."""
 
     tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
     """hidden_states [N, H], weight, bias, token_ids (column here; -1 if not active), temperature"""
     active: Tensor
     """[N] bool"""
+    vocab: int
+    """Rows of weight and bias that belong to the vocabulary."""
+
+    def cut(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        """tensors, weight and bias without the other rows."""
+        hidden_states, weight, bias, *tokens = self.tensors
+        return (hidden_states, *cut(weight, bias, self.vocab), *tokens)
+
+
+def cut(weight: Tensor, bias: Tensor | None, vocab: int) -> tuple[Tensor, Tensor | None]:
+    return weight[:vocab], None if bias is None else bias[:vocab]
 
 
 def prepare(
@@ -364,12 +391,12 @@ def prepare(
     per_token = torch.as_tensor(temperature, device=hidden_states.device).detach().to(dtype)
     tensors = (
         hidden_states.reshape(-1, hidden_states.shape[-1]),
-        lm_head_weight[:rows],
-        None if bias is None else bias[:rows],
+        lm_head_weight,
+        bias,
         torch.where(active, flat_ids - first_row, -1),
         per_token.expand(token_ids.shape).reshape(-1),
     )
-    return LinearInputs(tensors, active)
+    return LinearInputs(tensors, active, rows)
 
 
 def check_inputs(

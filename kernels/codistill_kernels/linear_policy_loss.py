@@ -214,6 +214,7 @@ def two_passes(
         group is None,
         needs,
         backend,
+        len(head.weight),
         logps.dtype,
         workspace,
     )
@@ -355,7 +356,7 @@ def linear_policy_loss(
         vocab_size=vocab_size,
         group=group,
     )
-    differentiable = inputs.tensors[:3]
+    differentiable = inputs.cut()[:3]
     needs = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in differentiable
@@ -381,14 +382,17 @@ def linear_policy_loss(
         plan = plan_for(kind, hidden_states, lm_head_weight, shard_rows, workspace, len(rows))
         in_chunks = plan.way == "chunks" and not takes_two_passes(kind, loss, needs)
     if not in_chunks:
-        options = Options(softcap or 0.0, group, backend, any(needs), workspace_mib, rows)
+        has_gradient = any(needs)
+        options = Options(
+            inputs.vocab, softcap or 0.0, group, backend, has_gradient, workspace_mib, rows
+        )
         logps, _ = LinearLogps.apply(*inputs.tensors, keep, options)
         return policy_loss(
             logps, old_logps, advantages, keep, loss=loss, normalizer=normalizer, **terms
         )
     with torch.no_grad():
         logps, *gradients = linear_policy_gradients(
-            *inputs.tensors,
+            *inputs.cut(),
             softcap or 0.0,
             old_logps,
             advantages,

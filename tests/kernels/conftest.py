@@ -9,8 +9,8 @@ def on_device(monkeypatch):
         from codistill_kernels import _slabs
 
         monkeypatch.setattr(_slabs, "SEGMENT", 512)
-        monkeypatch.setattr(_slabs, "ROWS", 64)
-        monkeypatch.setattr(_slabs, "ROW_PADDING", 32)
-        monkeypatch.setattr(_slabs, "SLAB_BYTES", 4 * 64 * 512)
+        monkeypatch.setattr(_slabs, "ROWS", 32)
+        monkeypatch.setattr(_slabs, "ROW_PADDING", 16)
+        monkeypatch.setattr(_slabs, "SLAB_BYTES", 4 * 32 * 512)
     with torch.device(DEVICE):
         yield

@@ -74,7 +74,7 @@ def test_ops_pass_opcheck(backend):
     coefficients, softmax = torch.randn(3, 6), torch.rand(3, 6)
     for needs in ([True, True, True], [False, True, False]):
         for is_whole in (True, False):
-            arguments = (*head, coefficients, softmax, is_whole, needs, backend)
+            arguments = (*head, coefficients, softmax, is_whole, 25, needs, None, backend)
             torch.library.opcheck(MODULE.linear_gradients, arguments)
 
 

@@ -1,0 +1,314 @@
+"""Exponentials that are kept for the gradients: the Triton backend's way, and what it costs.
+
+The kernels run in Triton's interpreter and on a GPU; on the CPU the same code runs in bf16 with the
+kernels written out in PyTorch, since the interpreter cuts bf16 instead of rounding it.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from numerics import BACKENDS, DEVICE, INTERPRETED, MatrixUnit, assert_as_accurate_as_eager, seeded
+from processes import spawn
+
+from codistill_kernels import _linear_triton, _slabs, linear_logps, reference
+from codistill_kernels._head import Head, Plan
+from codistill_kernels.linear_policy_loss import scale_in_place
+
+needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="runs in test_triton.py")
+WAYS = {"kept": False, "kept, shared": True, "columns": None}
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """How the backward pass gets its gradients, whatever the memory."""
+    # Several segments and slabs, on a GPU too.
+    monkeypatch.setattr(_slabs, "SEGMENT", 512)
+    monkeypatch.setattr(_slabs, "ROWS", 32)
+    monkeypatch.setattr(_slabs, "ROW_PADDING", 16)
+    is_shared = WAYS[request.param]
+    plan = Plan("columns" if is_shared is None else "kept", 0)
+    monkeypatch.setattr(_slabs, "plan", lambda *_: plan)
+    monkeypatch.setattr(_slabs, "shares_memory", lambda *_: is_shared)
+    return request.param
+
+
+def make_case(rows=40, hidden=24, vocab=1100, std=2.0, dtype=torch.float32):
+    generator = seeded(0)
+    x = torch.randn(rows, hidden, generator=generator)
+    weight = std * torch.randn(vocab, hidden, generator=generator) / hidden**0.5
+    ids = torch.randint(0, 1000, (rows,), generator=generator)
+    upstream = torch.randn(rows, generator=generator)
+    return x.to(dtype), weight.to(dtype), ids, upstream
+
+
+def gradients(function, x, weight, ids, upstream, **options):
+    """logps and the gradients of hidden states and head of sum(upstream logps)."""
+    leaves = [t.clone().requires_grad_() for t in (x, weight)]
+    logps = function(*leaves, ids, **options)
+    (upstream.to(logps.dtype) * logps).sum().backward()
+    return logps.detach(), *(leaf.grad for leaf in leaves)
+
+
+def exact_logps(hidden_states, lm_head_weight, ids, *, temperature=1.0, **options):
+    """In fp64, with all digits of p_y - 1 where autograd through a softmax has none."""
+    vocab_size, softcap = options.get("vocab_size"), options.get("softcap")
+    z = (hidden_states @ lm_head_weight.T + options.get("bias", 0.0))[:, :vocab_size]
+    z = z if softcap is None else softcap * (z / softcap).tanh()
+    z = z / (temperature[:, None] if torch.is_tensor(temperature) else temperature)
+    target = z.gather(1, ids[:, None])
+    others = z.scatter(1, ids[:, None], -torch.inf)
+    return -torch.nn.functional.softplus((others - target).logsumexp(dim=1))
+
+
+def check(case, ours, **options):
+    """Against eager with products as a matrix unit makes them, and fp64, from the same inputs."""
+    *tensors, ids, upstream = case
+    with MatrixUnit(tensors[0].dtype):
+        wide = [t.float() for t in tensors]
+        eager = gradients(reference.linear_logps, *wide, ids, upstream, **options)
+    wide = [t.double() for t in tensors]
+    gold = gradients(exact_logps, *wide, ids, upstream, **options)
+    for name, got, base, target in zip(("logps", "dx", "dw"), ours, eager, gold, strict=True):
+        assert_as_accurate_as_eager(name, got, base.to(got.dtype), target)
+
+
+def check_triton(case, **options):
+    check(case, gradients(linear_logps, *case, backend="triton", **options), **options)
+
+
+def peaked(case, size):
+    """Every third row sure of its token, whose logit is about `size`."""
+    x, weight, ids, upstream = case
+    w = weight[ids[::3]].float()
+    x[::3] = (size * w / w.norm(dim=1, keepdim=True) ** 2).to(x.dtype)
+    return x, weight, ids, upstream
+
+
+OPTIONS = {
+    "plain": dict(),
+    "temperatures": dict(temperature=torch.linspace(0.5, 2, 40)),
+    "softcap": dict(softcap=5.0, temperature=0.7),
+    "odd vocab_size": dict(vocab_size=1001),
+    "one segment": dict(vocab_size=500),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_equals_fp64_as_well_as_eager(way, options):
+    options = {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in options.items()}
+    x, weight, ids, upstream = make_case()
+    ids %= options.get("vocab_size", 1100)
+    check_triton((x, weight, ids, upstream), **options)
+
+
+@needs_triton
+@pytest.mark.parametrize("size", [20.0, 60.0, 130.0, -130.0])
+def test_peaked_rows_keep_their_gradient(way, size):
+    """Beyond 44 nats segments have different powers of two, which are brought to one."""
+    check_triton(peaked(make_case(std=4.0), size))
+
+
+@needs_triton
+def test_banned_columns_and_a_bias(way):
+    case = make_case()
+    bias = torch.linspace(-3, 3, 1100)
+    bias[512:1024] = -torch.inf  # one segment
+    case[2][:] %= 500
+    check_triton(case, bias=bias)
+
+
+@needs_triton
+def test_rows_without_a_gradient_do_not_reach_it(way):
+    """Neither ignored ones nor those whose upstream gradient is 0, whatever they hold."""
+    x, weight, ids, upstream = make_case()
+    ids[::4], upstream[1::4] = -100, 0.0
+    x[::4], x[5] = torch.nan, torch.inf
+    rows = torch.arange(40) % 4 > 1
+    _, dx, dw = gradients(linear_logps, x, weight, ids, upstream, backend="triton")
+    assert not dx[~rows].any() and dx[rows].any(dim=1).all()
+    kept = (x[rows], weight, ids[rows], upstream[rows])
+    _, dx_kept, dw_kept = gradients(linear_logps, *kept, backend="triton")
+    torch.testing.assert_close(dx[rows], dx_kept, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(dw, dw_kept, rtol=1e-5, atol=1e-6)
+
+
+@needs_triton
+def test_nan_is_never_hidden(way):
+    x, weight, ids, upstream = make_case()
+    x[3, 5] = torch.nan
+    logps, dx, dw = gradients(linear_logps, x, weight, ids, upstream, backend="triton")
+    assert logps[3].isnan() and dx[3].isnan().all() and dw.isnan().any(dim=1).all()
+
+
+@needs_triton
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_frozen_input_costs_nothing(way, frozen):
+    x, weight, ids, upstream = make_case()
+    expected = gradients(linear_logps, x, weight, ids, upstream, backend="triton")
+    leaves = [x.clone().requires_grad_(frozen != 0), weight.clone().requires_grad_(frozen != 1)]
+    (upstream * linear_logps(*leaves, ids, backend="triton")).sum().backward()
+    assert leaves[frozen].grad is None
+    # The products of all slices at once sum in another order.
+    torch.testing.assert_close(leaves[1 - frozen].grad, expected[2 - frozen], rtol=1e-5, atol=1e-6)
+
+
+@needs_triton
+def test_second_backward_pass_computes_again(way):
+    x, weight, ids, upstream = make_case()
+    leaves = [t.requires_grad_() for t in (x, weight)]
+    loss = (upstream * linear_logps(*leaves, ids, backend="triton")).sum()
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(3 * loss, leaves)
+    for one, other in zip(first, again, strict=True):
+        torch.testing.assert_close(3 * one, other, rtol=1e-4, atol=1e-6)
+
+
+@needs_triton
+def test_entropy_alone_and_with_log_probabilities(way):
+    """Its gradient is made of unrounded logits; its value costs the kept way nothing."""
+    x, weight, ids, upstream = make_case()
+    leaves = [t.clone().requires_grad_() for t in (x, weight)]
+    logps, entropy = linear_logps(*leaves, ids, return_entropy=True, backend="triton")
+    found = torch.autograd.grad((upstream * (logps + entropy)).sum(), leaves)
+    gold = [t.double().requires_grad_() for t in (x, weight)]
+    logps, entropy = reference.linear_logps(*gold, ids, return_entropy=True)
+    expected = torch.autograd.grad((upstream.double() * (logps + entropy)).sum(), gold)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+
+
+def half_of_the_vocabulary(rank: int, folder: str) -> None:
+    """One of two processes; the second's logits are 300 nats below the first's in some rows, above
+    them in others, so that the target's term is all of the softmax or none of it."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    _slabs.SEGMENT, _slabs.ROWS, _slabs.ROW_PADDING = 64, 32, 16
+    x, weight, ids, upstream = make_case(rows=12, hidden=8, vocab=200)
+    ids %= 200
+    x[:, 0], weight[:100, 0], weight[100:, 0] = torch.linspace(-150, 150, 12), 1.0, -1.0
+    mine = slice(100 * rank, 100 * (rank + 1))
+    expected = gradients(exact_logps, *(t.double() for t in (x, weight)), ids, upstream)
+    for way in ("kept", "columns"):
+        _slabs.plan = lambda *_, way=way: Plan(way, 0)
+        options = dict(group=dist.group.WORLD, backend="triton")
+        logps, dx, dw = gradients(linear_logps, x, weight[mine], ids, upstream, **options)
+        found = (logps, dx, dw)
+        for one, other in zip(found, (*expected[:2], expected[2][mine]), strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+    dist.barrier()  # who leaves early closes connections that the other still uses
+    dist.destroy_process_group()
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE != "cpu", reason="two processes of the interpreter")
+def test_shards_give_the_whole(tmp_path):
+    spawn(half_of_the_vocabulary, str(tmp_path), processes=2)
+
+
+# --- in bf16, with the kernels written out in PyTorch ------------------------------------------
+
+
+def states_of_segments(
+    logits, bias, token_ids, temperature, softcap, columns, first_column, states, exponentials=None
+):
+    """What `segment_states` launches, of one segment."""
+    assert bias is None and softcap == 0 and len(states) == 1
+    z = logits[:, :columns] / temperature[:, None]
+    maximum = z.amax(dim=1)
+    shifted = z - maximum[:, None]
+    e = shifted.exp()
+    target = token_ids - first_column
+    here = (target[:, None] == torch.arange(columns)).float()
+    offset = (maximum / math.log(2) / 128 + 0.5).floor() * 128
+    rest, weighted = (e * (1 - here)).sum(1), (e * shifted).sum(1)
+    slope = torch.ones_like(rest)
+    parts = (maximum, rest, weighted, (here * z).sum(1), slope, offset)
+    states[0] = torch.stack(parts)
+    if exponentials is not None:
+        exponentials.zero_()
+        e = e * (maximum / math.log(2) - offset).exp2()[:, None]
+        exponentials[:, :columns] = e.to(exponentials.dtype)
+
+
+class FinishExponentials:
+    """What `finish_exponentials_kernel` does."""
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    @staticmethod
+    def launch(e, rows, shifts, ids, at_target, kept, first_segment, segments, columns, *_, **__):
+        for segment in range(segments):
+            part = e[rows, segment * _slabs.SEGMENT : (segment + 1) * _slabs.SEGMENT].float()
+            part *= shifts[first_segment + segment].exp2()[:, None]
+            e[rows, segment * _slabs.SEGMENT : (segment + 1) * _slabs.SEGMENT] = part.to(e.dtype)
+        column = ids - first_segment * _slabs.SEGMENT
+        here = ((column >= 0) & (column < columns)).nonzero().squeeze(1)
+        e[rows[here], column[here]] = at_target[here].to(e.dtype)
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE != "cpu", reason="kernels written out, on the CPU")
+@pytest.mark.parametrize("size", [None, 30.0, 60.0], ids=["flat", "peaked 30", "peaked 60"])
+@pytest.mark.parametrize("std", [1.0, 3.0, 6.0])
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
+def test_bf16_errors_are_at_most_twice_those_of_eager(monkeypatch, std, size, shared):
+    """Eager rounds the gradient of the logits to bf16, this way E and the scaled hidden states."""
+    monkeypatch.setattr(_slabs, "SEGMENT", 1024)
+    monkeypatch.setattr(_linear_triton, "segment_states", states_of_segments)
+    monkeypatch.setattr(_linear_triton, "finish_exponentials_kernel", FinishExponentials())
+    case = make_case(rows=256, hidden=256, vocab=8000, std=std, dtype=torch.bfloat16)
+    x, weight, ids, upstream = case if size is None else peaked(case, size)
+    head = Head(weight, None, torch.full((256,), 0.9), 0.0)
+    kept = _linear_triton.Exponentials(x, head, ids, is_shared=shared)
+    maximum, rest, weighted, target = kept.statistics
+    log_softmax = torch.stack((maximum, rest.log1p(), weighted / (1 + rest)))
+    every = torch.arange(256)
+    dw = kept.head_gradient(torch.bfloat16)
+    dx = kept.gradients(every, -upstream, log_softmax, True, dw)
+    ours = (target - maximum - rest.log1p(), dx.bfloat16(), dw)
+    check((x, weight, ids, upstream), ours, temperature=0.9)
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(INTERPRETED, reason="slabs are small there")
+@pytest.mark.parametrize("rows", [1, 300, 4096, 5000, 8192, 20000])
+@pytest.mark.parametrize("hidden", [64, 1536, 4096])
+def test_gradient_never_overwrites_exponentials_that_are_not_read_yet(rows, hidden):
+    vocab = 151665
+    elements = _slabs.kept_elements(rows, vocab, hidden, shared=True)
+    columns = list(_slabs.slices(rows, vocab, hidden, shared=True))
+    start = elements - rows * _slabs.padded_columns(vocab)
+    assert start >= 0 and columns[0].start == 0
+    assert columns[-1].stop == _slabs.padded_columns(vocab)
+    for one, following in zip(columns, columns[1:], strict=False):
+        assert one.stop == following.start
+        assert one.stop * hidden <= start + rows * one.stop  # the next slice is whole
+        if one.stop - one.start > _slabs.SEGMENT:  # and so is this one: no buffer is needed
+            assert one.stop * hidden <= start + rows * one.start
+
+
+@pytest.mark.skipif(INTERPRETED, reason="slabs are small there")
+def test_plans():
+    """By the workspace: everything, chunks of at least 2048 tokens, or nothing is kept."""
+    gib, shape = 2**30, (151936, torch.bfloat16)
+    assert _slabs.plan(8192, *shape, int(2.5 * gib)) == Plan("kept", 8192)
+    assert _slabs.plan(16384, *shape, int(2.5 * gib)) == Plan("chunks", 8192)
+    assert _slabs.plan(16384, *shape, gib) == Plan("chunks", 2731)
+    assert _slabs.plan(16384, *shape, gib // 2).way == "columns"
+    assert _slabs.plan(8, 100, torch.float16, gib).way == "columns"
+    assert _slabs.shares_memory(8192, 151936, 4096, 2, int(2.5 * gib))
+    assert not _slabs.shares_memory(4096, 128256, 4096, 2, int(2.5 * gib))
+    assert not _slabs.shares_memory(8192, 151936, 1536, 2, int(2.5 * gib))
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (100, 60), (4096, 3), (333, 77)])
+def test_scaled_in_place_equals_scaled(shape):
+    gradient = torch.randn(shape, generator=seeded(0))
+    expected = (gradient * 0.3).bfloat16()
+    memory = gradient.data_ptr()
+    found = scale_in_place(gradient, torch.tensor(0.3), torch.bfloat16)
+    assert torch.equal(found, expected) and found.data_ptr() == memory
