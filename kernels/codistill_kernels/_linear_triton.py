@@ -105,21 +105,19 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
 
 @contextmanager
 def fp32_sums() -> Iterator[None]:
-    """cuBLAS may not add up parts of a product in bf16 or fp16."""
+    """cuBLAS may not add up parts of a product that it has rounded to bf16 or fp16."""
     settings = torch.backends.cuda.matmul
-    names = (
-        "allow_bf16_reduced_precision_reduction",
-        "allow_fp16_reduced_precision_reduction",
-        "allow_tf32",
-    )
-    before = {name: getattr(settings, name) for name in names}
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    before = {
+        name: (getattr(settings, name), getattr(settings, f"{name}_split_k")) for name in names
+    }
     try:
-        for name in names:
-            setattr(settings, name, False)
+        for name, (_, split_k) in before.items():
+            setattr(settings, name, (False, split_k))
         yield
     finally:
-        for name, value in before.items():
-            setattr(settings, name, value)
+        for name, values in before.items():
+            setattr(settings, name, values)
 
 
 class Slabs:

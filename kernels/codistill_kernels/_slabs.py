@@ -66,9 +66,11 @@ def kept_elements(
 ) -> int:
     """Of the buffer whose end holds the exponentials, its start with `shared` the gradient of
     head_rows rows, more than `vocab` where the vocabulary is padded."""
-    exponentials = rows * padded_columns(vocab)
-    gradient = hidden * (vocab if head_rows is None else head_rows)
-    return round_up(max(exponentials, gradient), ALIGNMENT) if shared else exponentials
+    columns = padded_columns(vocab)
+    if not shared:
+        return rows * columns
+    # `columns` in both: rows of the gradient never catch up with exponentials yet to be read.
+    return round_up(max(rows * columns, hidden * max(columns, head_rows or 0)), ALIGNMENT)
 
 
 def slices(

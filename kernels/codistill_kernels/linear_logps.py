@@ -361,6 +361,9 @@ class LinearInputs:
 
 
 def cut(weight: Tensor, bias: Tensor | None, vocab: int) -> tuple[Tensor, Tensor | None]:
+    # As they are where nothing is cut: autograd copies the gradient of a slice, even of all.
+    if vocab == len(weight):
+        return weight, bias
     return weight[:vocab], None if bias is None else bias[:vocab]
 
 

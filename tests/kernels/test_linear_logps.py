@@ -253,6 +253,15 @@ def test_frozen_input_costs_no_gradient(backend, frozen, monkeypatch):
     assert {name for name in names if grads[name] is None} == {frozen}
 
 
+def test_gradient_of_the_whole_head_is_not_copied():
+    """autograd copies the gradient of a slice into zeros, even of a slice of all rows."""
+    case = make_case()
+    leaves = case.leaves()
+    logps = linear_logps(**leaves, token_ids=case.token_ids)
+    functions = [function for function, _ in logps.grad_fn.next_functions if function]
+    assert {function.name() for function in functions} == {"torch::autograd::AccumulateGrad"}
+
+
 @pytest.mark.skipif(INTERPRETED, reason="halves")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
