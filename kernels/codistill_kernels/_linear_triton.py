@@ -247,7 +247,7 @@ class Exponentials:
         c0 [K], log_softmax [3, K] of these rows. Once only: it changes E.
         """
         factors = self.finish(kept, c0, log_softmax)
-        x = self.x[kept]
+        x = self.x if len(kept) == len(self.x) else self.x[kept]
         scaled = (factors[:, None] * x).to(x.dtype)
         dx = factors.new_empty(x.shape) if needs_hidden else None
         with fp32_sums():
