@@ -120,7 +120,7 @@ def extra_mib(
     """MiB beside the inputs at the peak of each mode, gradients and outputs included."""
     modes = [mode for mode in operation.modes if mode != "backward"]
     if runner.is_gpu:
-        return {mode: gpu_peak_mib(getattr(runner, mode)) for mode in modes}
+        return {mode: gpu_peak_mib(getattr(runner, mode), runner.batch) for mode in modes}
     task = dict(
         operation=operation.name,
         implementation=implementation,
@@ -139,8 +139,10 @@ def extra_mib(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def gpu_peak_mib(run: Callable[[], None]) -> float:
+def gpu_peak_mib(run: Callable[[], None], batch: Batch) -> float:
     run()  # compiles, and takes what a library keeps for itself
+    for leaf in batch.leaves():
+        leaf.grad = None
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

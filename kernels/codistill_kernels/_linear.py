@@ -84,6 +84,8 @@ class Held:
         """Gradients from [3, N] of all rows, the first in fp32. Once only."""
         c0 = coefficients[0, self.rows]
         kept = c0.nonzero().squeeze(1)
+        if not _slabs.gathers(len(kept), len(c0)):
+            kept = torch.arange(len(c0), device=c0.device)
         rows = self.rows[kept]
         dw = self.exponentials.head_gradient(dw_dtype) if needs[1] else None
         if not len(kept):
@@ -101,6 +103,7 @@ def keep_exponentials(
     token_ids: Tensor,
     rows: Tensor,
     head_rows: int,
+    has_entropy: bool,
     needs: Sequence[bool],
     backend: str,
     workspace: int,
@@ -116,8 +119,8 @@ def keep_exponentials(
         return None
     from codistill_kernels._linear_triton import TritonChunks
 
-    kept = TritonChunks.keep(hidden_states, head, token_ids, head_rows, needs[1], workspace)
-    return Held(kept, rows)
+    options = (head_rows, has_entropy, needs[1], workspace)
+    return Held(TritonChunks.keep(hidden_states, head, token_ids, *options), rows)
 
 
 class GradientSums:
@@ -226,11 +229,13 @@ def by_columns(
     """
     shapes = (hidden_states.shape, shape, shape[:1])
     dtypes = (torch.float32, dw_dtype, torch.float32)
-    results = [
-        torch.zeros(shape if need else 0, dtype=dtype, device=hidden_states.device)
+    dx, dw, db = (
+        torch.empty(shape if need else 0, dtype=dtype, device=hidden_states.device)
         for need, shape, dtype in zip(needs, shapes, dtypes, strict=True)
-    ]
-    dx, dw, db = results
+    )
+    dx.zero_()
+    db.zero_()
+    dw[len(head.weight) if len(active) else 0 :] = 0  # the others are written
     if not len(active):
         return dx, dw, db
     is_all = len(active) == len(hidden_states)

@@ -77,8 +77,8 @@ class CpuChunks:
                 rows = dw[columns]
                 rows.copy_(part_dw[: len(rows), : dw.shape[1]])
 
-    def statistics(self) -> Tensor:
-        """[4, N] of all rows, none of them held."""
+    def statistics(self, has_entropy: bool = False) -> Tensor:
+        """[4, N] of all rows, none of them held; with an entropy or not, it costs the same."""
         every = torch.arange(len(self.token_ids))
         return torch.cat([self._forward(rows, None) for rows in every.split(ROWS)], dim=1)
 

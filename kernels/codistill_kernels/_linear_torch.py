@@ -28,8 +28,8 @@ class TorchChunks:
         most = max(64, workspace // (size * max(1, vocab)))
         return Plan("columns" if most < min(cls.FEW_ROWS, rows) else "chunks", most)
 
-    def statistics(self) -> Tensor:
-        """[4, N] of all rows, none of them held."""
+    def statistics(self, has_entropy: bool = False) -> Tensor:
+        """[4, N] of all rows, none of them held; with an entropy or not, it costs the same."""
         every = torch.arange(len(self.token_ids), device=self.token_ids.device)
         return torch.cat([self.hold(rows) for rows in every.split(self.ROWS)], dim=1)
 

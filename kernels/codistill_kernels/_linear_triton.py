@@ -42,6 +42,7 @@ def finish_exponentials_kernel(
     shifts_ptr,
     target_column_ptr,
     at_target_ptr,
+    factors_ptr,
     num_kept,
     first_segment,
     num_segments,
@@ -49,20 +50,23 @@ def finish_exponentials_kernel(
     stride_n,
     SEGMENT: tl.constexpr,
 ):
-    """Segments times 2^shift, where there is one, and the target's entry in its place."""
+    """Segments times 2^shift, where there is one, and the target's entry in its place; all 0 where
+    the row's factor is."""
     index = tl.program_id(0)
     row = tl.load(rows_ptr + index)
+    is_zero = tl.load(factors_ptr + index) == 0.0
     exponentials_ptr += row * stride_n
     for segment in range(num_segments):
         shift = tl.load(shifts_ptr + (first_segment + segment) * num_kept + index)
-        if shift != 0.0:  # rare: offsets differ from 44 nats on
+        if is_zero | (shift != 0.0):  # rare: offsets differ from 44 nats on
             cols = segment * SEGMENT + tl.arange(0, SEGMENT)
             e = tl.load(exponentials_ptr + cols, mask=cols < columns, other=0.0).to(tl.float32)
-            e *= tl.exp2(shift)  # exact
+            # A power of two is exact. Select: a row without a gradient may hold NaN.
+            e = tl.where(is_zero, 0.0, e * tl.exp2(shift))
             e = e.to(exponentials_ptr.dtype.element_ty)
             tl.store(exponentials_ptr + cols, e, mask=cols < columns)
     column = tl.load(target_column_ptr + index) - first_segment * SEGMENT
-    if (column >= 0) & (column < columns):
+    if (column >= 0) & (column < columns) & (is_zero == 0):
         at_target = tl.load(at_target_ptr + index).to(exponentials_ptr.dtype.element_ty)
         tl.debug_barrier()  # its segment may just have been written
         tl.store(exponentials_ptr + column, at_target)
@@ -151,7 +155,12 @@ class Slabs:
 
 
 def linear_states(
-    slabs: Slabs, head: Head, token_ids: Tensor, columns: slice, exponentials: Tensor | None = None
+    slabs: Slabs,
+    head: Head,
+    token_ids: Tensor,
+    columns: slice,
+    has_entropy: bool,
+    exponentials: Tensor | None = None,
 ) -> Tensor:
     """States [segments, STATES, N] of these vocabulary rows; fills exponentials [N, columns]."""
     segments = [
@@ -172,6 +181,7 @@ def linear_states(
                 slab.shape[1],
                 segment.start,
                 states[number : number + 1, :, rows],
+                has_entropy,
                 None
                 if exponentials is None
                 else exponentials[rows, first : first + _slabs.SEGMENT],
@@ -191,6 +201,7 @@ class Exponentials:
         head: Head,
         token_ids: Tensor,
         *,
+        has_entropy: bool = False,
         head_rows: int | None = None,
         is_shared: bool = False,
         memory: Tensor | None = None,
@@ -207,7 +218,7 @@ class Exponentials:
         size = _slabs.kept_elements(*shape, shared=is_shared, head_rows=rows)
         self.memory = x.new_empty(size) if memory is None else memory[:size]
         self.slices = [self.slice_of(columns) for columns in self.columns]
-        states = self.states(Slabs(x, head.weight))
+        states = self.states(Slabs(x, head.weight), has_entropy)
         self.statistics = merge_segments(states, self.token_ids, len(head.weight))
         self.offsets, self.slopes = states[:, 5], states[:, 4]
 
@@ -217,11 +228,11 @@ class Exponentials:
         first = len(self.memory) - rows * (self.columns[-1].stop - columns.start)
         return self.memory[first : first + rows * width].view(rows, width)
 
-    def states(self, slabs: Slabs) -> Tensor:
+    def states(self, slabs: Slabs, has_entropy: bool) -> Tensor:
         parts = []
         for columns, e in zip(self.columns, self.slices, strict=True):
             segments = slice(columns.start, min(columns.stop, len(self.head.weight)))
-            parts.append(linear_states(slabs, self.head, self.token_ids, segments, e))
+            parts.append(linear_states(slabs, self.head, self.token_ids, segments, has_entropy, e))
         return torch.cat(parts)
 
     def head_gradient(self, dtype: torch.dtype) -> Tensor:
@@ -244,11 +255,12 @@ class Exponentials:
         """dx [K, H] in fp32 of the `kept` rows, and dw [>= V, H], overwritten or with `add` added
         to; rows from V on become 0.
 
-        c0 [K], log_softmax [3, K] of these rows. Once only: it changes E.
+        c0 [K], 0 where a row of these has no gradient, log_softmax [3, K]. Once only: it changes E.
         """
         factors = self.finish(kept, c0, log_softmax)
         x = self.x if len(kept) == len(self.x) else self.x[kept]
-        scaled = (factors[:, None] * x).to(x.dtype)
+        # Select: a row without a gradient may hold NaN.
+        scaled = torch.where(factors[:, None] == 0, 0.0, factors[:, None] * x).to(x.dtype)
         dx = factors.new_empty(x.shape) if needs_hidden else None
         with fp32_sums():
             for columns, e in self.parts(kept):
@@ -279,6 +291,8 @@ class Exponentials:
             slopes = self.slopes[:, kept].gather(0, owner.clamp(max=len(self.slopes) - 1)[None])
             at_target = at_target * slopes.squeeze(0)
         shifts = self.offsets[:, kept] - offset
+        factors = c0 * (-exponent).exp2() / self.head.temperature[kept]
+        factors = torch.where(c0 == 0, 0.0, factors)
         for columns, e in zip(self.columns, self.slices, strict=True):
             finish_exponentials_kernel[(len(kept),)](
                 e,
@@ -286,6 +300,7 @@ class Exponentials:
                 shifts,
                 ids,
                 at_target,
+                factors,
                 len(kept),
                 columns.start // _slabs.SEGMENT,
                 triton.cdiv(e.shape[1], _slabs.SEGMENT),
@@ -294,7 +309,7 @@ class Exponentials:
                 SEGMENT=_slabs.SEGMENT,
                 num_warps=NUM_WARPS,
             )
-        return c0 * (-exponent).exp2() / self.head.temperature[kept]
+        return factors
 
     def parts(self, kept: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """(vocabulary rows, E [K, columns] of the kept rows), where they lie or gathered."""
@@ -344,6 +359,7 @@ class TritonChunks:
         head: Head,
         token_ids: Tensor,
         head_rows: int,
+        has_entropy: bool,
         needs_dw: bool,
         workspace: int,
     ) -> Exponentials:
@@ -355,12 +371,19 @@ class TritonChunks:
             and head.weight.dtype == x.dtype
             and _slabs.shares_memory(len(x), vocab, hidden, x.element_size(), workspace)
         )
-        return Exponentials(x, head_operands, token_ids, head_rows=head_rows, is_shared=is_shared)
+        return Exponentials(
+            x,
+            head_operands,
+            token_ids,
+            has_entropy=has_entropy,
+            head_rows=head_rows,
+            is_shared=is_shared,
+        )
 
-    def statistics(self) -> Tensor:
-        """[4, N] of all rows, none of them held."""
+    def statistics(self, has_entropy: bool = False) -> Tensor:
+        """[4, N] of all rows, none of them held; the third may be 0 without has_entropy."""
         slabs, vocab = Slabs(self.x, self.head.weight), len(self.head.weight)
-        states = linear_states(slabs, self.head, self.token_ids, slice(0, vocab))
+        states = linear_states(slabs, self.head, self.token_ids, slice(0, vocab), has_entropy)
         return merge_segments(states, self.token_ids, vocab)
 
     @classmethod

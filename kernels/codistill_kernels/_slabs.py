@@ -1,8 +1,8 @@
 """In which pieces the Triton backend goes through the logits [N, V], and what they take of memory.
 
 A slab is fp32 logits of at most ROWS tokens and SEGMENT vocabulary rows: a product whose tiles fill
-a GPU, and small enough that the pass over it is mostly hidden in L2. Nothing here touches a device;
-`bench/roofline.py` predicts times from the same functions.
+a GPU, in memory that does not grow. Nothing here touches a device; `bench/roofline.py` predicts
+times from the same functions.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import torch
 
 from codistill_kernels._head import Plan
 
-# Tokens and vocabulary rows of a slab: 512 tiles of 128 x 256, four waves on 132 multiprocessors.
+# Tokens and vocabulary rows of a slab: 1024 tiles of 128 x 256, 7.8 waves on 132 multiprocessors.
 ROWS, SEGMENT = 4096, 8192
 # Tokens of a slab are padded to a multiple of this: a product of few rows may sum in another order.
 ROW_PADDING = 1024
@@ -20,6 +20,9 @@ FEW_ROWS = 2048  # below, a chunk's read and write of the fp32 head gradient cos
 WORKSPACE_MIB = 2560  # on a GPU: exponentials of 8192 tokens of a 151936-row head, and a slab
 KEPT_DTYPES = (torch.bfloat16, torch.float32)  # fp16 has not the range of an exponential
 SLAB_BYTES = 4 * ROWS * SEGMENT
+# Of the rows that are held: where more have a gradient, gathering them costs more than the products
+# with the others.
+GATHERED_SHARE = 0.95
 
 
 def round_up(number: int, unit: int) -> int:
@@ -92,3 +95,8 @@ def slices(
         width = max(SEGMENT, room // SEGMENT * SEGMENT)
         yield slice(first, min(first + width, columns))
         first += width
+
+
+def gathers(kept: int, rows: int) -> bool:
+    """Whether the rows with a gradient are copied together; else the others' E becomes 0."""
+    return kept <= GATHERED_SHARE * rows

@@ -16,8 +16,8 @@ LOWEST = tl.constexpr(-1e30)
 LOG2E = tl.constexpr(1.4426950408889634)
 COARSE = tl.constexpr(128)  # of exponents: no segment's offset differs while |z| < 44 nats
 NUM_WARPS = 8
-# Of a segment: max, sum without the target, weighted sum, target logit, slope of the softcap there,
-# offset k of its exponentials. Those of a target are unset where it is elsewhere.
+# Of a segment: max, sum without the target, weighted sum (0 where no entropy is wanted), target
+# logit, slope of the softcap there, offset k of its exponentials. What is of no use is unset.
 STATES = 6
 
 # --- tiles -------------------------------------------------------------------------------------
@@ -96,6 +96,7 @@ def segment_states_kernel(
     softcap,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
     KEEP: tl.constexpr,
     STATES: tl.constexpr,
     SEGMENT: tl.constexpr,
@@ -105,7 +106,7 @@ def segment_states_kernel(
     row, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     cols = segment * SEGMENT + tl.arange(0, SEGMENT)
     logits_ptr += row * stride_n
-    bias_ptr += first_column
+    bias_ptr += first_column // 16 * 16  # no change: Triton sees that accesses of 16 bytes fit
     temperature = tl.load(temperature_ptr + row)
     target_column = tl.load(token_ids_ptr + row).to(tl.int32) - first_column
     raw = load_raw(logits_ptr, bias_ptr, cols, columns, HAS_BIAS)
@@ -119,15 +120,16 @@ def segment_states_kernel(
     tl.store(at, maximum)
     # Without the target, whose term may be all but the rest: lse keeps the digits of the rest.
     tl.store(at + num_rows, tl.sum(tl.where(is_target, 0.0, e), axis=0))
-    tl.store(at + 2 * num_rows, tl.sum(e * shifted, axis=0))
+    tl.store(at + 2 * num_rows, tl.sum(e * shifted, axis=0) if HAS_ENTROPY else 0.0)
     if (local_target >= 0) & (local_target < SEGMENT) & (target_column < columns):
         raw_target = load_raw(logits_ptr, bias_ptr, target_column, columns, HAS_BIAS)
         target, target_slope = scale(raw_target, True, softcap, temperature, HAS_SOFTCAP)
         tl.store(at + 3 * num_rows, target)
-        tl.store(at + 4 * num_rows, target_slope)
+        if HAS_SOFTCAP:
+            tl.store(at + 4 * num_rows, target_slope)
     if KEEP:
         exponent = maximum * LOG2E
-        offset = tl.floor(exponent / COARSE + 0.5) * COARSE
+        offset = tl.floor(exponent * (1 / COARSE) + 0.5) * COARSE
         tl.store(at + 5 * num_rows, offset)
         e *= tl.exp2(exponent - offset)
         e *= slope
@@ -159,7 +161,7 @@ def logit_gradients_kernel(
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * SEGMENT + tl.arange(0, SEGMENT)
     logits_ptr += row * stride_n
-    bias_ptr += first_column
+    bias_ptr += first_column // 16 * 16  # no change: Triton sees that accesses of 16 bytes fit
     temperature = tl.load(temperature_ptr + row)
     c0 = divide(tl.load(coefficients_ptr + row), temperature)
     c1 = divide(tl.load(coefficients_ptr + num_rows + row), temperature)
@@ -203,6 +205,7 @@ def segment_states(
     columns: int,
     first_column: int,
     states: Tensor,
+    has_entropy: bool,
     exponentials: Tensor | None = None,
 ) -> None:
     """Of raw logits [N, >= columns], whose first column is vocabulary row `first_column`, into
@@ -226,6 +229,7 @@ def segment_states(
         softcap,
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap != 0,
+        HAS_ENTROPY=has_entropy,
         KEEP=exponentials is not None,
         STATES=STATES,
         SEGMENT=_slabs.SEGMENT,
@@ -258,14 +262,19 @@ def merge_segments(states: Tensor, token_ids: Tensor, vocab: int) -> Tensor:
 
 
 def logit_statistics(
-    logits: Tensor, token_ids: Tensor, temperature: Tensor, softcap: float, vocab_size: int
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor,
+    softcap: float,
+    vocab_size: int,
+    has_entropy: bool,
 ) -> Tensor:
     """[4, N] of raw logits [N, V], rows of stride 1 in V."""
     segments = triton.cdiv(vocab_size, _slabs.SEGMENT)
     shape = (segments, STATES, len(logits))
     states = torch.empty(shape, dtype=torch.float32, device=logits.device)
     ids, temperature = token_ids.contiguous(), temperature.contiguous()
-    segment_states(logits, None, ids, temperature, softcap, vocab_size, 0, states)
+    segment_states(logits, None, ids, temperature, softcap, vocab_size, 0, states, has_entropy)
     return merge_segments(states, ids, vocab_size)
 
 

@@ -120,7 +120,8 @@ def codistill_losses(
 
     Returns:
         (loss, statistics) of the small model and (loss, statistics) of the large one, each as
-        `linear_policy_loss`. One model is done before the other: they share a workspace.
+        `linear_policy_loss`. On a GPU each keeps the exponentials of its logits until its backward
+        pass: one linear_policy_loss and its backward pass after the other take less memory.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value. The message names it.

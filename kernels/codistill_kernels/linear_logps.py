@@ -36,15 +36,17 @@ def linear_statistics(
     token_ids: Tensor,
     temperature: Tensor,
     softcap: float,
+    has_entropy: bool,
     backend: str,
 ) -> Tensor:
-    """[4, N] max m, rest of sum exp(z - m), sum exp(z - m) (z - m), target: of these vocab rows."""
+    """[4, N] max m, rest of sum exp(z - m), sum exp(z - m) (z - m) if has_entropy, target: of these
+    vocab rows."""
     head = Head(lm_head_weight, bias, temperature, softcap)
-    return make_chunks(hidden_states, head, token_ids, backend).statistics()
+    return make_chunks(hidden_states, head, token_ids, backend).statistics(has_entropy)
 
 
 @linear_statistics.register_fake
-def _(hidden_states, lm_head_weight, bias, token_ids, temperature, softcap, backend):
+def _(hidden_states, lm_head_weight, bias, token_ids, temperature, softcap, has_entropy, backend):
     return temperature.new_empty((4, hidden_states.shape[0]))
 
 
@@ -124,6 +126,8 @@ class Options:
     backend: str
     has_gradient: bool
     """Whether a backward pass can follow."""
+    has_entropy: bool = False
+    """Whether the entropy is wanted; else it is undefined."""
     workspace_mib: int | None = None
     rows: Tensor | None = None
     """Those that are active, where they are known."""
@@ -138,7 +142,8 @@ class LinearLogps(torch.autograd.Function):
         inputs = (hidden_states, weight, bias_part, token_ids, temperature)
         ctx.held = None
         if torch.compiler.is_compiling():
-            statistics = linear_statistics(*inputs, options.softcap, options.backend)
+            has_entropy = options.has_entropy
+            statistics = linear_statistics(*inputs, options.softcap, has_entropy, options.backend)
         else:
             # A gradient that is not there comes as None: zeros would have to be looked at.
             ctx.set_materialize_grads(False)
@@ -210,12 +215,21 @@ def statistics_of_active(
         device, is_shard = hidden_states.device, options.group is not None
         workspace = workspace_bytes(options.workspace_mib, device, is_shard=is_shard)
         held = keep_exponentials(
-            hidden_states, head, token_ids, rows, head_rows, needs, options.backend, workspace
+            hidden_states,
+            head,
+            token_ids,
+            rows,
+            head_rows,
+            options.has_entropy,
+            needs,
+            options.backend,
+            workspace,
         )
     if held is not None:
         statistics = held.statistics
     else:
-        statistics = linear_statistics(*compact, options.softcap, options.backend)
+        has_entropy = options.has_entropy
+        statistics = linear_statistics(*compact, options.softcap, has_entropy, options.backend)
     if is_all:
         return statistics, held
     full = statistics.new_zeros((4, len(active)))
@@ -335,7 +349,9 @@ def linear_logps(
         vocab_size=vocab_size,
         group=group,
     )
-    options = Options(inputs.vocab, softcap or 0.0, group, backend, torch.is_grad_enabled())
+    options = Options(
+        inputs.vocab, softcap or 0.0, group, backend, torch.is_grad_enabled(), return_entropy
+    )
     logps, entropy = LinearLogps.apply(*inputs.tensors, inputs.active, options)
     shape = token_ids.shape
     if len(shape) != 1:

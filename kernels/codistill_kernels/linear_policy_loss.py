@@ -382,9 +382,14 @@ def linear_policy_loss(
         plan = plan_for(kind, hidden_states, lm_head_weight, shard_rows, workspace, len(rows))
         in_chunks = plan.way == "chunks" and not takes_two_passes(kind, loss, needs)
     if not in_chunks:
-        has_gradient = any(needs)
         options = Options(
-            inputs.vocab, softcap or 0.0, group, backend, has_gradient, workspace_mib, rows
+            inputs.vocab,
+            softcap or 0.0,
+            group,
+            backend,
+            has_gradient=any(needs),
+            workspace_mib=workspace_mib,
+            rows=rows,
         )
         logps, _ = LinearLogps.apply(*inputs.tensors, keep, options)
         return policy_loss(

@@ -27,9 +27,11 @@ def logits_statistics(
     temperature: Tensor,
     softcap: float,
     vocab_size: int,
+    has_entropy: bool,
     backend: str,
 ) -> Tensor:
-    """[4, N] max m, rest of sum exp(z - m), sum exp(z - m) (z - m), target, from logits [N, V]."""
+    """[4, N] max m, rest of sum exp(z - m), sum exp(z - m) (z - m) if has_entropy, target, from
+    logits [N, V]."""
     chosen = _backends.choose(backend, logits.device, logits.dtype)
     if chosen != "torch" and logits.stride(1) != 1:
         logits = logits.contiguous()
@@ -40,7 +42,8 @@ def logits_statistics(
     if chosen == "triton":
         from codistill_kernels._softmax_triton import logit_statistics
 
-        return logit_statistics(logits, token_ids, temperature, softcap, vocab_size)
+        token = (token_ids, temperature, softcap)
+        return logit_statistics(logits, *token, vocab_size, has_entropy)
     out = temperature.new_empty((4, len(logits)))
     for rows in row_slices(len(logits)):
         raw = logits[rows, :vocab_size].to(temperature.dtype)
@@ -50,7 +53,7 @@ def logits_statistics(
 
 
 @logits_statistics.register_fake
-def _(logits, token_ids, temperature, softcap, vocab_size, backend):
+def _(logits, token_ids, temperature, softcap, vocab_size, has_entropy, backend):
     return temperature.new_empty((4, logits.shape[0]))
 
 
@@ -128,8 +131,9 @@ class SelectiveLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, token_ids, temperature, active, options):
-        softcap, vocab_size, inplace_backward, backend = options
-        statistics = logits_statistics(logits, token_ids, temperature, softcap, vocab_size, backend)
+        softcap, vocab_size, has_entropy, _, backend = options
+        numbers = (softcap, vocab_size, has_entropy)
+        statistics = logits_statistics(logits, token_ids, temperature, *numbers, backend)
         logps, entropy, log_softmax = logps_and_entropy(statistics, active, group=None)
         ctx.save_for_backward(logits, token_ids, temperature, active, log_softmax)
         ctx.options = options
@@ -139,7 +143,7 @@ class SelectiveLogps(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dlogps, dentropy):
         logits, token_ids, temperature, active, log_softmax = ctx.saved_tensors
-        softcap, vocab_size, inplace_backward, backend = ctx.options
+        softcap, vocab_size, _, inplace_backward, backend = ctx.options
         coefficients = row_coefficients(dlogps, dentropy, active)
         # Detached: the same memory, without its place in the graph.
         out = logits.detach() if inplace_backward else torch.empty_like(logits)
@@ -208,7 +212,7 @@ def selective_logps(
         torch.where(active, token_ids.reshape(-1), -1),
         per_token.expand(token_ids.shape).reshape(-1).contiguous(),
         active,
-        (softcap or 0.0, vocab_size, inplace_backward, backend),
+        (softcap or 0.0, vocab_size, return_entropy, inplace_backward, backend),
     )
     logps, entropy = logps.view(token_ids.shape), entropy.view(token_ids.shape)
     return (logps, entropy) if return_entropy else logps

@@ -70,7 +70,7 @@ def test_ops_pass_opcheck(backend):
     bias, temperature = torch.zeros(21), torch.ones(6)
     ids[0] = -1
     head = (hidden.detach(), weight.detach(), bias, ids, temperature, 5.0)
-    torch.library.opcheck(MODULE.linear_statistics, (*head, backend))
+    torch.library.opcheck(MODULE.linear_statistics, (*head, True, backend))
     coefficients, softmax = torch.randn(3, 6), torch.rand(3, 6)
     for needs in ([True, True, True], [False, True, False]):
         for is_whole in (True, False):

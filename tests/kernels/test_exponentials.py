@@ -121,8 +121,10 @@ def test_banned_columns_and_a_bias(way):
 
 
 @needs_triton
-def test_rows_without_a_gradient_do_not_reach_it(way):
+@pytest.mark.parametrize("share", [1.0, 0.0], ids=["gathered", "all, others 0"])
+def test_rows_without_a_gradient_do_not_reach_it(way, share, monkeypatch):
     """Neither ignored ones nor those whose upstream gradient is 0, whatever they hold."""
+    monkeypatch.setattr(_slabs, "GATHERED_SHARE", share)
     x, weight, ids, upstream = make_case()
     ids[::4], upstream[1::4] = -100, 0.0
     x[::4], x[5] = torch.nan, torch.inf
@@ -211,7 +213,16 @@ def test_shards_give_the_whole(tmp_path):
 
 
 def states_of_segments(
-    logits, bias, token_ids, temperature, softcap, columns, first_column, states, exponentials=None
+    logits,
+    bias,
+    token_ids,
+    temperature,
+    softcap,
+    columns,
+    first_column,
+    states,
+    has_entropy,
+    exponentials=None,
 ):
     """What `segment_states` launches, of one segment."""
     assert bias is None and softcap == 0 and len(states) == 1
@@ -239,12 +250,13 @@ class FinishExponentials:
         return self.launch
 
     @staticmethod
-    def launch(e, rows, shifts, ids, at_target, kept, first_segment, segments, columns, *_, **__):
+    def launch(e, rows, shifts, ids, at_target, factors, kept, first, segments, columns, *_, **__):
         for segment in range(segments):
             part = e[rows, segment * _slabs.SEGMENT : (segment + 1) * _slabs.SEGMENT].float()
-            part *= shifts[first_segment + segment].exp2()[:, None]
+            part *= shifts[first + segment].exp2()[:, None]
             e[rows, segment * _slabs.SEGMENT : (segment + 1) * _slabs.SEGMENT] = part.to(e.dtype)
-        column = ids - first_segment * _slabs.SEGMENT
+        assert factors.all()
+        column = ids - first * _slabs.SEGMENT
         here = ((column >= 0) & (column < columns)).nonzero().squeeze(1)
         e[rows[here], column[here]] = at_target[here].to(e.dtype)
 

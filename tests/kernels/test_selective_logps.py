@@ -169,7 +169,7 @@ def test_ops_pass_opcheck(backend):
     ids %= 40
     options = (ids, torch.ones(5), 4.0, 33)
     ops = torch.ops.codistill
-    torch.library.opcheck(ops.logits_statistics, (logits, *options, backend))
+    torch.library.opcheck(ops.logits_statistics, (logits, *options, True, backend))
     numbers = (torch.randn(3, 5), torch.rand(3, 5), backend)
     for source in (logits, None):
         arguments = (logits.clone(), source, *options, *numbers)
