@@ -100,8 +100,8 @@ def matmul_seconds(shape: Shape, dtype: torch.dtype, device: torch.device) -> fl
     seconds = 0.0
     for hidden in filter(None, (shape.hidden, shape.large_hidden)):
         x = torch.randn(shape.tokens, hidden, device=device).to(dtype)
-        weight = torch.randn(shape.vocab, hidden, device=device).to(dtype)
-        out = torch.empty(shape.tokens, shape.vocab, dtype=dtype, device=device)
+        weight = torch.randn(shape.weight_rows, hidden, device=device).to(dtype)
+        out = torch.empty(shape.tokens, shape.weight_rows, dtype=dtype, device=device)
         times = []
         for _ in range(6):  # the first warms up
             start = time.perf_counter()
