@@ -101,7 +101,7 @@ def goal(case: Goal, predictions: Predictions) -> Iterator[Finding]:
     run = getattr(runner, case.mode)
     with experiments.way(case.way):
         on_gpu, on_host = gpu_times(run)
-        peak = gpu_peak_mib(run) / 1024
+        peak = gpu_peak_mib(run, batch) / 1024
     yield beside(str(case), on_gpu, "ms", ms)
     yield beside(f"{case}, host clock", on_host, "ms", ms)
     yield beside(f"{case}, memory", peak, "GiB", gib)

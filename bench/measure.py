@@ -46,8 +46,7 @@ class Runner:
             self.run(self.batch)
 
     def graph(self) -> tuple[Tensor, ...]:
-        for leaf in self.batch.leaves():
-            leaf.grad = None
+        drop_gradients(self.batch)
         outputs = self.run(self.batch)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
@@ -85,6 +84,11 @@ class Runner:
             self.synchronized, setup=lambda: self.before_round(mode), rounds=rounds, iterations=1
         )
         return benchmark.stats.stats.data
+
+
+def drop_gradients(batch: Batch) -> None:
+    for leaf in batch.leaves():
+        leaf.grad = None
 
 
 def upstream(outputs: tuple[Tensor, ...], batch: Batch) -> list[Tensor]:
@@ -149,7 +153,7 @@ def extra_mib(
     """MiB beside the inputs at the peak of each mode, gradients and outputs included."""
     modes = [mode for mode in operation.modes if mode != "backward"]
     if runner.is_gpu:
-        return {mode: gpu_peak_mib(getattr(runner, mode)) for mode in modes}
+        return {mode: gpu_peak_mib(getattr(runner, mode), runner.batch) for mode in modes}
     task = dict(
         operation=operation.name,
         implementation=implementation,
@@ -168,8 +172,9 @@ def extra_mib(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def gpu_peak_mib(run: Callable[[], None]) -> float:
+def gpu_peak_mib(run: Callable[[], None], batch: Batch) -> float:
     run()  # compiles, and takes what a library keeps for itself
+    drop_gradients(batch)  # those of the run before are not there when the next one makes its own
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -189,8 +194,7 @@ def resident_mib(field: str) -> float:
 
 def cpu_peak_mib(run: Callable[[], None], batch: Batch) -> float:
     run()
-    for leaf in batch.leaves():
-        leaf.grad = None
+    drop_gradients(batch)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
