@@ -25,8 +25,6 @@ class Shape:
     tokens: int
     hidden: int = 0
     vocab: int = 0
-    head_rows: int = 0
-    """Of the lm_head's weight, where they are more than the vocabulary; else 0."""
     large_hidden: int = 0
     """Of the second model, for operations on two."""
     logit_gap: float | None = None
@@ -34,6 +32,8 @@ class Shape:
     sequences: int = 8
     inactive: float = 0.0
     """Share of the tokens that the mask takes out, at the end of each sequence."""
+    head_rows: int = 0
+    """Of the lm_head's weight, where they are more than the vocabulary; else 0."""
 
     def with_tokens(self, tokens: int) -> "Shape":
         return replace(self, tokens=tokens)

@@ -70,6 +70,8 @@ def test_cases_of_a_gpu():
     sizes = [(c.shape.tokens, c.shape.hidden, c.shape.vocab) for c in found]
     assert sizes[0] == (4096, 4096, 128256) and (8192, 4096, 151936) in sizes[:6]
     assert (8192, 1536, 151665) in sizes
+    pairs = {(c.shape.hidden, c.shape.large_hidden) for c in found if c.shape.large_hidden}
+    assert pairs == {(1536, 3584)}
     assert {tokens for tokens, _, _ in sizes} >= {512, 65536}
     assert {c.shape.inactive for c in found} == {0.0, 0.3, 0.6}
     keys = [(c.operation, c.shape) for c in found]

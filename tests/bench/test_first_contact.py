@@ -128,6 +128,16 @@ def test_predictions_are_those_of_the_device():
         assert Predictions(text, name).of(*case) is None
 
 
+def test_goals_are_looked_up_as_they_are_predicted():
+    found = [
+        (g.operation, g.prediction, g.shape.tokens, g.hidden, g.shape.vocab)
+        for g in first_contact.GOALS
+    ]
+    assert ("linear_policy_loss", "both", 8192, 4096, 151936) in found
+    assert ("linear_logps", "both by columns", 8192, 4096, 151936) in found
+    assert ("linear_reverse_kl", "forward", 16384, 5120, 151936) in found
+
+
 def test_no_prediction_without_the_command(monkeypatch):
     monkeypatch.setattr(sys, "executable", "false")
     assert findings.roofline_csv() == ""
