@@ -35,6 +35,8 @@ class Batch:
     """[N] gradient that arrives at log-probabilities."""
     cu_seqlens: Tensor
     normalizer: float
+    vocab_size: int | None
+    """Of the rows of the weights, those that are the vocabulary; None without a weight."""
 
     @property
     def hidden_states(self) -> Tensor:
@@ -42,7 +44,9 @@ class Batch:
 
     @property
     def weight(self) -> Tensor:
-        return self.models[0][1]
+        """Of the first model, cut to the vocabulary: peers take no size of a vocabulary."""
+        weight = self.models[0][1]
+        return weight if self.vocab_size == len(weight) else weight[: self.vocab_size]
 
     @property
     def advantages(self) -> Tensor:
@@ -86,6 +90,7 @@ class Batch:
             *(copy(term, rest) for term in terms),
             self.cu_seqlens,
             self.normalizer,
+            self.vocab_size,
         )
 
 
@@ -116,7 +121,7 @@ def make_batch(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int
     # Ratios of 0.9, 1 and 1.1; beyond the clip bounds of 0.8 and 1.2 those of a few tokens.
     shift = 0.1 * (position % 3 - 1)
     shift = torch.where(position % CLIPPED_EVERY == 7, 0.4, shift)
-    logps = policy_logps(models[0], token_ids) if models else -randn(tokens).abs()
+    logps = policy_logps(models[0], token_ids, shape.vocab) if models else -randn(tokens).abs()
     other = (logps + 0.1 * randn(tokens)) if models else logps + shift
     kept = length - round(shape.inactive * length)
     batch = Batch(
@@ -130,6 +135,7 @@ def make_batch(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int
         randn(tokens),
         torch.arange(0, tokens + 1, length, device=device),
         float(tokens),
+        shape.vocab if models else None,
     )
     for leaf in batch.leaves():
         leaf.requires_grad_()
@@ -137,14 +143,14 @@ def make_batch(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int
 
 
 def make_model(shape: Shape, hidden: int, std: float, randn) -> tuple[Tensor, Tensor]:
-    weight = randn(shape.vocab, hidden).mul_(std / math.sqrt(hidden))
+    weight = randn(shape.weight_rows, hidden).mul_(std / math.sqrt(hidden))
     return randn(shape.tokens, hidden), weight
 
 
 @torch.no_grad()
-def policy_logps(model: tuple[Tensor, Tensor], token_ids: Tensor) -> Tensor:
+def policy_logps(model: tuple[Tensor, Tensor], token_ids: Tensor, vocab: int) -> Tensor:
     """[N] in fp32, by the definition and a few rows at a time."""
     hidden_states, weight = model
-    weight = weight.float()
+    weight = weight[:vocab].float()
     parts = zip(hidden_states.split(ROWS_AT_ONCE), token_ids.split(ROWS_AT_ONCE), strict=True)
     return torch.cat([reference.linear_logps(x.float(), weight, ids) for x, ids in parts])

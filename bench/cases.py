@@ -4,7 +4,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bench.operations import OPERATIONS, OURS
-from bench.shapes import PAIR, PAPER_MODELS, Shape, head_shape, pair_shape, rollout_shape
+from bench.shapes import (
+    MODELS,
+    PAIR,
+    PAPER_MODELS,
+    VOCABULARY,
+    Shape,
+    head_shape,
+    pair_shape,
+    rollout_shape,
+)
 
 HEADS = ("linear_policy_loss", "linear_logps", "linear_cross_entropy")
 INACTIVE = (0.3, 0.6)
@@ -18,6 +27,8 @@ class Case:
     modes: tuple[str, ...]
     implementations: tuple[str, ...] = ()
     """Of the operation's, all if empty."""
+    is_goal: bool = False
+    """Ours is measured before anything else."""
 
     def names(self) -> list[str]:
         names = OPERATIONS[self.operation].implementations()
@@ -63,9 +74,23 @@ def goal_cases(is_cpu: bool) -> Iterator[Case]:
         return
     for model, tokens in (("Llama-3.1-8B", 4096), ("Qwen3-8B", 8192)):
         shape = head_shape(model, tokens, is_cpu=False)
-        yield Case("linear_policy_loss", shape, ("both",))
-        yield Case("linear_logps", shape, ("forward",))
-        yield Case("linear_cross_entropy", shape, ("both",))
+        yield Case("linear_policy_loss", shape, ("both",), is_goal=True)
+        yield Case("linear_logps", shape, ("forward", "both"), is_goal=True)
+        yield Case("linear_cross_entropy", shape, ("both",), is_goal=True)
+    yield Case("linear_reverse_kl", larger_pair(), ("forward",), is_goal=True)
+    for operation in ("linear_policy_loss", "linear_logps"):
+        yield Case(operation, odd_head(), ("both",), (OURS, "eager"), is_goal=True)
+
+
+def odd_head() -> Shape:
+    """As a trainer has it: a vocabulary of less than the head's rows, and of an odd number."""
+    hidden, rows = MODELS[PAIR[0]]
+    return Shape(PAIR[0], 8192, hidden, VOCABULARY, head_rows=rows)
+
+
+def larger_pair() -> Shape:
+    """Of both models, as many tokens as are scored at once."""
+    return pair_shape(16384, is_cpu=False, logit_gap=None)
 
 
 def growth_cases(is_cpu: bool) -> Iterator[Case]:
@@ -111,3 +136,10 @@ def cases(sets: list[str], operations: list[str], *, is_cpu: bool) -> list[Case]
             if not operations or case.operation in operations:
                 found.setdefault((case.operation, case.shape), case)
     return list(found.values())
+
+
+def in_order(cases: list[Case]) -> list[tuple[Case, str]]:
+    """Each case with each of its implementations: those of a case together, so that they share its
+    inputs; but ours at all goals first, so that a run that is cut off has them."""
+    pairs = [(case, name) for case in cases for name in case.names()]
+    return sorted(pairs, key=lambda pair: not (pair[0].is_goal and pair[1] == OURS))

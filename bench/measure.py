@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SECONDS = {"cpu": 1.0, "cuda": 0.3}  # that the rounds of one measurement may take
 ROUNDS = (5, 50)  # at least and at most
 L2_BYTES = 256 * 2**20  # more than any L2: written between rounds, so that no input is still there
+SLEEP_CYCLES = 200_000  # 0.1 ms for the host to launch one run
 # Freed memory goes back at once, and a peak is not hidden by what an earlier call left behind.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
@@ -44,8 +46,7 @@ class Runner:
             self.run(self.batch)
 
     def graph(self) -> tuple[Tensor, ...]:
-        for leaf in self.batch.leaves():
-            leaf.grad = None
+        drop_gradients(self.batch)
         outputs = self.run(self.batch)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
@@ -85,6 +86,11 @@ class Runner:
         return benchmark.stats.stats.data
 
 
+def drop_gradients(batch: Batch) -> None:
+    for leaf in batch.leaves():
+        leaf.grad = None
+
+
 def upstream(outputs: tuple[Tensor, ...], batch: Batch) -> list[Tensor]:
     """The gradient that arrives at each output: 1 at a loss."""
     return [
@@ -98,8 +104,8 @@ def matmul_seconds(shape: Shape, dtype: torch.dtype, device: torch.device) -> fl
     seconds = 0.0
     for hidden in filter(None, (shape.hidden, shape.large_hidden)):
         x = torch.randn(shape.tokens, hidden, device=device).to(dtype)
-        weight = torch.randn(shape.vocab, hidden, device=device).to(dtype)
-        out = torch.empty(shape.tokens, shape.vocab, dtype=dtype, device=device)
+        weight = torch.randn(shape.weight_rows, hidden, device=device).to(dtype)
+        out = torch.empty(shape.tokens, shape.weight_rows, dtype=dtype, device=device)
         times = []
         for _ in range(6):  # the first warms up
             start = time.perf_counter()
@@ -109,6 +115,33 @@ def matmul_seconds(shape: Shape, dtype: torch.dtype, device: torch.device) -> fl
             times.append(time.perf_counter() - start)
         seconds += min(times[1:])
     return seconds
+
+
+def gpu_times(
+    run: Callable[[], object], *, rounds: int = 10, repeats: int = 1
+) -> tuple[float, float]:
+    """Median milliseconds of a run on a GPU: between two events on it, and by the host's clock.
+
+    With `repeats` the runs of a round follow each other without a gap, for those that are shorter
+    than what the host needs to launch them; the host's time is then none of theirs.
+    """
+    run()  # compiles
+    on_gpu, on_host = [], []
+    for _ in range(rounds):
+        torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda").zero_()
+        torch.cuda.synchronize()
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start = time.perf_counter()
+        if repeats > 1:
+            torch.cuda._sleep(repeats * SLEEP_CYCLES)  # all are launched before the first one runs
+        first.record()
+        for _ in range(repeats):
+            run()
+        last.record()
+        torch.cuda.synchronize()
+        on_host.append(1e3 * (time.perf_counter() - start) / repeats)
+        on_gpu.append(first.elapsed_time(last) / repeats)
+    return statistics.median(on_gpu), statistics.median(on_host)
 
 
 # --- memory ------------------------------------------------------------------------------------
@@ -141,8 +174,7 @@ def extra_mib(
 
 def gpu_peak_mib(run: Callable[[], None], batch: Batch) -> float:
     run()  # compiles, and takes what a library keeps for itself
-    for leaf in batch.leaves():
-        leaf.grad = None
+    drop_gradients(batch)  # those of the run before are not there when the next one makes its own
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -162,8 +194,7 @@ def resident_mib(field: str) -> float:
 
 def cpu_peak_mib(run: Callable[[], None], batch: Batch) -> float:
     run()
-    for leaf in batch.leaves():
-        leaf.grad = None
+    drop_gradients(batch)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM

@@ -22,16 +22,18 @@ def loss_terms(batch: Batch) -> dict[str, Tensor | float]:
 
 
 def linear_logps(batch: Batch) -> Tensor:
-    return kernels.linear_logps(*batch.models[0], batch.token_ids)
+    return kernels.linear_logps(*batch.models[0], batch.token_ids, vocab_size=batch.vocab_size)
 
 
 def linear_policy_loss(batch: Batch) -> Tensor:
-    return kernels.linear_policy_loss(*batch.models[0], batch.token_ids, **loss_terms(batch))[0]
+    return kernels.linear_policy_loss(
+        *batch.models[0], batch.token_ids, vocab_size=batch.vocab_size, **loss_terms(batch)
+    )[0]
 
 
 def linear_logps_and_policy_loss(batch: Batch) -> Tensor:
     """Two functions, where the loss is one's own."""
-    logps = kernels.linear_logps(*batch.models[0], batch.targets)
+    logps = kernels.linear_logps(*batch.models[0], batch.targets, vocab_size=batch.vocab_size)
     return kernels.policy_loss(logps, **loss_terms(batch))[0]
 
 
@@ -40,7 +42,13 @@ def linear_cross_entropy(batch: Batch) -> Tensor:
     ones = batch.upstream.new_ones(len(batch.mask))
     tokens = batch.mask.sum()
     return kernels.linear_policy_loss(
-        *batch.models[0], batch.token_ids, None, ones, batch.mask, normalizer=tokens
+        *batch.models[0],
+        batch.token_ids,
+        None,
+        ones,
+        batch.mask,
+        normalizer=tokens,
+        vocab_size=batch.vocab_size,
     )[0]
 
 

@@ -12,7 +12,7 @@ import torch
 
 from bench import results
 from bench.batch import make_batch
-from bench.cases import SETS, Case, cases
+from bench.cases import SETS, Case, cases, in_order
 from bench.check import CheckFailed, check
 from bench.measure import DTYPES, Runner, extra_mib, matmul_seconds
 from bench.operations import OPERATIONS, OURS
@@ -105,8 +105,7 @@ class Plan:
         chosen = cases(self.options.sets, self.options.operations, is_cpu=self.device.type == "cpu")
         return [
             Measurement(case, name, mode)
-            for case in chosen
-            for name in case.names()
+            for case, name in in_order(chosen)
             if self.can_run(case.operation, name)
             for mode in case.modes
         ]

@@ -11,6 +11,7 @@ MODELS = {
     "Qwen3-8B": (4096, 151936),
 }
 PAPER_MODELS = tuple(MODELS)[:4]
+VOCABULARY = 151665  # tokens of Qwen2.5-Math, whose heads have more rows
 PAIR = ("Qwen2.5-Math-1.5B", "Qwen2.5-Math-7B")  # of the paper: its small and its large model
 ROLLOUTS_A_PROMPT, KEPT = 14, 8  # M and G of Table 3
 CPU_VOCAB_SHARE = 16  # on a CPU a sixteenth of the vocabulary: all cases in half an hour
@@ -31,9 +32,15 @@ class Shape:
     sequences: int = 8
     inactive: float = 0.0
     """Share of the tokens that the mask takes out, at the end of each sequence."""
+    head_rows: int = 0
+    """Of the lm_head's weight, where they are more than the vocabulary; else 0."""
 
     def with_tokens(self, tokens: int) -> "Shape":
         return replace(self, tokens=tokens)
+
+    @property
+    def weight_rows(self) -> int:
+        return self.head_rows or self.vocab
 
     @property
     def active(self) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import plan, results
-from bench.cases import cases
+from bench.cases import cases, in_order
 from bench.check import CheckFailed
 from bench.operations import OURS
 
@@ -69,10 +69,19 @@ def test_cases_of_a_gpu():
     found = cases(list(plan.DEFAULT_SETS), [], is_cpu=False)
     sizes = [(c.shape.tokens, c.shape.hidden, c.shape.vocab) for c in found]
     assert sizes[0] == (4096, 4096, 128256) and (8192, 4096, 151936) in sizes[:6]
+    assert (8192, 1536, 151665) in sizes
+    pairs = {(c.shape.hidden, c.shape.large_hidden) for c in found if c.shape.large_hidden}
+    assert pairs == {(1536, 3584)}
     assert {tokens for tokens, _, _ in sizes} >= {512, 65536}
     assert {c.shape.inactive for c in found} == {0.0, 0.3, 0.6}
     keys = [(c.operation, c.shape) for c in found]
     assert len(keys) == len(set(keys))
+    goals = sum(c.is_goal for c in found)
+    assert goals > 6
+    first = in_order(found)[: goals + 1]
+    assert [(c.is_goal, name == OURS) for c, name in first] == [(True, True)] * goals + [
+        (True, False)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +128,42 @@ def test_step_without_an_engine(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run for nine minutes")
-def test_gpu_script_refuses_without_a_gpu():
-    done = run("bench/gpu.sh", "tests", PYTHON=sys.executable)
+def test_gpu_script_refuses_without_a_gpu(tmp_path):
+    results = str(tmp_path / "results")
+    done = run("bench/gpu.sh", "first", PYTHON=sys.executable, CODISTILL_RESULTS=results)
     assert done.returncode == 2 and "must run on a machine with a GPU" in done.stderr
+    assert not Path(results).exists()
+
+
+# In the place of Python on a machine with a GPU: every part says so, `suites` fails.
+PYTHON = """#!/bin/sh
+case "$*" in
+  *is_available*) exit 0 ;;
+  -c*pytest_benchmark*) echo pytest_benchmark ;;
+  -c* | "- "*) exec "$REAL" "$@" ;;
+  *pytest*) echo "a test failed"; exit 1 ;;
+  *) echo "ran $*" ;;
+esac
+"""
+
+
+def test_gpu_script_runs_its_parts(tmp_path):
+    """One after the other, whatever became of the one before; the log has all of it."""
+    python = tmp_path / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    settings = dict(PYTHON=str(python), REAL=sys.executable, CODISTILL_RESULTS=str(tmp_path))
+    done = run("bench/gpu.sh", **settings)
+    assert done.returncode == 1, done.stdout + done.stderr
+    for line in (
+        "ran -m bench first_contact --seconds 165",
+        "ran -m bench first_contact --experiments --seconds 75",
+        "ran -m bench tune --seconds 30",
+        "== suites: exit code 1 after",
+        "== kernels: left out, not installed: pytest_benchmark",
+    ):
+        assert line in done.stdout and line in (tmp_path / "gpu.log").read_text()
+    assert [path.name for path in tmp_path.iterdir() if path != python] == ["gpu.log"]
+    done = run("bench/gpu.sh", "first", "nonsense", **settings)
+    assert done.returncode == 2 and "expected first, suites" in done.stderr
+    assert "ran" not in done.stdout

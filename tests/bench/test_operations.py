@@ -40,6 +40,15 @@ def test_implementations_pass_the_check(operation, name):
     assert error < 1e-3
 
 
+@pytest.mark.parametrize("operation", ["linear_logps", "linear_policy_loss"])
+@pytest.mark.parametrize("name", [OURS, "eager"])
+def test_vocabulary_may_be_less_than_the_head(operation, name):
+    shape = dataclasses.replace(shape_of(operation), head_rows=320)
+    batch = make_batch(shape, torch.float32, CPU)
+    assert len(batch.models[0][1]) == 320 and len(batch.weight) == 301 > batch.token_ids.max()
+    assert check.check(OPERATIONS[operation], name, shape, torch.float32, CPU) < 1e-3
+
+
 def definitions(batch):
     """By codistill_kernels.reference, the operations that have a definition of the same name."""
     terms = ours.loss_terms(batch)

@@ -1,0 +1,188 @@
+"""The first contact with a GPU, as far as a CPU can show it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import exactness, findings, first_contact
+from bench.findings import FAILED, OK, Finding, Findings, Predictions
+from bench.gold import Inputs, Setting, Sizes
+
+ROOT = Path(__file__).parents[2]
+TINY = Sizes(
+    tokens=40, hidden=24, head_rows=1040, vocab=1021, large_hidden=32, large_head_rows=1056
+)
+
+
+@pytest.fixture
+def inputs():
+    return Inputs(TINY, Setting(torch.bfloat16, torch.device("cpu"), "cpu"))
+
+
+@pytest.mark.parametrize("check", exactness.CHECKS, ids=lambda check: check.__name__)
+def test_what_is_right_passes(inputs, check):
+    found = list(check(inputs))
+    assert len(found) >= 1 and {finding.verdict for finding in found} == {OK}, found
+
+
+def test_right_in_every_way_on_triton():
+    """In the interpreter, with slabs so small that there are several."""
+    script = f"""
+import torch
+from bench import exactness
+from bench.gold import Inputs, Setting, Sizes
+from codistill_kernels import _slabs
+_slabs.SEGMENT, _slabs.ROWS, _slabs.ROW_PADDING = 512, 64, 32
+inputs = Inputs({TINY}, Setting(torch.float32, torch.device("cpu"), "triton"))
+for finding in exactness.check_linear_policy_loss(inputs):
+    print(finding)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    ways = {line.split(":")[0].removeprefix("linear_policy_loss ") for line in lines}
+    assert ways == {"kept", "kept, shared memory", "chunks", "columns"}
+    assert len(lines) == 3 * len(ways) and all(line.endswith(OK) for line in lines), lines
+
+
+def failures(found) -> set[str]:
+    return {finding.what for finding in found if finding.verdict == FAILED}
+
+
+@pytest.mark.parametrize(
+    ("operation", "check"),
+    [
+        ("linear_logps", exactness.check_linear_logps),
+        ("linear_policy_loss", exactness.check_linear_policy_loss),
+        ("selective_logps", exactness.check_selective_logps),
+    ],
+)
+def test_a_broken_gradient_is_reported(inputs, monkeypatch, operation, check):
+    """2 % too large, of hidden states or logits; every value as it was."""
+    right = getattr(exactness.kernels, operation)
+
+    def wrong(x, *arguments, **options):
+        return right(x + 0.02 * (x - x.detach()), *arguments, **options)
+
+    monkeypatch.setattr(exactness.kernels, operation, wrong)
+    found = list(check(inputs))
+    broken = {finding.what for finding in found if finding.what.endswith((": dX", ": dlogits"))}
+    assert broken and failures(found) == broken
+
+
+def test_a_gradient_beyond_the_vocabulary_is_reported(inputs, monkeypatch):
+    right = exactness.kernels.linear_policy_loss
+
+    def wrong(x, weight, *arguments, **options):
+        loss, stats = right(x, weight, *arguments, **options)
+        return loss + (weight[-1].sum() - weight[-1].sum().detach()), stats
+
+    monkeypatch.setattr(exactness.kernels, "linear_policy_loss", wrong)
+    broken = failures(exactness.check_linear_policy_loss(inputs))
+    assert broken == {f"linear_policy_loss {way}: dW" for way in ("chunks", "columns")}
+
+
+def test_other_rows_and_masked_ones_must_not_matter(inputs, monkeypatch):
+    right = exactness.kernels.linear_logps
+
+    def wrong(x, *arguments, **options):
+        return right(x + x.nan_to_num(0.0, 0.0).mean(), *arguments, **options)
+
+    monkeypatch.setattr(exactness.kernels, "linear_logps", wrong)
+    assert "logps: rows alone have the same bits" in failures(exactness.check_bits(inputs))
+    masked = failures(exactness.check_masked(inputs))
+    assert masked == {"linear_logps columns: NaN, inf behind the mask"}
+
+
+ROOFLINE = """device,operation,mode,tokens,hidden,vocab,dtype,ms,gib
+H200,linear_policy_loss,both,4096,4096,128256,bf16,17.9,2.1
+H100,linear_policy_loss,both,4096,4096,128256,bf16,18.2,2.1
+H100,linear_reverse_kl,forward,16384,5120,151936,bf16,41,0.3
+H100,linear_logps,both,4096,4096,128256,fp32,99,9
+"""
+
+
+def test_predictions_are_those_of_the_device():
+    case = ("linear_policy_loss", "both", 4096, 4096, 128256)
+    assert Predictions(ROOFLINE, "NVIDIA H200").of(*case) == (17.9, 2.1)
+    found = Predictions("a line before\n" + ROOFLINE, "NVIDIA H100 80GB HBM3")
+    assert found.of(*case) == (18.2, 2.1)
+    assert found.of("linear_reverse_kl", "forward", 16384, 1536 + 3584, 151936) == (41, 0.3)
+    assert found.of("linear_logps", "both", 4096, 4096, 128256) is None  # of another dtype
+    assert found.of("linear_policy_loss", "both", 1, 4096, 128256) is None
+    for text, name in (
+        (ROOFLINE, "NVIDIA GH200 480GB"),
+        (ROOFLINE, "Some GPU"),
+        ("", "NVIDIA H200"),
+    ):
+        assert Predictions(text, name).of(*case) is None
+
+
+def test_goals_are_looked_up_as_they_are_predicted():
+    found = [
+        (g.operation, g.prediction, g.shape.tokens, g.hidden, g.shape.vocab)
+        for g in first_contact.GOALS
+    ]
+    assert ("linear_policy_loss", "both", 8192, 4096, 151936) in found
+    assert ("linear_logps", "both by columns", 8192, 4096, 151936) in found
+    assert ("linear_reverse_kl", "forward", 16384, 5120, 151936) in found
+
+
+def test_no_prediction_without_the_command(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "false")
+    assert findings.roofline_csv() == ""
+
+
+def test_a_number_beside_its_prediction():
+    beside = first_contact.beside
+    assert beside("x", 20.0, "ms", 18.0).verdict == OK
+    assert beside("x", 36.0, "ms", 18.0).verdict == "2.00 x the prediction"
+    assert beside("x", 9.0, "ms", 18.0).verdict == "0.50 x the prediction"  # a surprise as well
+    assert beside("x", 9.0, "ms", None).expected == "-"
+    in_range = findings.in_range
+    assert in_range("x", 2.0, "ms", (1, 3), "why").verdict == OK
+    assert in_range("x", 4.0, "ms", (1, 3), "why").verdict == "above: why"
+    assert in_range("x", 4.0, "ms", None, "why").expected == "-"
+
+
+def test_findings_are_written_as_they_come(tmp_path):
+    path = tmp_path / "new" / "found.csv"
+    first = Findings(path)
+    first.add(Finding("a", "1", "ms", "2", OK))
+    first.add(Finding("b", "no", "", "yes", FAILED))
+    header = "what,measured,unit,expected,verdict\n"
+    assert path.read_text() == header + "a,1,ms,2,ok\nb,no,,yes,FAILED\n"
+    again = Findings(path)  # another run adds, and measures anew
+    again.add(Finding("b", "yes", "", "yes", OK))
+    assert path.read_text() == header + "a,1,ms,2,ok\nb,yes,,yes,ok\n"
+    assert first.failed == ["b"] and again.failed == []
+
+
+def test_a_step_that_breaks_is_a_failure_and_the_next_one_runs(tmp_path, capsys):
+    def broken():
+        yield Finding("before", "1", "", "", OK)
+        raise RuntimeError("out of luck")
+
+    steps = [("broken", broken), ("next", lambda: iter([Finding("next", "2", "", "", OK)]))]
+    table = Findings(tmp_path / "found.csv")
+    assert first_contact.run(iter(steps), table, seconds=60) == 1
+    assert list(table.rows) == ["before", "broken", "next"] and table.failed == ["broken"]
+    assert first_contact.run(iter(steps[1:]), Findings(tmp_path / "other.csv"), seconds=60) == 0
+    assert first_contact.run(iter(steps), Findings(tmp_path / "third.csv"), seconds=-1) == 0
+    assert "before broken" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run")
+def test_without_a_gpu(capsys):
+    assert first_contact.main([]) == 2
+    assert "must run on a GPU, found none" in capsys.readouterr().err
