@@ -6,6 +6,7 @@ python -m bench report          plots and the README's tables, from bench/result
 python -m bench step            phases of a CoDistill and of a GRPO step
 python -m bench tune            proposes rows of the Triton tile table (needs a GPU)
 python -m bench ahead_of_time   what every Triton kernel compiles to, without a GPU
+python -m bench roofline        predicted time and memory on GPUs, without one
 """
 
 import importlib
@@ -18,6 +19,7 @@ COMMANDS = {
     "step": "step",
     "tune": "tune",
     "ahead_of_time": "ahead_of_time",
+    "roofline": "roofline",
 }
 
 
