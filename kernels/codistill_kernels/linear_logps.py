@@ -364,7 +364,9 @@ def prepare(
     per_token = torch.as_tensor(temperature, device=hidden_states.device).detach().to(dtype)
     tensors = (
         hidden_states.reshape(-1, hidden_states.shape[-1]),
-        lm_head_weight[:rows],
+        # All of it as it is: the gradient of a slice is copied into zeros of the whole, which on a
+        # GPU is as much memory as the gradient again.
+        lm_head_weight if rows == local_rows else lm_head_weight[:rows],
         None if bias is None else bias[:rows],
         torch.where(active, flat_ids - first_row, -1),
         per_token.expand(token_ids.shape).reshape(-1),

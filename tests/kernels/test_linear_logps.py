@@ -322,3 +322,11 @@ def test_mistakes_are_named(change, name):
     )
     with pytest.raises(ValueError, match=f"^{name} must be"):
         linear_logps(**arguments | change)
+
+
+def test_gradient_of_the_whole_head_is_not_copied():
+    """It goes to the weight as it is; through a slice it would be copied into zeros."""
+    case = make_case()
+    x, weight = case.leaves().values()
+    _, (node, _), *_ = linear_logps(x, weight, case.token_ids).grad_fn.next_functions
+    assert node.variable is weight
