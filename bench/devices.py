@@ -21,8 +21,8 @@ LOAD = 0.3e-6  # s: a load from L2 that decides where the next one is
 class Device:
     name: str
     matmul: float
-    """FLOP/s of cuBLAS, bf16. The measured product itself had waves that were 97 % full; the 3 % are
-    not given back. Assumed: smaller products with fp32 results are slower by about as much."""
+    """FLOP/s of cuBLAS, bf16. The measured product's own waves were 97 % full; the 3 % are not
+    given back. Assumed: smaller products with fp32 results are slower by about as much."""
     copy: float
     """Bytes/s, read and written."""
     multiprocessors: int
