@@ -7,6 +7,7 @@ python -m bench step            phases of a CoDistill and of a GRPO step
 python -m bench first_contact   is every operation right, how fast against the prediction (GPU)
 python -m bench tune            proposes rows of the Triton tile table (needs a GPU)
 python -m bench ahead_of_time   what every Triton kernel compiles to, without a GPU
+python -m bench roofline        predicted time and memory on GPUs, without one
 """
 
 import importlib
@@ -20,6 +21,7 @@ COMMANDS = {
     "first_contact": "first_contact",
     "tune": "tune",
     "ahead_of_time": "ahead_of_time",
+    "roofline": "roofline",
 }
 
 

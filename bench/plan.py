@@ -17,6 +17,7 @@ from bench.check import CheckFailed, check
 from bench.measure import DTYPES, Runner, extra_mib, matmul_seconds
 from bench.operations import OPERATIONS, OURS
 from bench.report import short
+from bench.roofline import roofline_ms
 
 OUT_OF_MEMORY = "out of memory"
 DEFAULT_SETS = ("goals", "main", "inactive", "growth")
@@ -121,6 +122,9 @@ class Plan:
 
     def measure(self, measurement: Measurement, benchmark) -> results.Row:
         row = results.Row(**self.columns(measurement), **self.figures(measurement, benchmark))
+        if row.is_ok and row.implementation == OURS:
+            sizes = (measurement.case.shape, row.mode, row.dtype, row.matmul_tflops)
+            row = replace(row, roofline_ms=roofline_ms(row.device, row.operation, *sizes))
         self.rows.append(row)
         if self.path:
             results.add([row], self.path)
@@ -207,6 +211,8 @@ def line(row: results.Row) -> str:
         return f"{head} {row.status}"
     memory = "" if row.extra_mib is None else f", {row.extra_mib:.0f} MiB"
     rate = "" if row.tflops is None else f", {row.tflops / row.matmul_tflops:.0%} of a matmul"
+    if row.roofline_share is not None:
+        rate += f", {row.roofline_share:.0%} of roofline"
     spread = f"({row.p20_ms:.4g} to {row.p80_ms:.4g})"
     return f"{head} {row.median_ms:.4g} ms {spread}{memory}{rate}, error {row.error:.1e}"
 

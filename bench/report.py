@@ -32,7 +32,8 @@ def groups(rows: Iterable[Row], key: Callable[[Row], object]) -> dict[object, li
 
 
 def table(rows: list[Row]) -> str:
-    """Implementations by cases, of one operation in one mode: time, memory, share of a matmul."""
+    """Implementations by cases, of one operation in one mode: time, memory, share of a matmul's
+    FLOP/s and, of ours, of the rate that `bench.roofline` predicts."""
     cases = groups(rows, lambda row: row.case)
     names = list(dict.fromkeys(row.implementation for row in rows))
     header = ["", *(case_name(members[0]) for members in cases.values())]
@@ -61,6 +62,8 @@ def cell(row: Row | None) -> str:
         parts.append(f"{row.extra_mib:.0f} MiB")
     if row.tflops and row.matmul_tflops:
         parts.append(f"{row.tflops / row.matmul_tflops:.0%}")
+    if row.roofline_share is not None:
+        parts.append(f"{row.roofline_share:.0%} of roofline")
     return ", ".join(parts)
 
 

@@ -51,6 +51,13 @@ class Row:
     """Of a matmul [N, H] x [H, V] measured beside it."""
     error: float | None = None
     """Against fp64, of the worst row of the outputs and gradients, relative."""
+    roofline_ms: float | None = None
+    """Of our implementation: what `bench.roofline` gives the path that it takes."""
+
+    @property
+    def roofline_share(self) -> float | None:
+        """1: as fast as predicted."""
+        return self.roofline_ms / self.median_ms if self.roofline_ms and self.median_ms else None
 
     @property
     def case(self) -> tuple:
@@ -85,12 +92,15 @@ TYPES = {
     for field in fields(Row)
 }
 
+HEADER = [field.name for field in fields(Row)]
+HEADERS = (HEADER, HEADER[:-1])  # the second: of tables without roofline_ms
+
 
 def read(path: Path) -> list[Row]:
     """Raises ValueError if the file is no table of measurements."""
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != [field.name for field in fields(Row)]:
+        if reader.fieldnames not in HEADERS:
             raise ValueError(f"{path} must be a table of measurements, got {reader.fieldnames}")
         return [
             Row(**{name: TYPES[name](text) if text else None for name, text in row.items()})
@@ -100,8 +110,8 @@ def read(path: Path) -> list[Row]:
 
 def read_all(folder: Path = FOLDER) -> list[Row]:
     """Measurements of all devices; other tables in the folder are left out."""
-    header = ",".join(field.name for field in fields(Row))
-    tables = [path for path in sorted(folder.glob("*.csv")) if first_line(path) == header]
+    headers = [",".join(header) for header in HEADERS]
+    tables = [path for path in sorted(folder.glob("*.csv")) if first_line(path) in headers]
     return [row for path in tables for row in read(path)]
 
 
@@ -117,7 +127,7 @@ def add(rows: Iterable[Row], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([field.name for field in fields(Row)])
+        writer.writerow(HEADER)
         for row in table.values():
             writer.writerow(map(as_text, astuple(row)))
 

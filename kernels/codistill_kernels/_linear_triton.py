@@ -259,8 +259,8 @@ class Exponentials:
         """
         factors = self.finish(kept, c0, log_softmax)
         x = self.x if len(kept) == len(self.x) else self.x[kept]
-        # Select: a row without a gradient may hold NaN.
-        scaled = torch.where(factors[:, None] == 0, 0.0, factors[:, None] * x).to(x.dtype)
+        scaled = torch.mul(x, factors[:, None], out=torch.empty_like(x))  # rounded once
+        scaled.masked_fill_(factors[:, None] == 0, 0.0)  # such a row may hold NaN
         dx = factors.new_empty(x.shape) if needs_hidden else None
         with fp32_sums():
             for columns, e in self.parts(kept):
