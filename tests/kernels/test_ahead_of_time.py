@@ -79,8 +79,9 @@ def test_rows_move_in_accesses_of_16_bytes(compiled):
         stored = row.logits_of_a_thread * BYTES[row.writes]
         loads, stores = SINGLE[row.kernel]
         stores += "KEEP" in flags
-        if "HAS_BIAS" in flags:  # number by number, and that of the target
-            loads += row.logits_of_a_thread + 1
+        if "HAS_BIAS" in flags:  # of the row, and of its target
+            loaded += row.logits_of_a_thread * BYTES["fp32"]
+            loads += 1
         if ODD_ROWS not in flags:  # what is written has padded rows: also behind odd columns
             assert row.wide_stored_bytes == stored and row.narrow_stores <= stores, row
             if ODD_COLUMNS not in flags:
