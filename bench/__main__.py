@@ -4,7 +4,7 @@ python -m bench kernels         every operation against every peer; --help for c
 python -m bench compare A B     ratios of two tables of measurements; exit code 1 where slower
 python -m bench report          plots and the README's tables, from bench/results
 python -m bench step            phases of a CoDistill and of a GRPO step
-python -m bench tune            proposes rows of the Triton tile table (needs a GPU)
+python -m bench tune            proposes sizes of slabs and warps of passes (needs a GPU)
 python -m bench ahead_of_time   what every Triton kernel compiles to, without a GPU
 """
 
