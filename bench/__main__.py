@@ -5,7 +5,7 @@ python -m bench compare A B     ratios of two tables of measurements; exit code 
 python -m bench report          plots and the README's tables, from bench/results
 python -m bench step            phases of a CoDistill and of a GRPO step
 python -m bench first_contact   is every operation right, how fast against the prediction (GPU)
-python -m bench tune            proposes rows of the Triton tile table (needs a GPU)
+python -m bench tune            proposes sizes of slabs and warps of passes (needs a GPU)
 python -m bench ahead_of_time   what every Triton kernel compiles to, without a GPU
 python -m bench roofline        predicted time and memory on GPUs, without one
 """

@@ -1,9 +1,9 @@
-"""What every Triton kernel compiles to, for every GPU and tile of the table, without a GPU.
+"""What every Triton kernel compiles to, for every GPU that it is meant for, without a GPU.
 
     python -m bench ahead_of_time
 
-writes bench/results/ahead_of_time.csv: registers a thread, bytes of spilled registers, bytes of
-shared memory, and which matrix instructions there are.
+writes bench/results/ahead_of_time.csv: registers a thread, bytes of spilled registers and of shared
+memory, instructions, and how the kernel reads and writes its row of logits.
 """
 
 import argparse
@@ -18,31 +18,30 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from codistill_kernels import _linear_triton, _reverse_kl_triton, _softmax_triton
-from codistill_kernels._tiles import BLOCK_COLUMNS, LINEAR_TILES, PAIR_TILES, Tile
-from codistill_kernels._tiles import GROUP_N as TILES_IN_GROUP
+from codistill_kernels import _linear_triton, _reverse_kl_triton, _slabs, _softmax_triton
 
 TABLE = Path(__file__).parent / "results" / "ahead_of_time.csv"
 CAPABILITIES = (80, 90, 100)
-DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 SHARED_LIMIT_KIB = {80: 163, 90: 227, 100: 227}  # a block's, CUDA C++ programming guide, table 30
-# In the order of preference: the first that occurs is what a kernel runs on.
-INSTRUCTIONS = ("tcgen05.mma", "wgmma", "mma.sync")
 KERNELS = {
     kernel.__name__: kernel
     for kernel in (
-        _linear_triton.linear_statistics_kernel,
-        _reverse_kl_triton.reverse_kl_kernel,
-        _softmax_triton.logit_statistics_kernel,
+        _softmax_triton.segment_states_kernel,
         _softmax_triton.logit_gradients_kernel,
+        _linear_triton.finish_exponentials_kernel,
+        _reverse_kl_triton.pair_states_kernel,
     )
 }
-TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+WIDE = 16  # bytes, the most that a load or store of a thread moved before sm_100
+OPTIONS = ("HAS_BIAS", "HAS_SOFTCAP")
+# Of the sizes: in a vocabulary not divisible by 16, a slab has odd columns at its end and a stride
+# that is padded; logits of the caller have rows of an odd stride.
+ODD_COLUMNS, ODD_ROWS = "ODD_COLUMNS", "ODD_ROWS"
 
 
 @dataclass(frozen=True)
@@ -51,128 +50,182 @@ class Variant:
 
     kernel: str
     capability: int
-    dtype: torch.dtype
-    flags: tuple[tuple[str, bool], ...]
+    reads: str
+    writes: str
+    flags: tuple[str, ...] = ()
+
+    @property
+    def is_aligned(self) -> bool:
+        return ODD_COLUMNS not in self.flags and ODD_ROWS not in self.flags
 
 
 @dataclass(frozen=True)
 class Row:
     kernel: str
     capability: int
-    dtype: str
-    tile: str
+    reads: str
+    """Type of the logits or exponentials."""
+    writes: str
+    """Type of the exponentials or gradients; "" where only states are written."""
     flags: str
+    segment: int
+    warps: int
     registers: int
     spilled_bytes: int
     shared_bytes: int
-    instructions: str
+    instructions_a_logit: float
+    """In the whole program, over the logits of a thread; of two models over pairs of them."""
+    wide_loaded_bytes: int
+    """By loads of 16 bytes or more, of a thread."""
+    wide_stored_bytes: int
+    narrow_loads: int
+    """Of fewer than 16 bytes: a few numbers of the row, or an access that is not wide."""
+    narrow_stores: int
+    triton: str
+
+    @property
+    def logits_of_a_thread(self) -> int:
+        return self.segment // (32 * self.warps)
+
+    @property
+    def name(self) -> tuple[str, ...]:
+        """What was compiled, as the table has it."""
+        return tuple(map(str, astuple(self)[:7]))
 
 
 def variants() -> Iterator[Variant]:
-    for capability, dtype in itertools.product(CAPABILITIES, DTYPES):
-        may_use_tma = capability >= 90 and dtype == torch.bfloat16
-        for tma, options, store in itertools.product(
-            (False, True) if may_use_tma else (False,), (False, True), (False, True)
-        ):
-            flags = dict(USE_TMA=tma, HAS_BIAS=options, HAS_SOFTCAP=options, STORE_RAW=store)
-            yield Variant("linear_statistics_kernel", capability, dtype, tuple(flags.items()))
-            if not (options or store):
-                yield Variant("reverse_kl_kernel", capability, dtype, (("USE_TMA", tma),))
-        flags = (("HAS_SOFTCAP", True),)
-        yield Variant("logit_statistics_kernel", capability, dtype, flags)
-        yield Variant("logit_gradients_kernel", capability, dtype, (*flags, ("SPLIT_TARGET", True)))
+    # (reads, writes, flags): first of selective_logps, then of slabs.
+    states = (
+        *(("bf16", "", flags) for flags in ((), ("HAS_SOFTCAP",), (ODD_ROWS,))),
+        *(("fp32", "", flags) for flags in ((), OPTIONS, (ODD_ROWS,), (ODD_COLUMNS,))),
+        *(("fp32", "bf16", (*flags, "KEEP")) for flags in ((), OPTIONS, (ODD_COLUMNS,))),
+        *(("fp32", "fp32", (*flags, "KEEP")) for flags in ((), OPTIONS, (ODD_COLUMNS,))),
+    )
+    gradients = (
+        *(("bf16", "bf16", flags) for flags in ((), ("HAS_SOFTCAP",), (ODD_ROWS,))),
+        *(("fp32", "bf16", flags) for flags in ((), OPTIONS, (ODD_COLUMNS,))),
+        *(("fp32", "fp32", flags) for flags in ((), OPTIONS, (ODD_ROWS,), (ODD_COLUMNS,))),
+    )
+    launches = {
+        "segment_states_kernel": states,
+        "logit_gradients_kernel": gradients,
+        "finish_exponentials_kernel": (("bf16", "bf16", ()), ("fp32", "fp32", ())),
+        "pair_states_kernel": (("fp32", "", ()), ("fp32", "", (ODD_COLUMNS,))),
+    }
+    for capability, (kernel, kinds) in itertools.product(CAPABILITIES, launches.items()):
+        yield from (Variant(kernel, capability, *kind) for kind in kinds)
 
 
-def tile_of(variant: Variant) -> Tile | None:
-    tables = {"linear_statistics_kernel": LINEAR_TILES, "reverse_kl_kernel": PAIR_TILES}
-    table = tables.get(variant.kernel)
-    return table and table[variant.capability // 10, variant.dtype != torch.float32]
+def constants(variant: Variant) -> dict[str, int | bool]:
+    every = dict(SEGMENT=_slabs.SEGMENT, STATES=_softmax_triton.STATES)
+    every |= {name: name in variant.flags for name in (*OPTIONS, "KEEP")}
+    names = KERNELS[variant.kernel].arg_names
+    return {name: value for name, value in every.items() if name in names}
 
 
-def constants(variant: Variant, tile: Tile | None) -> dict[str, int | bool]:
-    flags = dict(variant.flags)
-    if tile is None:
-        return flags | dict(BLOCK_V=BLOCK_COLUMNS)
-    blocks = dict(BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h)
-    splits = dict(TILES_PER_SPLIT=_linear_triton.TILES_PER_SPLIT, GROUP_N=TILES_IN_GROUP)
-    return flags | blocks | splits
-
-
-def argument_type(name: str, variant: Variant, tile: Tile | None) -> str:
-    operand = DTYPES[variant.dtype]
-    if name.startswith(("x", "weight")):
-        assert tile is not None
-        rows = tile.block_n if name.startswith("x") else tile.block_v
-        is_descriptor = dict(variant.flags)["USE_TMA"]
-        return f"tensordesc<{operand}[{rows}, {tile.block_h}]>" if is_descriptor else f"*{operand}"
-    # logit_statistics_kernel reads the caller's logits; logit_gradients_kernel writes operands.
-    if (variant.kernel, name) in (
-        ("logit_statistics_kernel", "logits_ptr"),
-        ("logit_gradients_kernel", "out_ptr"),
-    ):
-        return f"*{operand}"
+def argument_type(name: str, variant: Variant) -> str:
+    if name in ("token_ids_ptr", "rows_ptr", "target_column_ptr"):
+        return "*i64"
+    if name in ("logits_ptr", "student_ptr", "teacher_ptr"):
+        return f"*{variant.reads}"
+    if name in ("exponentials_ptr", "out_ptr"):
+        return f"*{variant.writes or 'fp32'}"
     if name.endswith("_ptr"):
-        return "*i64" if name == "token_ids_ptr" else "*fp32"
+        return "*fp32"
     return "fp32" if name == "softcap" else "i32"
 
 
-def compile_variant(variant: Variant) -> Row:
-    tile = tile_of(variant)
-    compiled = compile_kernel(variant, sizes_are_one=False)
-    registers, spilled = resources(compiled.asm["cubin"])
-    found = [name for name in INSTRUCTIONS if name in compiled.asm["ptx"]]
-    return Row(
-        variant.kernel,
-        variant.capability,
-        DTYPES[variant.dtype],
-        "x".join(map(str, astuple(tile))) if tile else str(BLOCK_COLUMNS),
-        " ".join(name for name, on in variant.flags if on),
-        registers,
-        spilled,
-        compiled.metadata.shared,
-        found[0] if found else "",
-    )
+def is_divisible(name: str, kind: str, variant: Variant) -> bool:
+    """By 16, as Triton sees it: pointers, and sizes that it may look at."""
+    if name in {p.name for p in KERNELS[variant.kernel].params if p.do_not_specialize}:
+        return False
+    if ODD_ROWS in variant.flags and name in ("columns", "out_columns", "stride_n", "stride_out_n"):
+        return False
+    if ODD_COLUMNS in variant.flags and name == "columns":
+        return False
+    return kind == "i32" or kind.startswith("*")
 
 
-def compile_kernel(variant: Variant, *, sizes_are_one: bool):
+def compile_kernel(variant: Variant, *, sizes_are_one: bool = False):
     """sizes_are_one: as Triton compiles for sizes and strides of 1, which it makes constants."""
-    kernel, tile = KERNELS[variant.kernel], tile_of(variant)
-    types = {name: argument_type(name, variant, tile) for name in kernel.arg_names}
-    values = constants(variant, tile)
+    kernel = KERNELS[variant.kernel]
+    types = {name: argument_type(name, variant) for name in kernel.arg_names}
+    values = constants(variant)
     if sizes_are_one:
         never = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
         sizes = {name for name, kind in types.items() if kind == "i32"} - never
         values = dict.fromkeys(sizes, 1) | values
     signature = {name: "constexpr" if name in values else kind for name, kind in types.items()}
-    # What real shapes are: pointers, strides and hidden sizes on 16 elements.
-    divisible = [
-        (index,)
-        for index, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or (kind == "i32" and name.startswith(("stride", "hidden")))
-    ]
     source = ASTSource(
         kernel,
         signature=signature,
         constexprs={(kernel.arg_names.index(name),): value for name, value in values.items()},
-        attrs={index: [["tt.divisibility", 16]] for index in divisible},
+        attrs={
+            (index,): [["tt.divisibility", 16]]
+            for index, (name, kind) in enumerate(signature.items())
+            if is_divisible(name, kind, variant)
+        },
     )
-    launch = dict(num_warps=_softmax_triton.NUM_WARPS, enable_fp_fusion=True)
-    if tile is not None:
-        launch |= dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
-    return triton.compile(source, target=GPUTarget("cuda", variant.capability, 32), options=launch)
+    options = dict(num_warps=_softmax_triton.NUM_WARPS, enable_fp_fusion=True)
+    return triton.compile(source, target=GPUTarget("cuda", variant.capability, 32), options=options)
+
+
+def compile_variant(variant: Variant) -> Row:
+    compiled = compile_kernel(variant)
+    cubin = compiled.asm["cubin"]
+    segment, warps = _slabs.SEGMENT, _softmax_triton.NUM_WARPS
+    registers, spilled = resources(cubin)
+    opcodes = disassembled(cubin)
+    loads = [width(code) for code in opcodes if re.match(r"LDG\b|LDGSTS\b", code)]
+    stores = [width(code) for code in opcodes if re.match(r"STG\b", code)]
+    return Row(
+        variant.kernel,
+        variant.capability,
+        variant.reads,
+        variant.writes,
+        " ".join(variant.flags),
+        segment,
+        warps,
+        registers,
+        spilled,
+        compiled.metadata.shared,
+        round(len(opcodes) * 32 * warps / segment, 2),
+        sum(size for size in loads if size >= WIDE),
+        sum(size for size in stores if size >= WIDE),
+        sum(size < WIDE for size in loads),
+        sum(size < WIDE for size in stores),
+        triton.__version__,
+    )
+
+
+def run_tool(cubin: bytes, name: str, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(TOOLS / name), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers a thread, and bytes of its stack: what did not fit into registers."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(TOOL), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = re.search(
-        r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text
-    ).groups()
-    return int(registers), int(stack) + int(local)
+    text = run_tool(cubin, "cuobjdump", "--dump-resource-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def disassembled(cubin: bytes) -> list[str]:
+    """Opcodes of the program; NOP fills its end."""
+    text = run_tool(cubin, "nvdisasm", "-c")
+    # /*0a10*/  @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+    found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)", text, re.MULTILINE)
+    return [code for code in found if code != "NOP"]
+
+
+def width(opcode: str) -> int:
+    """Bytes that a global load or store moves for a thread: LDG.E.128, STG.E.U16, LDG.E."""
+    found = re.search(r"\.[US]?(8|16|64|128|256)\b", opcode)
+    return int(found[1]) // 8 if found else 4
 
 
 def compile_all() -> list[Row]:
@@ -181,14 +234,19 @@ def compile_all() -> list[Row]:
 
 
 def main(arguments: list[str]) -> int:
-    argparse.ArgumentParser("python -m bench ahead_of_time", description=__doc__).parse_args(
-        arguments
+    parser = argparse.ArgumentParser(
+        prog="python -m bench ahead_of_time",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--output", type=Path, default=TABLE, help="default: %(default)s")
+    options = parser.parse_args(arguments)
     rows = compile_all()
-    TABLE.parent.mkdir(exist_ok=True)
-    with TABLE.open("w", newline="") as file:
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with options.output.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([field.name for field in fields(Row)])
         writer.writerows(map(astuple, rows))
-    print(f"{TABLE}: {len(rows)} kernels, {sum(row.spilled_bytes > 0 for row in rows)} spill")
+    spilling = sum(row.spilled_bytes > 0 for row in rows)
+    print(f"{options.output}: {len(rows)} kernels, {spilling} spill")
     return 0

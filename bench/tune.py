@@ -1,19 +1,19 @@
-"""Time tiles of the Triton forward kernel on this GPU and propose rows of the tile table.
+"""Time slabs and passes over them on this GPU, and propose the constants that they have.
 
     python -m bench tune --seconds 100
 
-Nothing is changed: what is faster goes into kernels/codistill_kernels/_tiles.py by hand. All times
-are in bench/results/<device>-tune.csv.
+Nothing is changed: what is faster goes by hand into kernels/codistill_kernels: ROWS and SEGMENT of
+_slabs.py, NUM_WARPS of _softmax_triton.py. All times are in bench/results/<device>-tune.csv.
 """
 
 import argparse
 import csv
 import itertools
-import multiprocessing
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from unittest import mock
 
@@ -21,56 +21,189 @@ import torch
 import triton
 
 from bench import results
-from codistill_kernels import _linear_triton
-from codistill_kernels._head import Head
-from codistill_kernels._tiles import LINEAR_TILES, Tile, tile_for
+from codistill_kernels import _linear_triton, _slabs, _softmax_triton
 
-SHAPES = ((4096, 1536, 151936), (4096, 4096, 128256))  # N, H, V: Qwen2.5-Math 1.5B, Llama 3.1 8B
+ROWS = (2048, 4096, 8192)
+SEGMENTS = (4096, 8192, 16384)
+NUM_WARPS = (4, 8, 16, 32)
+HIDDEN = (1536, 4096)  # Qwen2.5-Math 1.5B, Llama 3.1 8B
 DTYPE = torch.bfloat16
-# In the order in which they are tried while there is time: the most work a byte of shared memory
-# first, see the table's comment on what spills.
-CANDIDATES = tuple(
-    Tile(block_n=n, block_v=v, block_h=h, num_warps=warps, num_stages=stages)
-    for (n, v, warps), h, stages in itertools.product(
-        ((128, 256, 8), (128, 128, 8), (256, 128, 8), (128, 128, 4), (128, 64, 8), (64, 256, 8)),
-        (64, 128),
-        (3, 4, 2),
-    )
-)
-COMPILERS = 8  # processes that fill Triton's cache
+# What takes a slab of fp32 logits and writes as many halves, as training has it.
+PASSES = ("segment_states", "logit_gradients")
+PRODUCT = "product"
+Constants = tuple[int, int, int]  # ROWS, SEGMENT, NUM_WARPS
 
 
-def inputs(rows: int, hidden: int, vocab: int) -> tuple[torch.Tensor, Head, torch.Tensor]:
-    x = torch.randn(rows, hidden, device="cuda", dtype=DTYPE)
-    weight = torch.randn(vocab, hidden, device="cuda", dtype=DTYPE) / hidden**0.5
-    head = Head(weight, None, torch.ones(rows, device="cuda"), 0.0)
-    return x, head, torch.randint(0, vocab, (rows,), device="cuda")
+@dataclass(frozen=True)
+class Candidate:
+    step: str
+    rows: int
+    segment: int
+    hidden: int | None = None
+    """Of a product."""
+    num_warps: int | None = None
+    """Of a pass."""
+
+    @property
+    def bytes(self) -> int:
+        """Read and written."""
+        logits = self.rows * self.segment
+        if self.hidden is None:
+            return (4 + DTYPE.itemsize) * logits
+        return 4 * logits + DTYPE.itemsize * self.hidden * (self.rows + self.segment)
+
+    @property
+    def operations(self) -> int:
+        return 2 * self.rows * self.segment * (self.hidden or 0)
 
 
-def milliseconds(tile: Tile, *arguments) -> float:
-    """Median time of the forward pass; infinite where the tile does not fit on the GPU."""
-    with mock.patch.object(_linear_triton, "tile_for", lambda *_: tile):
-        try:
-            return triton.testing.do_bench(
-                lambda: _linear_triton.linear_statistics(*arguments), return_mode="median", rep=50
-            )
-        except triton.runtime.errors.OutOfResources:
-            return float("inf")
+@dataclass(frozen=True)
+class Row:
+    device: str
+    torch: str
+    triton: str
+    step: str
+    rows: int
+    segment: int
+    hidden: int | None
+    num_warps: int | None
+    status: str
+    """"ok", or why there are no figures."""
+    median_ms: float | None = None
+    gb_s: float | None = None
+    tflops: float | None = None
+
+    @property
+    def picoseconds_a_logit(self) -> float:
+        return 1e9 * self.median_ms / (self.rows * self.segment)
 
 
-def compile_tile(tile: Tile) -> None:
-    """So that Triton finds it in its cache: sizes are no constants, one launch does for all."""
-    with mock.patch.object(_linear_triton, "tile_for", lambda *_: tile):
-        try:
-            _linear_triton.linear_statistics(*inputs(256, 512, 1024))
-        except triton.runtime.errors.OutOfResources:
-            pass  # `milliseconds` says so
+def constants_now() -> Constants:
+    return _slabs.ROWS, _slabs.SEGMENT, _softmax_triton.NUM_WARPS
 
 
-def row(tile: Tile) -> str:
-    sizes = ", ".join(f"{field.name}={getattr(tile, field.name)}" for field in fields(tile))
-    major = torch.cuda.get_device_capability()[0]
-    return f"({major}, True): Tile({sizes}),"
+def choices() -> tuple[list[int], ...]:
+    """Of ROWS, of SEGMENT, of NUM_WARPS: the present one, then the others."""
+    every = zip(constants_now(), (ROWS, SEGMENTS, NUM_WARPS), strict=True)
+    return tuple(list(dict.fromkeys((now, *others))) for now, others in every)
+
+
+def candidates() -> Iterator[Candidate]:
+    """What the present constants need comes first: a run that is cut off has it."""
+    heights, segments, warps = choices()
+    for rows, segment in itertools.product(heights, segments):
+        yield from (Candidate(PRODUCT, rows, segment, hidden=hidden) for hidden in HIDDEN)
+        if rows == heights[0]:  # a row is a program of its own: one height does for passes
+            for number, step in itertools.product(warps, PASSES):
+                yield Candidate(step, rows, segment, num_warps=number)
+
+
+def call_of(candidate: Candidate, device: torch.device) -> Callable[[], None]:
+    """What is timed, on inputs that are made here."""
+    rows, segment = candidate.rows, candidate.segment
+    slab = torch.empty(rows, segment, device=device)
+    if candidate.hidden is not None:
+        x = torch.randn(rows, candidate.hidden, device=device, dtype=DTYPE)
+        weight = torch.randn(segment, candidate.hidden, device=device, dtype=DTYPE)
+        return lambda: _linear_triton.product(x, weight.T, slab)
+    slab.normal_()
+    out = torch.empty(rows, segment, device=device, dtype=DTYPE)
+    ids = torch.randint(0, segment, (rows,), device=device)
+    token = ids, torch.ones(rows, device=device), 0.0, segment, 0
+    if candidate.step == "segment_states":
+        states = torch.empty(1, _softmax_triton.STATES, rows, device=device)
+        return lambda: _softmax_triton.segment_states(slab, None, *token, states, out)
+    numbers = torch.ones(3, rows, device=device)  # of no meaning: a row without any is skipped
+    return lambda: _softmax_triton.logit_gradients(slab, out, None, *token, numbers, numbers)
+
+
+@contextmanager
+def constants_of(candidate: Candidate) -> Iterator[None]:
+    warps = candidate.num_warps or _softmax_triton.NUM_WARPS
+    with (
+        mock.patch.object(_slabs, "SEGMENT", candidate.segment),
+        mock.patch.object(_softmax_triton, "NUM_WARPS", warps),
+    ):
+        yield
+
+
+def milliseconds(candidate: Candidate) -> float:
+    """Median time on this GPU, of slabs that are not in its cache."""
+    with constants_of(candidate), _linear_triton.fp32_sums():
+        call = call_of(candidate, torch.device("cuda"))
+        return triton.testing.do_bench(call, return_mode="median")
+
+
+def measure(candidate: Candidate, time_of: Callable[[Candidate], float]) -> Row:
+    where = results.environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    columns = (where["device"], where["torch"], where["triton"], *astuple(candidate))
+    try:
+        median = time_of(candidate)
+    except Exception as error:  # of the compiler, the launch, the memory: the others go on
+        lines = str(error).strip().splitlines() or [""]
+        return Row(*columns, f"failed: {type(error).__name__}: {lines[0]}")
+    tflops = candidate.operations / median / 1e9 if candidate.operations else None
+    return Row(*columns, results.OK, median, candidate.bytes / median / 1e6, tflops)
+
+
+def measure_all(time_of: Callable[[Candidate], float], path: Path, seconds: float) -> list[Row]:
+    """Rows that are in the table as soon as they are measured."""
+    deadline = time.monotonic() + seconds
+    todo, rows = list(candidates()), []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", buffering=1) as file:  # by lines
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([field.name for field in fields(Row)])
+        for candidate in todo:
+            if time.monotonic() > deadline:
+                print(f"{len(rows)} of {len(todo)} candidates in {seconds:g} s")
+                break
+            rows.append(measure(candidate, time_of))
+            writer.writerow(map(results.as_text, astuple(rows[-1])))
+            print(line_of(rows[-1]), flush=True)
+    return rows
+
+
+def line_of(row: Row) -> str:
+    width = f"{row.num_warps} warps" if row.hidden is None else f"hidden {row.hidden}"
+    name = f"{row.step:16} {row.rows:5} x {row.segment:5} {width:12}"
+    if row.status != results.OK:
+        return f"{name} {row.status}"
+    tflops = "" if row.tflops is None else f" {row.tflops:5.0f} TFLOP/s"
+    return f"{name} {row.median_ms:7.4f} ms {row.gb_s:5.0f} GB/s{tflops}"
+
+
+def totals(rows: list[Row]) -> dict[Constants, float]:
+    """Picoseconds a logit of a product (mean of the hidden sizes) and both passes, for constants
+    of which all were measured; the fastest first."""
+    found = {
+        (row.step, row.rows, row.segment, row.hidden or row.num_warps): row.picoseconds_a_logit
+        for row in rows
+        if row.status == results.OK
+    }
+    sums = {}
+    for height, segment, warps in itertools.product(*choices()):
+        products = [found.get((PRODUCT, height, segment, hidden)) for hidden in HIDDEN]
+        passes = [found.get((step, constants_now()[0], segment, warps)) for step in PASSES]
+        if None not in (*products, *passes):
+            sums[height, segment, warps] = sum(products) / len(products) + sum(passes)
+    return dict(sorted(sums.items(), key=lambda item: item[1]))
+
+
+def proposal(rows: list[Row]) -> list[str]:
+    """Lines: the present constants, and the three fastest."""
+    sums, now = totals(rows), constants_now()
+    if not sums:
+        return ["no constants of which product and passes were measured"]
+
+    def line(constants: Constants) -> str:
+        names = zip(("ROWS", "SEGMENT", "NUM_WARPS"), constants, strict=True)
+        ratio = f" ({sums[constants] / sums[now] - 1:+.1%})" if now in sums else ""
+        return ", ".join(f"{n} = {c}" for n, c in names) + f": {sums[constants]:.2f}{ratio}"
+
+    present = line(now) if now in sums else "not measured"
+    lines = ["picoseconds a logit of product and passes", f"now       {present}"]
+    return lines + [f"proposed  {line(constants)}" for constants in list(sums)[:3]]
 
 
 def main(arguments: list[str]) -> int:
@@ -82,38 +215,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=100, help="to stop after")
     parser.add_argument("--output", type=Path, help="default: bench/results/<device>-tune.csv")
     options = parser.parse_args(arguments)
+    if not options.seconds > 0:
+        parser.error(f"--seconds must be positive, got {options.seconds:g}")
     if not torch.cuda.is_available():
         print("bench tune must run on a GPU, found none", file=sys.stderr)
         return 2
-    deadline = time.monotonic() + options.seconds
-    now = tile_for(LINEAR_TILES, torch.device("cuda"), DTYPE)
-    tiles = list(dict.fromkeys((now, *CANDIDATES)))
-    with ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")) as pool:
-        compiled = pool.map(compile_tile, tiles)
-        cases = [inputs(*shape) for shape in SHAPES]
-        times: dict[Tile, list[float]] = {}
-        for tile, _ in zip(tiles, compiled, strict=True):
-            if time.monotonic() > deadline:
-                print(f"{len(times)} of {len(tiles)} tiles tried")
-                break
-            times[tile] = [milliseconds(tile, *case) for case in cases]
-        pool.shutdown(wait=False, cancel_futures=True)
     path = options.output or results.path_of(torch.device("cuda"), suffix="-tune")
-    write(times, path)
-    for index, shape in enumerate(SHAPES):
-        best = sorted(times, key=lambda tile: times[tile][index])[:3]  # noqa: B023  (used at once)
-        print(f"{'x'.join(map(str, shape))}: {times[now][index]:.2f} ms with the table's tile")
-        for tile in best:
-            print(f"  {times[tile][index]:.2f} ms  {row(tile)}")
-    print(path)
+    rows = measure_all(milliseconds, path, options.seconds)
+    print(*proposal(rows), path, sep="\n")
     return 0
-
-
-def write(times: dict[Tile, list[float]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        shapes = ["x".join(map(str, shape)) + "_ms" for shape in SHAPES]
-        writer.writerow([*(field.name for field in fields(Tile)), *shapes])
-        for tile, figures in times.items():
-            writer.writerow([*astuple(tile), *map(results.as_text, figures)])
