@@ -31,6 +31,7 @@ KERNELS = {
     kernel.__name__: kernel
     for kernel in (
         _softmax_triton.segment_states_kernel,
+        _softmax_triton.merge_states_kernel,
         _softmax_triton.logit_gradients_kernel,
         _linear_triton.finish_exponentials_kernel,
         _reverse_kl_triton.pair_states_kernel,
@@ -39,6 +40,7 @@ KERNELS = {
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WIDE = 16  # bytes, the most that a load or store of a thread moved before sm_100
 OPTIONS = ("HAS_BIAS", "HAS_SOFTCAP")
+ENTROPY = "HAS_ENTROPY"
 # Of the sizes: in a vocabulary not divisible by 16, a slab has odd columns at its end and a stride
 # that is padded; logits of the caller have rows of an odd stride.
 ODD_COLUMNS, ODD_ROWS = "ODD_COLUMNS", "ODD_ROWS"
@@ -74,7 +76,8 @@ class Row:
     spilled_bytes: int
     shared_bytes: int
     instructions_a_logit: float
-    """In the whole program, over the logits of a thread; of two models over pairs of them."""
+    """In the whole program, over the logits of a thread; of two models over pairs of them, of
+    merge_states_kernel over rows."""
     wide_loaded_bytes: int
     """By loads of 16 bytes or more, of a thread."""
     wide_stored_bytes: int
@@ -96,10 +99,13 @@ class Row:
 def variants() -> Iterator[Variant]:
     # (reads, writes, flags): first of selective_logps, then of slabs.
     states = (
-        *(("bf16", "", flags) for flags in ((), ("HAS_SOFTCAP",), (ODD_ROWS,))),
-        *(("fp32", "", flags) for flags in ((), OPTIONS, (ODD_ROWS,), (ODD_COLUMNS,))),
-        *(("fp32", "bf16", (*flags, "KEEP")) for flags in ((), OPTIONS, (ODD_COLUMNS,))),
-        *(("fp32", "fp32", (*flags, "KEEP")) for flags in ((), OPTIONS, (ODD_COLUMNS,))),
+        *(("bf16", "", flags) for flags in ((), (ENTROPY,), ("HAS_SOFTCAP",), (ODD_ROWS,))),
+        *(("fp32", "", flags) for flags in ((), (ENTROPY,), OPTIONS, (ODD_ROWS,), (ODD_COLUMNS,))),
+        *(
+            ("fp32", writes, (*flags, "KEEP"))
+            for writes in ("bf16", "fp32")
+            for flags in ((), (ENTROPY,), OPTIONS, (ODD_COLUMNS,))
+        ),
     )
     gradients = (
         *(("bf16", "bf16", flags) for flags in ((), ("HAS_SOFTCAP",), (ODD_ROWS,))),
@@ -108,6 +114,7 @@ def variants() -> Iterator[Variant]:
     )
     launches = {
         "segment_states_kernel": states,
+        "merge_states_kernel": (("", "", ()),),
         "logit_gradients_kernel": gradients,
         "finish_exponentials_kernel": (("bf16", "bf16", ()), ("fp32", "fp32", ())),
         "pair_states_kernel": (("fp32", "", ()), ("fp32", "", (ODD_COLUMNS,))),
@@ -117,8 +124,12 @@ def variants() -> Iterator[Variant]:
 
 
 def constants(variant: Variant) -> dict[str, int | bool]:
-    every = dict(SEGMENT=_slabs.SEGMENT, STATES=_softmax_triton.STATES)
-    every |= {name: name in variant.flags for name in (*OPTIONS, "KEEP")}
+    every = dict(
+        SEGMENT=_slabs.SEGMENT,
+        STATES=_softmax_triton.STATES,
+        BLOCK_N=_softmax_triton.MERGED_ROWS,
+    )
+    every |= {name: name in variant.flags for name in (*OPTIONS, ENTROPY, "KEEP")}
     names = KERNELS[variant.kernel].arg_names
     return {name: value for name, value in every.items() if name in names}
 
@@ -166,14 +177,21 @@ def compile_kernel(variant: Variant, *, sizes_are_one: bool = False):
             if is_divisible(name, kind, variant)
         },
     )
-    options = dict(num_warps=_softmax_triton.NUM_WARPS, enable_fp_fusion=True)
+    options = dict(num_warps=sizes_of(variant)[1], enable_fp_fusion=True)
     return triton.compile(source, target=GPUTarget("cuda", variant.capability, 32), options=options)
+
+
+def sizes_of(variant: Variant) -> tuple[int, int]:
+    """Logits (of merge_states_kernel: rows) and warps of a program."""
+    if variant.kernel == "merge_states_kernel":
+        return _softmax_triton.MERGED_ROWS, 1
+    return _slabs.SEGMENT, _softmax_triton.NUM_WARPS
 
 
 def compile_variant(variant: Variant) -> Row:
     compiled = compile_kernel(variant)
     cubin = compiled.asm["cubin"]
-    segment, warps = _slabs.SEGMENT, _softmax_triton.NUM_WARPS
+    segment, warps = sizes_of(variant)
     registers, spilled = resources(cubin)
     opcodes = disassembled(cubin)
     loads = [width(code) for code in opcodes if re.match(r"LDG\b|LDGSTS\b", code)]

@@ -4,6 +4,8 @@ It goes through the same segments, row blocks, slices and chunks and asks the co
 (`codistill_kernels._slabs`), so a changed slab changes what `bench.roofline` predicts.
 """
 
+import csv
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,20 +14,31 @@ from math import ceil
 import torch
 
 from bench.devices import Run
+from bench.results import FOLDER
 from codistill_kernels import _slabs
 from codistill_kernels._head import Plan
 from codistill_kernels._slabs import padded_columns, padded_rows, pieces
 
+TABLE = FOLDER / "ahead_of_time.csv"
 DTYPE, ITEM = torch.bfloat16, 2  # of operands: what the ceilings are of; its bytes
-# Instructions a logit on sm_90 (bench/results/ahead_of_time.csv): what `python -m bench
-# ahead_of_time` compiles, disassembled; of a pair of logits for the two models' pass.
-KEEP, STATES, GRADIENTS, PAIR = 20.8, 18.2, 20.2, 36.5
 # Launches on [N] numbers beside products, passes and copies, as torch's dispatcher sees them: of
 # linear_logps' forward and backward pass (with kept exponentials; by columns); of policy_loss
 # around it; of one chunk; of the divergence; of selective_logps' passes.
-LOGPS, KEPT_BACKWARD, COLUMNS_BACKWARD = 52, 32, 15
+LOGPS, KEPT_BACKWARD, COLUMNS_BACKWARD = 20, 32, 15
 LOSS, LOSS_BACKWARD = 60, 15
-CHUNK, DIVERGENCE, SELECTIVE, SELECTIVE_BACKWARD = 110, 41, 51, 6
+CHUNK, DIVERGENCE, SELECTIVE, SELECTIVE_BACKWARD = 75, 41, 14, 6
+
+
+@functools.cache
+def instructions(kernel: str, writes: str, flags: str = "") -> float:
+    """A logit (of both models: a pair of logits) on sm_90, from what the kernels compile to."""
+    with TABLE.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if (row["capability"], row["reads"]) != ("90", "fp32"):
+                continue
+            if (row["kernel"], row["writes"], row["flags"]) == (f"{kernel}_kernel", writes, flags):
+                return float(row["instructions_a_logit"])
+    raise ValueError(f"{TABLE} must have {kernel} that writes {writes!r} with {flags!r}")
 
 
 @dataclass(frozen=True)
@@ -115,7 +128,8 @@ def slabs(run: Run, head: Head, width: int) -> Iterator[int]:
 def linear_states(run: Run, head: Head, columns: int, *, keeps: bool) -> None:
     for segment in pieces(columns, _slabs.SEGMENT):
         for rows in slabs(run, head, length(segment)):
-            run.logits(rows, length(segment), 4 + ITEM * keeps, KEEP if keeps else STATES)
+            each = instructions("segment_states", *(("bf16", "KEEP") if keeps else ("", "")))
+            run.logits(rows, length(segment), 4 + ITEM * keeps, each)
 
 
 def statistics(run: Run, head: Head) -> None:
@@ -242,7 +256,7 @@ def by_columns(run: Run, case: Case, head: Head) -> None:
         for columns in pieces(head.vocab, _slabs.SEGMENT):
             width = length(columns)
             for rows in slabs(run, head, width):
-                run.logits(rows, width, 4 + ITEM, GRADIENTS)
+                run.logits(rows, width, 4 + ITEM, instructions("logit_gradients", "bf16"))
             run.product("dX", head.rows, head.hidden, width, 4, add=columns.start > 0)
             run.product("dW", width, head.hidden, head.rows, ITEM)
     round_gradient(run, case.tokens, head)
@@ -308,19 +322,19 @@ def linear_reverse_kl(run: Run, case: Case) -> Iterator[None]:
         for segment in pieces(case.vocab, _slabs.SEGMENT):
             width = length(segment)
             for rows, _ in zip(slabs(run, student, width), slabs(run, teacher, width), strict=True):
-                run.logits(rows, width, 4 + 4, PAIR)
+                run.logits(rows, width, 4 + 4, instructions("pair_states", ""))
     yield
 
 
 def selective_logps(run: Run, case: Case) -> Iterator[None]:
     run.ways.append("logits given")
     run.small(SELECTIVE)
-    run.logits(case.tokens, case.vocab, ITEM, STATES)
+    run.logits(case.tokens, case.vocab, ITEM, instructions("segment_states", ""))
     if case.mode != "forward":
         yield
         run.small(SELECTIVE_BACKWARD)
         run.take(ITEM * case.tokens * case.vocab)
-        run.logits(case.tokens, case.vocab, 2 * ITEM, GRADIENTS)
+        run.logits(case.tokens, case.vocab, 2 * ITEM, instructions("logit_gradients", "bf16"))
 
 
 OPERATIONS = {

@@ -28,7 +28,7 @@ from codistill_kernels._softmax_triton import (
     NUM_WARPS,
     STATES,
     logit_gradients,
-    merge_segments,
+    merge_states,
     segment_states,
 )
 
@@ -219,7 +219,7 @@ class Exponentials:
         self.memory = x.new_empty(size) if memory is None else memory[:size]
         self.slices = [self.slice_of(columns) for columns in self.columns]
         states = self.states(Slabs(x, head.weight), has_entropy)
-        self.statistics = merge_segments(states, self.token_ids, len(head.weight))
+        self.statistics = merge_states(states, self.token_ids, len(head.weight))
         self.offsets, self.slopes = states[:, 5], states[:, 4]
 
     def slice_of(self, columns: slice) -> Tensor:
@@ -280,7 +280,8 @@ class Exponentials:
         """Bring the kept rows' segments to one power of two a row and put p_y - 1 in the target's
         place; the number [K] a row that makes E the gradient of its raw logits."""
         maximum, log_sum, _ = log_softmax
-        ids, target = self.token_ids[kept], self.statistics[3, kept]
+        some = slice(None) if len(kept) == len(self.x) else kept
+        ids, target = self.token_ids[some], self.statistics[3, some]
         ids = torch.where(ids < len(self.head.weight), ids, -1)  # another shard's
         exponent = maximum * LOG2E.value
         offset = (exponent / COARSE.value).round() * COARSE.value
@@ -288,10 +289,10 @@ class Exponentials:
         at_target = (target - maximum - log_sum).clamp(max=0).expm1() * exponent.exp2()
         if self.head.softcap:
             owner = ids.clamp(min=0).div(_slabs.SEGMENT, rounding_mode="floor")
-            slopes = self.slopes[:, kept].gather(0, owner.clamp(max=len(self.slopes) - 1)[None])
+            slopes = self.slopes[:, some].gather(0, owner.clamp(max=len(self.slopes) - 1)[None])
             at_target = at_target * slopes.squeeze(0)
-        shifts = self.offsets[:, kept] - offset
-        factors = c0 * (-exponent).exp2() / self.head.temperature[kept]
+        shifts = self.offsets[:, some] - offset
+        factors = c0 * (-exponent).exp2() / self.head.temperature[some]
         factors = torch.where(c0 == 0, 0.0, factors)
         for columns, e in zip(self.columns, self.slices, strict=True):
             finish_exponentials_kernel[(len(kept),)](
@@ -384,7 +385,7 @@ class TritonChunks:
         """[4, N] of all rows, none of them held; the third may be 0 without has_entropy."""
         slabs, vocab = Slabs(self.x, self.head.weight), len(self.head.weight)
         states = linear_states(slabs, self.head, self.token_ids, slice(0, vocab), has_entropy)
-        return merge_segments(states, self.token_ids, vocab)
+        return merge_states(states, self.token_ids, vocab)
 
     @classmethod
     def write_gradients(

@@ -12,7 +12,7 @@ from torch import Tensor
 from codistill_kernels import _slabs
 from codistill_kernels._linear_triton import Slabs, as_operands
 from codistill_kernels._slabs import pieces
-from codistill_kernels._softmax_triton import LOG2E, NUM_WARPS, divide, load_raw
+from codistill_kernels._softmax_triton import BANNED, LOG2E, NUM_WARPS, divide, load_raw
 
 STATES = 5  # of a segment: max and rest of the student, of the teacher, weighted difference
 
@@ -97,7 +97,7 @@ def reverse_kl(
 def divergence(states: Tensor) -> Tensor:
     """[N] from the states [segments, STATES, N] of the whole vocabulary."""
     max_s, rest_s, max_t, rest_t, difference = states.unbind(1)
-    max_s, max_t = (torch.where(t < -1e29, -torch.inf, t) for t in (max_s, max_t))
+    max_s, max_t = (torch.where(t < BANNED.value, -torch.inf, t) for t in (max_s, max_t))
     student, student_rest = merge_segments(max_s, rest_s)
     teacher, teacher_rest = merge_segments(max_t, rest_t)
     shift = max_s - student

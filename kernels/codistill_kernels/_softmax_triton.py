@@ -1,7 +1,7 @@
 """Softmax of logits that are in memory, in Triton: states of segments, gradients.
 
-A program goes through one segment of one row, which it holds in registers. `merge_segments` makes
-of the segments' states the statistics that `_softmax_torch` describes.
+A program goes through one segment of one row, which it holds in registers. `merge_states` makes of
+the segments' states the statistics that `_softmax_torch` describes.
 """
 
 import torch
@@ -13,12 +13,14 @@ from codistill_kernels import _slabs
 
 # In the place of -inf: as large as makes no difference, and 0 times it is 0. NaN stays NaN.
 LOWEST = tl.constexpr(-1e30)
+BANNED = tl.constexpr(-1e20)  # below is what stands for -inf, at any temperature
 LOG2E = tl.constexpr(1.4426950408889634)
 COARSE = tl.constexpr(128)  # of exponents: no segment's offset differs while |z| < 44 nats
 NUM_WARPS = 8
 # Of a segment: max, sum without the target, weighted sum (0 where no entropy is wanted), target
 # logit, slope of the softcap there, offset k of its exponentials. What is of no use is unset.
 STATES = 6
+MERGED_ROWS = 32  # rows whose states one program merges
 
 # --- tiles -------------------------------------------------------------------------------------
 
@@ -137,6 +139,60 @@ def segment_states_kernel(
         tl.store(out, e.to(exponentials_ptr.dtype.element_ty), mask=cols < exponential_columns)
 
 
+@triton.jit(do_not_specialize=["num_rows", "num_segments", "vocab"])
+def merge_states_kernel(
+    states_ptr,
+    token_ids_ptr,
+    out_ptr,
+    num_rows,
+    num_segments,
+    vocab,
+    STATES: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """out [4, num_rows]: the statistics of `_softmax_torch`."""
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < num_rows
+    target_column = tl.load(token_ids_ptr + offs_n, mask=mask_n, other=-1)
+    # Another shard's tokens may be numbered from `vocab` on.
+    is_here = (target_column >= 0) & (target_column < vocab)
+    owner = tl.where(is_here, target_column // SEGMENT, -1)
+    maximum = tl.full([BLOCK_N], -float("inf"), tl.float32)
+    at = states_ptr + offs_n
+    for _ in range(num_segments):
+        part = tl.load(at, mask=mask_n, other=0.0)
+        maximum = tl.maximum(maximum, part, propagate_nan=tl.PropagateNan.ALL)
+        at += STATES * num_rows
+    others = tl.zeros([BLOCK_N], tl.float32)
+    weighted = tl.zeros([BLOCK_N], tl.float32)
+    target = tl.zeros([BLOCK_N], tl.float32)
+    target_term = tl.zeros([BLOCK_N], tl.float32)
+    at = states_ptr + offs_n
+    for segment in range(num_segments):
+        part_max = tl.load(at, mask=mask_n, other=0.0)
+        total = tl.load(at + num_rows, mask=mask_n, other=0.0)
+        part_weighted = tl.load(at + 2 * num_rows, mask=mask_n, other=0.0)
+        is_owner = owner == segment
+        z = tl.load(at + 3 * num_rows, mask=mask_n & is_owner, other=0.0)
+        term = tl.where(is_owner, tl.exp(z - part_max), 0.0)
+        shift = part_max - maximum
+        factor = tl.exp(shift)
+        others += factor * total
+        target_term += factor * term
+        weighted += factor * (part_weighted + shift * (total + term))
+        target += z
+        at += STATES * num_rows
+    # Without the term of the maximum, exactly where that is the target.
+    is_maximum = is_here & (target == maximum)
+    rest = tl.maximum(others + target_term - 1.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    out = out_ptr + offs_n
+    tl.store(out, tl.where(maximum < BANNED, -float("inf"), maximum), mask=mask_n)
+    tl.store(out + num_rows, tl.where(is_maximum, others, rest), mask=mask_n)
+    tl.store(out + 2 * num_rows, weighted, mask=mask_n)
+    tl.store(out + 3 * num_rows, tl.where(target < BANNED, -float("inf"), target), mask=mask_n)
+
+
 @triton.jit(do_not_specialize=["num_rows", "first_column"])
 def logit_gradients_kernel(
     logits_ptr,
@@ -237,28 +293,24 @@ def segment_states(
     )
 
 
-def merge_segments(states: Tensor, token_ids: Tensor, vocab: int) -> Tensor:
+def merge_states(states: Tensor, token_ids: Tensor, vocab: int) -> Tensor:
     """Statistics [4, N] from the states [segments, STATES, N] of all `vocab` rows here."""
-    maxima, totals, weighted, targets, _, _ = states.unbind(1)
-    maxima, targets = (torch.where(t < -1e29, -torch.inf, t) for t in (maxima, targets))
-    largest = maxima.amax(dim=0)
-    # A row of nothing but -inf: its terms are 0, and -inf - -inf would be NaN.
-    shift = maxima - torch.where(largest == -torch.inf, 0.0, largest)
-    factor = shift.exp()
-    total = (factor * totals).sum(dim=0)
-    # Another shard's tokens may be numbered from `vocab` on.
-    here = torch.where(token_ids < vocab, token_ids, -1)
-    owner = here.div(_slabs.SEGMENT, rounding_mode="floor")
-    is_owner = owner == torch.arange(len(states), device=states.device)[:, None]
-    target = torch.where(is_owner, targets, 0.0).sum(dim=0)
-    # `totals` are without the target.
-    is_owner &= targets > -torch.inf
-    target_term = torch.where(is_owner, (targets - maxima).exp(), 0.0)
-    inside = torch.where(factor > 0, shift * (totals + target_term) + weighted, 0.0)
-    # Without the term of the maximum, exactly where that is the target.
-    others = total + (factor * target_term).sum(dim=0) - 1
-    rest = torch.where(is_owner.any(dim=0) & (target == largest), total, others.clamp(min=0))
-    return torch.stack((largest, rest, (factor * inside).sum(dim=0), target))
+    segments, _, rows = states.shape
+    out = states.new_empty((4, rows))
+    if rows:
+        merge_states_kernel[(triton.cdiv(rows, MERGED_ROWS),)](
+            states,
+            token_ids,
+            out,
+            rows,
+            segments,
+            vocab,
+            STATES=STATES,
+            SEGMENT=_slabs.SEGMENT,
+            BLOCK_N=MERGED_ROWS,
+            num_warps=1,
+        )
+    return out
 
 
 def logit_statistics(
@@ -275,7 +327,7 @@ def logit_statistics(
     states = torch.empty(shape, dtype=torch.float32, device=logits.device)
     ids, temperature = token_ids.contiguous(), temperature.contiguous()
     segment_states(logits, None, ids, temperature, softcap, vocab_size, 0, states, has_entropy)
-    return merge_segments(states, ids, vocab_size)
+    return merge_states(states, ids, vocab_size)
 
 
 def logit_gradients(

@@ -12,30 +12,32 @@ from bench import results
 from bench.devices import EXPOSED, H100, H200, LAUNCH, Device, Run, device_named
 from bench.paths import DTYPE, OPERATIONS, Case
 from bench.report import cell
-from bench.roofline import COLUMNS, GOALS, LLAMA, QWEN, main, predict, roofline_ms, title
+from bench.roofline import COLUMNS, GOALS, LLAMA, QWEN, Goal, main, predict, roofline_ms, title
 from bench.shapes import Shape
-from codistill_kernels import _backends, _linear_triton, _reverse_kl_triton, _slabs
+from codistill_kernels import (
+    _backends,
+    _linear_triton,
+    _reverse_kl_triton,
+    _slabs,
+    _softmax_triton,
+)
 
-# Goals that the code as it is does not reach by the model, with what is missed.
-MISSED = {
-    Case("linear_policy_loss", "both", *LLAMA): ["18.5 ms"],
-    Case("linear_policy_loss", "both", *QWEN): ["43 ms", "2.6 GiB"],
-    Case("linear_logps", "both", *QWEN): ["43 ms", "2.6 GiB"],
-    Case("linear_logps", "both", *QWEN, workspace_mib=512): ["58 ms"],
-    Case("linear_logps", "forward", *QWEN): ["85% of cuBLAS"],
-    Case("linear_logps", "forward", 16384, (1536,), 151936): ["75% of cuBLAS"],
-}
 SMALL = Device("small", matmul=1e12, copy=1e9, multiprocessors=2)
 
 
 @pytest.mark.parametrize("case", GOALS, ids=title)
 def test_goals_on_an_h200(case):
-    """Each is met, or misses just what is known to be missed and by less than a tenth."""
-    prediction, goal = predict(H200, case), GOALS[case]
-    assert prediction.misses(goal) == MISSED.get(case, [])
-    assert prediction.ms < 1.1 * (goal.ms or prediction.ms)
-    assert prediction.gib < 1.1 * (goal.gib or prediction.gib + 1)
-    assert prediction.share > 0.9 * (goal.share or 0)
+    assert predict(H200, case).misses(GOALS[case]) == []
+
+
+def test_a_missed_goal_is_said():
+    case = Case("linear_logps", "both", *QWEN)
+    slow = predict(H100, case)
+    assert slow.misses(Goal(ms=slow.ms - 1, gib=1.0, share=0.99)) == [
+        f"{slow.ms - 1:g} ms",
+        "1 GiB",
+        "99% of cuBLAS",
+    ]
 
 
 class Recorder(Run):
@@ -67,6 +69,7 @@ def products_of_code(monkeypatch):
     monkeypatch.setattr(_linear_triton, "segment_states", nothing)
     monkeypatch.setattr(_linear_triton, "logit_gradients", nothing)
     monkeypatch.setattr(_linear_triton, "finish_exponentials_kernel", launcher)
+    monkeypatch.setattr(_softmax_triton, "merge_states_kernel", launcher)
     monkeypatch.setattr(_reverse_kl_triton, "pair_states_kernel", launcher)
     monkeypatch.setattr(_slabs, "SEGMENT", 64)
     monkeypatch.setattr(_slabs, "ROWS", 2048)
@@ -192,9 +195,9 @@ def test_what_has_no_gradient_costs():
 
 
 def test_memory_of_the_shared_way():
-    """Exponentials, and of the gradients of x: x, v x and the first slice's, bf16, and dx, fp32."""
+    """Exponentials, v x and the first slice's gradient, bf16, and dx, fp32."""
     tokens, (hidden,), vocab = QWEN
-    expected = 2 * tokens * vocab + 8 * tokens * hidden + 2 * 8192 * hidden
+    expected = 2 * tokens * vocab + 6 * tokens * hidden + 2 * 8192 * hidden
     found = predict(H200, Case("linear_logps", "both", *QWEN)).gib
     assert found == pytest.approx(expected / 2**30)
 
@@ -229,8 +232,7 @@ def test_csv(tmp_path, capsys):
 def test_table(capsys):
     assert main(["--device", "H200"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert sum("MISSED" in line for line in lines) == len(MISSED)
-    assert sum(line.endswith("  met") for line in lines) == len(GOALS) - len(MISSED)
+    assert sum(line.endswith("  met") for line in lines) == len(GOALS)
 
 
 @pytest.mark.parametrize(
