@@ -115,11 +115,11 @@ def segment_pass() -> Iterator[Finding]:
     kept = poisoned(ROWS, SEGMENT)
     copied = copy_bytes_per_second(6 * slab.numel() // 2)
     otherwise = "bound by instructions: fewer of them, or 16 warps"
-    ms = milliseconds(lambda: segment_states(*arguments, kept), kept)
+    ms = milliseconds(lambda: segment_states(*arguments, False, kept), kept)
     yield in_range("segment pass, exponentials kept", 1e3 * ms, "us", here(SEGMENT_US), otherwise)
     share = 6e3 * slab.numel() / ms / copied
     yield in_range("segment pass, share of a copy's rate", share, "", (0.9, 1.1), otherwise)
-    ms = milliseconds(lambda: segment_states(*arguments), states)
+    ms = milliseconds(lambda: segment_states(*arguments, False), states)
     share = 4e3 * slab.numel() / ms / copied
     yield in_range("pass without exponentials, share of a copy", share, "", (0.85, 1.6), otherwise)
 

@@ -20,6 +20,7 @@ import torch
 from bench import experiments, ours, results
 from bench.batch import make_batch
 from bench.cases import larger_pair, odd_head
+from bench.devices import device_named
 from bench.exactness import CHECKS
 from bench.findings import FAILED, OK, Finding, Findings, Predictions, in_range, roofline_csv
 from bench.gold import REAL, Inputs, Setting
@@ -27,8 +28,6 @@ from bench.measure import Runner, gpu_peak_mib, gpu_times
 from bench.operations import OPERATIONS
 from bench.shapes import Shape, head_shape
 
-# Rates that the predictions assume: TB/s of a copy, read and written, and TFLOP/s of a product.
-CEILINGS = {"H200": (4.3, 790), "H100": (3.0, 790)}
 SURPRISE = 0.15  # relative to a prediction
 Step = tuple[str, Callable[[], Iterator[Finding]]]
 
@@ -38,8 +37,9 @@ Step = tuple[str, Callable[[], Iterator[Finding]]]
 
 def ceilings(device_name: str) -> Iterator[Finding]:
     """What this GPU gives of the two rates that every prediction is made of."""
-    assumed = next((rates for name, rates in CEILINGS.items() if name in device_name), None)
-    expected = [None if assumed is None else (0.95 * r, 1.05 * r) for r in assumed or (0, 0)]
+    device = device_named(device_name)
+    rates = (device.copy / 1e12, device.matmul / 1e12) if device else (0, 0)
+    expected = [(0.95 * rate, 1.05 * rate) if device else None for rate in rates]
     otherwise = "all predictions scale with it"
     rate = experiments.copy_bytes_per_second(2**31) / 1e12
     yield in_range("copy, read and written", rate, "TB/s", expected[0], otherwise)

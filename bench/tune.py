@@ -112,7 +112,7 @@ def call_of(candidate: Candidate, device: torch.device) -> Callable[[], None]:
     token = ids, torch.ones(rows, device=device), 0.0, segment, 0
     if candidate.step == "segment_states":
         states = torch.empty(1, _softmax_triton.STATES, rows, device=device)
-        return lambda: _softmax_triton.segment_states(slab, None, *token, states, out)
+        return lambda: _softmax_triton.segment_states(slab, None, *token, states, False, out)
     numbers = torch.ones(3, rows, device=device)  # of no meaning: a row without any is skipped
     return lambda: _softmax_triton.logit_gradients(slab, out, None, *token, numbers, numbers)
 

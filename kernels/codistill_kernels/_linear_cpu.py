@@ -56,13 +56,13 @@ class CpuChunks:
         db: Tensor | None,
         workspace: int,
     ) -> None:
-        """Gradients [N, H], [V, H], [V] from logits that are computed again, as many vocabulary
-        rows at a time as fit into the workspace (bytes)."""
+        """Gradients [N, H], [>= V, H], [>= V], of whose rows the first V are written, from logits
+        that are computed again, as many vocabulary rows at a time as fit into so many bytes."""
         every = torch.arange(len(hidden_states))
         width = max(256, workspace // (4 * len(hidden_states)) // 256 * 256)  # whole panels
         memory = None
         for first in range(0, len(head.weight), width):
-            columns = slice(first, first + width)
+            columns = slice(first, min(first + width, len(head.weight)))
             chunks = cls(hidden_states, head.columns(columns), token_ids - first, memory)
             chunks.hold(every)
             memory = chunks.workspace

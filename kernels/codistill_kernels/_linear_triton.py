@@ -400,8 +400,9 @@ class TritonChunks:
         db: Tensor | None,
         workspace: int,
     ) -> None:
-        """Gradients [N, H], [V, H], [V] from logits that are computed again, a segment of the
-        vocabulary after the other: dw is summed over all rows in one product, and rounded once."""
+        """Gradients [N, H], [>= V, H], [>= V], of whose rows the first V are written, from logits
+        that are computed again, a segment of the vocabulary after the other: dw is summed over all
+        rows in one product, and rounded once."""
         x, head = operands(hidden_states, head)
         slabs, vocab = Slabs(x, head.weight), len(head.weight)
         numbers = coefficients.contiguous(), log_softmax.contiguous()

@@ -334,6 +334,18 @@ def test_mistakes_are_named(change, name):
         linear_logps(**arguments | change)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_beyond_the_vocabulary_have_no_gradient(backend):
+    """Whatever they hold; a few of them, and more than a panel of the C++ backend."""
+    for vocab_size in (1020, 300):
+        case = make_case(vocab_size=vocab_size, bias=torch.zeros(1021))
+        case.lm_head_weight[vocab_size:], case.options["bias"][vocab_size:] = torch.nan, torch.nan
+        _, grads = outputs(linear_logps, case.leaves(), case, backend=backend)
+        for name in ("lm_head_weight", "bias"):
+            assert not grads[name][vocab_size:].any() and grads[name].isfinite().all()
+            assert grads[name][:vocab_size].any()
+
+
 def test_gradient_of_the_whole_head_is_not_copied():
     """It goes to the weight as it is; through a slice it would be copied into zeros."""
     case = make_case()
