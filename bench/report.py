@@ -1,7 +1,7 @@
 """Plots and tables from bench/results: `python -m bench report`.
 
 Writes bench/results/README.md (every measurement), PNGs beside it, and the tables of the README
-between its two markers. Nothing in them is written by hand, the sentences on where we lose neither.
+between its markers. Nothing in them is written by hand, the sentences on where we lose neither.
 """
 
 import argparse
@@ -10,13 +10,13 @@ import re
 import statistics
 from collections.abc import Callable, Iterable
 
-from bench import plots
+from bench import plots, roofline
 from bench.growth import all_series, slopes_table
 from bench.operations import OPERATIONS, OURS
 from bench.results import FOLDER, Row, read_all, slug
 
 README = FOLDER.parents[1] / "README.md"
-BEGIN, END = "<!-- bench report: begin -->", "<!-- bench report: end -->"
+MARKERS = "<!-- bench {}: begin -->", "<!-- bench {}: end -->"
 HEADLINE = "linear_policy_loss"
 TIE = 1.03  # closer than that is no win: medians of one run differ by so much
 
@@ -192,12 +192,13 @@ def step_table(device: str) -> list[str]:
     return [f"{title}: median seconds", made]
 
 
-def with_section(text: str, section: str) -> str:
-    """The README with what stands between the markers replaced."""
-    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+def with_section(text: str, name: str, section: str) -> str:
+    """The README with what stands between the markers of this name replaced."""
+    begin, end = (marker.format(name) for marker in MARKERS)
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"README.md must have the lines {BEGIN} and {END}")
-    return pattern.sub(lambda _: f"{BEGIN}\n\n{section}\n\n{END}", text)
+        raise ValueError(f"README.md must have the lines {begin} and {end}")
+    return pattern.sub(lambda _: f"{begin}\n\n{section}\n\n{end}", text)
 
 
 def main(arguments: list[str]) -> int:
@@ -207,6 +208,7 @@ def main(arguments: list[str]) -> int:
         for path in plots.draw(members):
             print(path)
     (FOLDER / "README.md").write_text(full(rows))
-    README.write_text(with_section(README.read_text(), headline(rows)))
+    text = with_section(README.read_text(), "roofline", roofline.summary())
+    README.write_text(with_section(text, "report", headline(rows)))
     print(f"{FOLDER / 'README.md'}\n{README}")
     return 0

@@ -197,6 +197,18 @@ def table(devices: list[Device]) -> str:
     return "\n".join(lines)
 
 
+def summary() -> str:
+    """Of the README: the goals on Hopper GPUs."""
+    devices = [DEVICES["H200"], DEVICES["H100"]]
+    lines = ["| bf16 | " + " | ".join(device.name for device in devices) + " | memory |"]
+    lines.append("| --- | --- | --- | --- |")
+    for case in GOALS:
+        found = [predict(device, case) for device in devices]
+        figures = " | ".join(f"{p.ms:.1f} ms, {p.share:.0%}" for p in found)
+        lines.append(f"| {title(case)} | {figures} | {found[0].gib:.1f} GiB |")
+    return "\n".join(lines)
+
+
 def rows(devices: list[Device]) -> list[tuple]:
     """Of the CSV, in the order of COLUMNS."""
     made = []

@@ -1,10 +1,8 @@
 """What is written, compared and reported of measurements."""
 
-import re
-
 import pytest
 
-from bench import compare, report, results
+from bench import compare, report, results, roofline
 from bench.growth import all_series, slopes_table
 
 
@@ -116,10 +114,11 @@ def test_slopes(make_row):
 
 def test_readme_is_what_the_report_gives():
     text = report.README.read_text()
-    assert report.with_section(text, report.headline(results.read_all())) == text
+    assert report.with_section(text, "report", report.headline(results.read_all())) == text
+    assert report.with_section(text, "roofline", roofline.summary()) == text
     assert (results.FOLDER / "README.md").read_text() == report.full(results.read_all())
 
 
 def test_readme_without_markers():
-    with pytest.raises(ValueError, match=re.escape(report.BEGIN)):
-        report.with_section("no markers", "x")
+    with pytest.raises(ValueError, match="<!-- bench report: begin -->"):
+        report.with_section("no markers", "report", "x")
