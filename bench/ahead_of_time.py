@@ -22,7 +22,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from codistill_kernels import _linear_triton, _reverse_kl_triton, _slabs, _softmax_triton
+from codistill_kernels import (
+    _exponentials_triton,
+    _reverse_kl_triton,
+    _slabs,
+    _softmax_triton,
+)
 
 TABLE = Path(__file__).parent / "results" / "ahead_of_time.csv"
 CAPABILITIES = (80, 90, 100)
@@ -33,7 +38,7 @@ KERNELS = {
         _softmax_triton.segment_states_kernel,
         _softmax_triton.merge_states_kernel,
         _softmax_triton.logit_gradients_kernel,
-        _linear_triton.finish_exponentials_kernel,
+        _exponentials_triton.finish_exponentials_kernel,
         _reverse_kl_triton.pair_states_kernel,
     )
 }

@@ -99,7 +99,7 @@ class Head:
         return replace(self, rows=rows)
 
 
-# --- products and passes (_linear_triton) ------------------------------------------------------
+# --- products and passes (_products_triton, _exponentials_triton) ------------------------------
 
 
 def length(piece: slice) -> int:

@@ -17,7 +17,8 @@ from codistill_kernels._linear_torch import TorchChunks
 from codistill_kernels._softmax_torch import normalizers
 
 if TYPE_CHECKING:
-    from codistill_kernels._linear_triton import Exponentials, TritonChunks
+    from codistill_kernels._exponentials_triton import Exponentials
+    from codistill_kernels._linear_triton import TritonChunks
 
     Chunks: TypeAlias = TorchChunks | CpuChunks | TritonChunks
 

@@ -6,16 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from codistill_kernels._checks import (
-    require,
-    require_device,
-    require_float,
-    require_in_vocabulary,
-    require_scaling,
-    require_shape,
-    require_token_ids,
-)
-from codistill_kernels._head import Head, compute_dtype
+from codistill_kernels._head import Head
 from codistill_kernels._linear import (
     Held,
     keep_exponentials,
@@ -23,6 +14,7 @@ from codistill_kernels._linear import (
     recomputed_gradients,
     workspace_bytes,
 )
+from codistill_kernels._linear_inputs import cut, prepare
 from codistill_kernels._softmax_torch import normalizers
 
 # --- custom ops --------------------------------------------------------------------------------
@@ -357,87 +349,3 @@ def linear_logps(
     if len(shape) != 1:
         logps, entropy = logps.view(shape), entropy.view(shape)
     return (logps, entropy) if return_entropy else logps
-
-
-@dataclass(frozen=True)
-class LinearInputs:
-    """Checked arguments of an op over a linear head, flat."""
-
-    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
-    """hidden_states [N, H], weight, bias, token_ids (column here; -1 if not active), temperature"""
-    active: Tensor
-    """[N] bool"""
-    vocab: int
-    """Rows of weight and bias that belong to the vocabulary."""
-
-    def cut(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-        """tensors, weight and bias without the other rows."""
-        hidden_states, weight, bias, *tokens = self.tensors
-        return (hidden_states, *cut(weight, bias, self.vocab), *tokens)
-
-
-def cut(weight: Tensor, bias: Tensor | None, vocab: int) -> tuple[Tensor, Tensor | None]:
-    # As they are where nothing is cut: autograd copies the gradient of a slice, even of all.
-    if vocab == len(weight):
-        return weight, bias
-    return weight[:vocab], None if bias is None else bias[:vocab]
-
-
-def prepare(
-    hidden_states: Tensor,
-    lm_head_weight: Tensor,
-    token_ids: Tensor,
-    active: Tensor,
-    *,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    vocab_size: int | None,
-    group: dist.ProcessGroup | None,
-) -> LinearInputs:
-    """active: [...] bool, tokens that count; only their ids and hidden states need make sense."""
-    check_inputs(hidden_states, lm_head_weight, token_ids, bias, temperature, softcap)
-    shards, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
-    local_rows = lm_head_weight.shape[0]
-    all_rows = local_rows * shards
-    vocab_size = all_rows if vocab_size is None else vocab_size
-    require(0 < vocab_size <= all_rows, "vocab_size", f"in 1 .. {all_rows}", vocab_size)
-    flat_ids, active = token_ids.reshape(-1), active.reshape(-1)
-    require_in_vocabulary(flat_ids, active, vocab_size)
-    first_row = rank * local_rows
-    rows = min(max(vocab_size - first_row, 0), local_rows)
-    dtype = compute_dtype(hidden_states)
-    per_token = torch.as_tensor(temperature, device=hidden_states.device).detach().to(dtype)
-    tensors = (
-        hidden_states.reshape(-1, hidden_states.shape[-1]),
-        lm_head_weight,
-        bias,
-        torch.where(active, flat_ids - first_row, -1),
-        per_token.expand(token_ids.shape).reshape(-1),
-    )
-    return LinearInputs(tensors, active, rows)
-
-
-def check_inputs(
-    hidden_states: Tensor,
-    lm_head_weight: Tensor,
-    token_ids: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-) -> None:
-    require(hidden_states.ndim >= 1, "hidden_states", "[..., H]", tuple(hidden_states.shape))
-    require_float("hidden_states", hidden_states)
-    require_float("lm_head_weight", lm_head_weight)
-    require(lm_head_weight.ndim == 2, "lm_head_weight", "[V, H]", tuple(lm_head_weight.shape))
-    vocab, hidden = lm_head_weight.shape
-    require_shape("lm_head_weight", lm_head_weight, (vocab, hidden_states.shape[-1]), "[V, H]")
-    require_token_ids(token_ids, tuple(hidden_states.shape[:-1]))
-    tensors = {"lm_head_weight": lm_head_weight, "token_ids": token_ids}
-    if bias is not None:
-        require_float("bias", bias)
-        require_shape("bias", bias, (vocab,), "[V]")
-        tensors["bias"] = bias
-    for name, tensor in tensors.items():
-        require_device(name, tensor, "hidden_states", hidden_states)
-    require_scaling(temperature, softcap, tuple(token_ids.shape))

@@ -16,7 +16,9 @@ from bench.roofline import COLUMNS, GOALS, LLAMA, QWEN, Goal, main, predict, roo
 from bench.shapes import Shape
 from codistill_kernels import (
     _backends,
+    _exponentials_triton,
     _linear_triton,
+    _products_triton,
     _reverse_kl_triton,
     _slabs,
     _softmax_triton,
@@ -65,10 +67,11 @@ def products_of_code(monkeypatch):
 
     launcher = collections.defaultdict(lambda: nothing)
     monkeypatch.setattr(_backends, "choose", lambda *_: "triton")
-    monkeypatch.setattr(_linear_triton, "product", product)
-    monkeypatch.setattr(_linear_triton, "segment_states", nothing)
+    for module in (_exponentials_triton, _linear_triton, _products_triton):
+        monkeypatch.setattr(module, "product", product)
+    monkeypatch.setattr(_products_triton, "segment_states", nothing)
     monkeypatch.setattr(_linear_triton, "logit_gradients", nothing)
-    monkeypatch.setattr(_linear_triton, "finish_exponentials_kernel", launcher)
+    monkeypatch.setattr(_exponentials_triton, "finish_exponentials_kernel", launcher)
     monkeypatch.setattr(_softmax_triton, "merge_states_kernel", launcher)
     monkeypatch.setattr(_reverse_kl_triton, "pair_states_kernel", launcher)
     monkeypatch.setattr(_slabs, "SEGMENT", 64)

@@ -25,7 +25,13 @@ from bench.ahead_of_time import (
     sizes_of,
     variants,
 )
-from codistill_kernels import _linear_triton, _reverse_kl_triton, _slabs, _softmax_triton
+from codistill_kernels import (
+    _exponentials_triton,
+    _linear_triton,
+    _reverse_kl_triton,
+    _slabs,
+    _softmax_triton,
+)
 from codistill_kernels._head import Head
 
 BYTES = {"bf16": 2, "fp32": 4, "": 0}
@@ -162,7 +168,7 @@ def is_odd(value: object) -> bool:
 @pytest.fixture
 def launches(monkeypatch):
     found: set[Variant] = set()
-    for module in (_linear_triton, _reverse_kl_triton, _softmax_triton):
+    for module in (_exponentials_triton, _reverse_kl_triton, _softmax_triton):
         for name in KERNELS:
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, Launches(name, found))
@@ -183,7 +189,7 @@ def launch_all(dtype: torch.dtype, vocab: int, *, options: bool) -> None:
     chunks.gradients(torch.arange(rows), *numbers, True, None, None)
     if not options and vocab % 16 == 0:
         chunks.statistics(has_entropy=True)
-        _linear_triton.Exponentials(chunks.x, chunks.head, ids, has_entropy=True)
+        _exponentials_triton.Exponentials(chunks.x, chunks.head, ids, has_entropy=True)
     for db in (None, torch.zeros(vocab)) if options else (None,):
         gradients = torch.empty_like(x, dtype=torch.float32), None, db
         chunks.write_gradients(x, head, ids, *numbers, *gradients, workspace=0)

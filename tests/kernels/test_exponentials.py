@@ -12,9 +12,15 @@ import torch.distributed as dist
 from numerics import BACKENDS, DEVICE, INTERPRETED, MatrixUnit, assert_as_accurate_as_eager, seeded
 from processes import spawn
 
-from codistill_kernels import _linear_triton, _slabs, linear_logps, reference
+from codistill_kernels import (
+    _exponentials_triton,
+    _products_triton,
+    _slabs,
+    linear_logps,
+    reference,
+)
 from codistill_kernels._head import Head, Plan
-from codistill_kernels.linear_policy_loss import scale_in_place
+from codistill_kernels._scaling import scale_in_place
 
 needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="runs in test_triton.py")
 WAYS = {"kept": False, "kept, shared": True, "columns": None}
@@ -282,13 +288,13 @@ class FinishExponentials:
 def test_bf16_errors_are_at_most_twice_those_of_eager(monkeypatch, std, size, shared):
     """Eager rounds the gradient of the logits to bf16, this way E and the scaled hidden states."""
     monkeypatch.setattr(_slabs, "SEGMENT", 1024)
-    monkeypatch.setattr(_linear_triton, "segment_states", states_of_segments)
-    monkeypatch.setattr(_linear_triton, "merge_states", merge_states)
-    monkeypatch.setattr(_linear_triton, "finish_exponentials_kernel", FinishExponentials())
+    monkeypatch.setattr(_products_triton, "segment_states", states_of_segments)
+    monkeypatch.setattr(_exponentials_triton, "merge_states", merge_states)
+    monkeypatch.setattr(_exponentials_triton, "finish_exponentials_kernel", FinishExponentials())
     case = make_case(rows=256, hidden=256, vocab=8000, std=std, dtype=torch.bfloat16)
     x, weight, ids, upstream = case if size is None else peaked(case, size)
     head = Head(weight, None, torch.full((256,), 0.9), 0.0)
-    kept = _linear_triton.Exponentials(x, head, ids, is_shared=shared)
+    kept = _exponentials_triton.Exponentials(x, head, ids, is_shared=shared)
     maximum, rest, weighted, target = kept.statistics
     log_softmax = torch.stack((maximum, rest.log1p(), weighted / (1 + rest)))
     every = torch.arange(256)

@@ -141,7 +141,7 @@ def test_rows_without_a_gradient_reach_neither_product(way, monkeypatch):
     added = []
     kind = _linear.kind_of_chunks(torch.empty(0), BACKENDS[0])
     if kind.__name__ == "TritonChunks":
-        from codistill_kernels import _linear_triton
+        from codistill_kernels import _exponentials_triton, _linear_triton
 
         original = _linear_triton.product
 
@@ -150,7 +150,8 @@ def test_rows_without_a_gradient_reach_neither_product(way, monkeypatch):
                 added.append(len(a))
             return original(a, b, out, **options)
 
-        monkeypatch.setattr(_linear_triton, "product", spy)
+        for module in (_exponentials_triton, _linear_triton):
+            monkeypatch.setattr(module, "product", spy)
     else:
         original = kind.gradients
 

@@ -1,0 +1,210 @@
+"""Exponentials of logits that are kept for the gradients.
+
+    slab = x W_s^T (fp32, never rounded) -> states of its rows and E = 2^(z log2e - k)
+    v = c0 2^k e^-lse a row:  dx = v (E W),  dW_s = E_s^T (v x)
+
+E, in the operands' dtype, is written once and is what both gradient products read: 6 N H V
+operations, 6 bytes a logit. The power k is a multiple of 128, 0 in most rows: a row's segments
+differ by exact powers of two.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from codistill_kernels import _slabs
+from codistill_kernels._head import Head
+from codistill_kernels._products_triton import Slabs, fp32_sums, linear_states, product
+from codistill_kernels._slabs import pieces
+from codistill_kernels._softmax_triton import COARSE, LOG2E, NUM_WARPS, merge_states
+
+# --- kernels -----------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["num_kept", "first_segment", "num_segments"])
+def finish_exponentials_kernel(
+    exponentials_ptr,
+    rows_ptr,
+    shifts_ptr,
+    target_column_ptr,
+    at_target_ptr,
+    factors_ptr,
+    num_kept,
+    first_segment,
+    num_segments,
+    columns,
+    stride_n,
+    SEGMENT: tl.constexpr,
+):
+    """Segments times 2^shift, where there is one, and the target's entry in its place; all 0 where
+    the row's factor is."""
+    index = tl.program_id(0)
+    row = tl.load(rows_ptr + index)
+    is_zero = tl.load(factors_ptr + index) == 0.0
+    exponentials_ptr += row * stride_n
+    for segment in range(num_segments):
+        shift = tl.load(shifts_ptr + (first_segment + segment) * num_kept + index)
+        if is_zero | (shift != 0.0):  # rare: offsets differ from 44 nats on
+            cols = segment * SEGMENT + tl.arange(0, SEGMENT)
+            e = tl.load(exponentials_ptr + cols, mask=cols < columns, other=0.0).to(tl.float32)
+            # A power of two is exact. Select: a row without a gradient may hold NaN.
+            e = tl.where(is_zero, 0.0, e * tl.exp2(shift))
+            e = e.to(exponentials_ptr.dtype.element_ty)
+            tl.store(exponentials_ptr + cols, e, mask=cols < columns)
+    column = tl.load(target_column_ptr + index) - first_segment * SEGMENT
+    if (column >= 0) & (column < columns) & (is_zero == 0):
+        at_target = tl.load(at_target_ptr + index).to(exponentials_ptr.dtype.element_ty)
+        tl.debug_barrier()  # its segment may just have been written
+        tl.store(exponentials_ptr + column, at_target)
+
+
+# --- exponentials ------------------------------------------------------------------------------
+
+
+class Exponentials:
+    """Statistics of rows, and E of their logits until the gradients are made of it."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        head: Head,
+        token_ids: Tensor,
+        *,
+        has_entropy: bool = False,
+        head_rows: int | None = None,
+        is_shared: bool = False,
+        memory: Tensor | None = None,
+    ) -> None:
+        """x, head: as `operands` gives them. is_shared: the gradient of head_rows rows (default:
+        the head's) will take the place of E. memory: of exponentials that are done with, to be used
+        again."""
+        self.x, self.head, self.token_ids = x, head, token_ids.contiguous()
+        self.is_shared = is_shared
+        self.head_rows = len(head.weight) if head_rows is None else head_rows
+        shape = (len(x), *head.weight.shape)
+        rows = self.head_rows
+        self.columns = list(_slabs.slices(*shape, shared=is_shared, head_rows=rows))
+        size = _slabs.kept_elements(*shape, shared=is_shared, head_rows=rows)
+        self.memory = x.new_empty(size) if memory is None else memory[:size]
+        self.slices = [self.slice_of(columns) for columns in self.columns]
+        states = self.states(Slabs(x, head.weight), has_entropy)
+        self.statistics = merge_states(states, self.token_ids, len(head.weight))
+        self.offsets, self.slopes = states[:, 5], states[:, 4]
+
+    def slice_of(self, columns: slice) -> Tensor:
+        """[N, columns] at the end of the memory, behind the slices before."""
+        rows, width = len(self.x), columns.stop - columns.start
+        first = len(self.memory) - rows * (self.columns[-1].stop - columns.start)
+        return self.memory[first : first + rows * width].view(rows, width)
+
+    def states(self, slabs: Slabs, has_entropy: bool) -> Tensor:
+        parts = []
+        for columns, e in zip(self.columns, self.slices, strict=True):
+            segments = slice(columns.start, min(columns.stop, len(self.head.weight)))
+            parts.append(linear_states(slabs, self.head, self.token_ids, segments, has_entropy, e))
+        return torch.cat(parts)
+
+    def head_gradient(self, dtype: torch.dtype) -> Tensor:
+        """Memory [head_rows, H] for `gradients`, where it is shared in the place of E."""
+        shape = (self.head_rows, self.head.weight.shape[1])
+        if self.is_shared:
+            return self.memory[: math.prod(shape)].view(shape)
+        return self.memory.new_empty(shape, dtype=dtype)
+
+    def gradients(
+        self,
+        kept: Tensor,
+        c0: Tensor,
+        log_softmax: Tensor,
+        needs_hidden: bool,
+        dw: Tensor | None,
+        *,
+        add: bool = False,
+    ) -> Tensor | None:
+        """dx [K, H] in fp32 of the `kept` rows, and dw [>= V, H], overwritten or with `add` added
+        to; rows from V on become 0.
+
+        c0 [K], 0 where a row of these has no gradient, log_softmax [3, K]. Once only: it changes E.
+        """
+        factors = self.finish(kept, c0, log_softmax)
+        x = self.x if len(kept) == len(self.x) else self.x[kept]
+        scaled = torch.mul(x, factors[:, None], out=torch.empty_like(x))  # rounded once
+        scaled.masked_fill_(factors[:, None] == 0, 0.0)  # such a row may hold NaN
+        dx = factors.new_empty(x.shape) if needs_hidden else None
+        with fp32_sums():
+            for columns, e in self.parts(kept):
+                if dx is not None:
+                    product(e, self.head.weight[columns], dx, add=columns.start > 0)
+                if dw is not None:
+                    out = dw[columns]
+                    direct = torch.empty_like(out) if overlap(e, out) else out
+                    product(e.T, scaled, direct, add=add)
+                    if direct is not out:
+                        out.copy_(direct)
+        if dw is not None:
+            dw[len(self.head.weight) :] = 0
+        return None if dx is None else dx.mul_(factors[:, None])
+
+    def finish(self, kept: Tensor, c0: Tensor, log_softmax: Tensor) -> Tensor:
+        """Bring the kept rows' segments to one power of two a row and put p_y - 1 in the target's
+        place; the number [K] a row that makes E the gradient of its raw logits."""
+        maximum, log_sum, _ = log_softmax
+        some = slice(None) if len(kept) == len(self.x) else kept
+        ids, target = self.token_ids[some], self.statistics[3, some]
+        ids = torch.where(ids < len(self.head.weight), ids, -1)  # another shard's
+        exponent = maximum * LOG2E.value
+        offset = (exponent / COARSE.value).round() * COARSE.value
+        exponent = exponent - offset + log_sum * LOG2E.value  # log2 of e^lse 2^-offset
+        at_target = (target - maximum - log_sum).clamp(max=0).expm1() * exponent.exp2()
+        if self.head.softcap:
+            owner = ids.clamp(min=0).div(_slabs.SEGMENT, rounding_mode="floor")
+            slopes = self.slopes[:, some].gather(0, owner.clamp(max=len(self.slopes) - 1)[None])
+            at_target = at_target * slopes.squeeze(0)
+        shifts = self.offsets[:, some] - offset
+        factors = c0 * (-exponent).exp2() / self.head.temperature[some]
+        factors = torch.where(c0 == 0, 0.0, factors)
+        for columns, e in zip(self.columns, self.slices, strict=True):
+            finish_exponentials_kernel[(len(kept),)](
+                e,
+                kept,
+                shifts,
+                ids,
+                at_target,
+                factors,
+                len(kept),
+                columns.start // _slabs.SEGMENT,
+                triton.cdiv(e.shape[1], _slabs.SEGMENT),
+                e.shape[1],
+                e.stride(0),
+                SEGMENT=_slabs.SEGMENT,
+                num_warps=NUM_WARPS,
+            )
+        return factors
+
+    def parts(self, kept: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(vocabulary rows, E [K, columns] of the kept rows), where they lie or gathered."""
+        vocab = len(self.head.weight)
+        is_all = len(kept) == len(self.x)
+        widest = self.columns[-1].stop if is_all else _slabs.SEGMENT
+        buffer = self.memory.new_empty(0 if is_all else len(kept) * widest)
+        for columns, e in zip(self.columns, self.slices, strict=True):
+            for piece in pieces(e.shape[1], widest):
+                part = e[:, piece]
+                if not is_all:
+                    out = buffer[: len(kept) * part.shape[1]].view(len(kept), part.shape[1])
+                    part = torch.index_select(part, 0, kept, out=out)
+                first = columns.start + piece.start
+                stop = min(columns.start + piece.stop, vocab)
+                yield slice(first, stop), part[:, : stop - first]
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether matrices of row stride >= columns lie on the same memory."""
+    (start_a, end_a), (start_b, end_b) = (
+        (t.data_ptr(), t.data_ptr() + t.stride(0) * len(t) * t.element_size()) for t in (a, b)
+    )
+    return start_a < end_b and start_b < end_a

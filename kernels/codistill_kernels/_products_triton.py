@@ -1,0 +1,133 @@
+"""Products of hidden states and a head on a GPU, by cuBLAS, and the passes over them.
+
+Logits exist as slabs, fp32 and never rounded, in memory that is used again. Slabs have fixed
+shapes, so a row's result does not depend on the other rows.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from codistill_kernels import _slabs
+from codistill_kernels._head import Head
+from codistill_kernels._slabs import padded_columns, padded_rows, pieces
+from codistill_kernels._softmax_triton import STATES, segment_states
+
+# --- products ----------------------------------------------------------------------------------
+
+
+def as_operands(hidden_states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of stride 1, of one dtype: fp32 where they differ."""
+    if hidden_states.dtype != weight.dtype or weight.dtype == torch.float64:
+        hidden_states, weight = hidden_states.float(), weight.float()
+    return tuple(t if t.stride(1) == 1 else t.contiguous() for t in (hidden_states, weight))
+
+
+def operands(hidden_states: Tensor, head: Head) -> tuple[Tensor, Head]:
+    """Hidden states and head as products and kernels take them."""
+    x, weight = as_operands(hidden_states, head.weight)
+    bias = None if head.bias is None else head.bias.float().contiguous()
+    return x, replace(head, weight=weight, bias=bias, temperature=head.temperature.contiguous())
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b: summed in fp32, rounded once to the dtype of `out`."""
+    if a.is_cuda and a.dtype != torch.float32:
+        if out.dtype != torch.float32:
+            assert not add
+            torch.mm(a, b, out=out)
+        elif add:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif add:
+        out.addmm_(a.float(), b.float())
+    elif out.dtype == torch.float32:
+        torch.mm(a.float(), b.float(), out=out)
+    else:
+        out.copy_(a.float() @ b.float())
+
+
+@contextmanager
+def fp32_sums() -> Iterator[None]:
+    """cuBLAS may not add up parts of a product that it has rounded to bf16 or fp16."""
+    settings = torch.backends.cuda.matmul
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    before = {
+        name: (getattr(settings, name), getattr(settings, f"{name}_split_k")) for name in names
+    }
+    try:
+        for name, (_, split_k) in before.items():
+            setattr(settings, name, (False, split_k))
+        yield
+    finally:
+        for name, values in before.items():
+            setattr(settings, name, values)
+
+
+class Slabs:
+    """fp32 products x . w of a head, a slab at a time in the same memory."""
+
+    def __init__(self, x: Tensor, weight: Tensor) -> None:
+        self.x, self.weight = x, weight
+        widest = padded_columns(min(_slabs.SEGMENT, len(weight)))
+        shape = padded_rows(len(x)) * widest
+        self.memory = torch.empty(shape, dtype=torch.float32, device=x.device)
+        self.blocks = [(rows, self.block(rows)) for rows in pieces(len(x), _slabs.ROWS)]
+
+    def block(self, rows: slice) -> Tensor:
+        """Hidden states of a slab, with rows of zeros to its fixed height."""
+        x = self.x[rows]
+        height = padded_rows(len(x))
+        if height == len(x):
+            return x
+        out = x.new_zeros((height, x.shape[1]))
+        out[: len(x)] = x
+        return out
+
+    def of(self, columns: slice) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, their products with these vocabulary rows), slab after slab."""
+        weight = self.weight[columns]
+        width = padded_columns(len(weight))
+        for rows, x in self.blocks:
+            slab = self.memory[: len(x) * width].view(len(x), width)[:, : len(weight)]
+            product(x, weight.T, slab)
+            yield rows, slab[: rows.stop - rows.start]
+
+
+def linear_states(
+    slabs: Slabs,
+    head: Head,
+    token_ids: Tensor,
+    columns: slice,
+    has_entropy: bool,
+    exponentials: Tensor | None = None,
+) -> Tensor:
+    """States [segments, STATES, N] of these vocabulary rows; fills exponentials [N, columns]."""
+    segments = [
+        slice(columns.start + piece.start, columns.start + piece.stop)
+        for piece in pieces(columns.stop - columns.start, _slabs.SEGMENT)
+    ]
+    shape = (len(segments), STATES, len(token_ids))
+    states = torch.empty(shape, dtype=torch.float32, device=token_ids.device)
+    for number, segment in enumerate(segments):
+        first = segment.start - columns.start
+        for rows, slab in slabs.of(segment):
+            segment_states(
+                slab,
+                head.bias,
+                token_ids[rows],
+                head.temperature[rows],
+                head.softcap,
+                slab.shape[1],
+                segment.start,
+                states[number : number + 1, :, rows],
+                has_entropy,
+                None
+                if exponentials is None
+                else exponentials[rows, first : first + _slabs.SEGMENT],
+            )
+    return states
