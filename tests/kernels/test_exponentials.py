@@ -9,7 +9,15 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from numerics import BACKENDS, DEVICE, INTERPRETED, MatrixUnit, assert_as_accurate_as_eager, seeded
+from numerics import (
+    BACKENDS,
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    MatrixUnit,
+    assert_as_accurate_as_eager,
+    seeded,
+)
 from processes import spawn
 
 from codistill_kernels import (
@@ -102,19 +110,21 @@ OPTIONS = {
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_equals_fp64_as_well_as_eager(way, options):
+def test_equals_fp64_as_well_as_eager(way, options, dtype):
     options = {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in options.items()}
-    x, weight, ids, upstream = make_case()
+    x, weight, ids, upstream = make_case(dtype=dtype)
     ids %= options.get("vocab_size", 1100)
     check_triton((x, weight, ids, upstream), **options)
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [20.0, 60.0, 130.0, -130.0])
-def test_peaked_rows_keep_their_gradient(way, size):
+def test_peaked_rows_keep_their_gradient(way, size, dtype):
     """Beyond 44 nats segments have different powers of two, which are brought to one."""
-    check_triton(peaked(make_case(std=4.0), size))
+    check_triton(peaked(make_case(std=4.0, dtype=dtype), size))
 
 
 @needs_triton
