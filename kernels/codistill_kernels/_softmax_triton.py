@@ -223,7 +223,7 @@ def logit_gradients_kernel(
     c1 = divide(tl.load(coefficients_ptr + num_rows + row), temperature)
     c2 = divide(tl.load(coefficients_ptr + 2 * num_rows + row), temperature)
     # A row without a gradient may hold NaN: it is not looked at.
-    has_gradient = tl.abs(c0) + tl.abs(c1) + tl.abs(c2) > 0.0
+    has_gradient = (c0 != 0.0) | (c1 != 0.0) | (c2 != 0.0)  # of NaN too
     columns = tl.where(has_gradient, columns, 0)
     maximum = tl.where(has_gradient, tl.load(log_softmax_ptr + row), 0.0)
     log_sum = tl.where(has_gradient, tl.load(log_softmax_ptr + num_rows + row), 0.0)

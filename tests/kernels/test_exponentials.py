@@ -162,6 +162,18 @@ def test_nan_is_never_hidden(way):
 
 
 @needs_triton
+@pytest.mark.parametrize("has_entropy", [False, True])
+def test_nan_upstream_is_never_hidden(way, has_entropy):
+    x, weight, ids, upstream = make_case()
+    leaves = [t.clone().requires_grad_() for t in (x, weight)]
+    upstream[3] = torch.nan
+    parts = linear_logps(*leaves, ids, return_entropy=True, backend="triton")
+    (upstream * parts[int(has_entropy)]).sum().backward()
+    assert leaves[0].grad[3].isnan().all() and leaves[1].grad.isnan().all()
+    assert leaves[0].grad[[2, 4]].isfinite().all()
+
+
+@needs_triton
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_frozen_input_costs_nothing(way, frozen):
     x, weight, ids, upstream = make_case()
