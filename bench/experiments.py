@@ -71,7 +71,7 @@ def poisoned(*size: int, dtype: torch.dtype = BF16) -> Tensor:
 
 def milliseconds(run: Callable[[], object], out: Tensor, repeats: int = REPEATS) -> float:
     """Of a run on the GPU that writes all of `out`."""
-    with fp32_sums():
+    with fp32_sums:
         ms, _ = gpu_times(run, repeats=repeats)
     if not out.isfinite().all():
         raise AssertionError("an element of the output was not written, or is not finite")

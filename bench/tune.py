@@ -129,7 +129,7 @@ def constants_of(candidate: Candidate) -> Iterator[None]:
 
 def milliseconds(candidate: Candidate) -> float:
     """Median time on this GPU, of slabs that are not in its cache."""
-    with constants_of(candidate), _products_triton.fp32_sums():
+    with constants_of(candidate), _products_triton.fp32_sums:
         call = call_of(candidate, torch.device("cuda"))
         return triton.testing.do_bench(call, return_mode="median")
 

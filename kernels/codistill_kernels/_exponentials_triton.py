@@ -4,8 +4,8 @@
     v = c0 2^k e^-lse a row:  dx = v (E W),  dW_s = E_s^T (v x)
 
 E, in the operands' dtype, is written once and is what both gradient products read: 6 N H V
-operations, 6 bytes a logit. The power k is a multiple of 128, 0 in most rows: a row's segments
-differ by exact powers of two.
+operations, 6 bytes a logit. The power k goes in steps of 64, and few rows have two: a row's
+segments differ by exact powers of two.
 """
 
 import math
@@ -20,7 +20,9 @@ from codistill_kernels import _slabs
 from codistill_kernels._head import Head
 from codistill_kernels._products_triton import Slabs, fp32_sums, linear_states, product
 from codistill_kernels._slabs import pieces
-from codistill_kernels._softmax_triton import COARSE, LOG2E, NUM_WARPS, merge_states
+from codistill_kernels._softmax_triton import BASE, COARSE, LOG2E, NUM_WARPS, merge_states
+
+LOG2E_FP32 = torch.tensor(LOG2E.value, dtype=torch.float32).item()  # as a kernel rounds it
 
 # --- kernels -----------------------------------------------------------------------------------
 
@@ -51,8 +53,11 @@ def finish_exponentials_kernel(
         if is_zero | (shift != 0.0):  # rare: offsets differ from 44 nats on
             cols = segment * SEGMENT + tl.arange(0, SEGMENT)
             e = tl.load(exponentials_ptr + cols, mask=cols < columns, other=0.0).to(tl.float32)
-            # A power of two is exact. Select: a row without a gradient may hold NaN.
-            e = tl.where(is_zero, 0.0, e * tl.exp2(shift))
+            # In two steps, each exact: a GPU's exp2 has no subnormal results.
+            half = tl.exp2(0.5 * shift)
+            # Select: a row without a gradient may hold NaN, and a segment of nothing but -inf
+            # anything.
+            e = tl.where(is_zero | (shift < -4 * COARSE), 0.0, e * half * half)
             e = e.to(exponentials_ptr.dtype.element_ty)
             tl.store(exponentials_ptr + cols, e, mask=cols < columns)
     column = tl.load(target_column_ptr + index) - first_segment * SEGMENT
@@ -135,7 +140,7 @@ class Exponentials:
         scaled = torch.mul(x, factors[:, None], out=torch.empty_like(x))  # rounded once
         scaled.masked_fill_(factors[:, None] == 0, 0.0)  # such a row may hold NaN
         dx = factors.new_empty(x.shape) if needs_hidden else None
-        with fp32_sums():
+        with fp32_sums:
             for columns, e in self.parts(kept):
                 if dx is not None:
                     product(e, self.head.weight[columns], dx, add=columns.start > 0)
@@ -156,33 +161,36 @@ class Exponentials:
         some = slice(None) if len(kept) == len(self.x) else kept
         ids, target = self.token_ids[some], self.statistics[3, some]
         ids = torch.where(ids < len(self.head.weight), ids, -1)  # another shard's
-        exponent = maximum * LOG2E.value
-        offset = (exponent / COARSE.value).round() * COARSE.value
-        exponent = exponent - offset + log_sum * LOG2E.value  # log2 of e^lse 2^-offset
-        at_target = (target - maximum - log_sum).clamp(max=0).expm1() * exponent.exp2()
+        # As the kernel has them, so that rounding cancels: dz sums to 0 over the vocabulary.
+        whole = (maximum * LOG2E.value).floor()
+        fraction = (maximum.double() * LOG2E_FP32 - whole).float()
+        offset = ((whole - BASE.value) / COARSE.value).floor() * COARSE.value + BASE.value
+        size = fraction.exp2() * (whole - offset).exp2() * log_sum.exp()  # e^lse 2^-offset
+        at_target = (target - maximum - log_sum).clamp(max=0).expm1() * size
         if self.head.softcap:
             owner = ids.clamp(min=0).div(_slabs.SEGMENT, rounding_mode="floor")
             slopes = self.slopes[:, some].gather(0, owner.clamp(max=len(self.slopes) - 1)[None])
             at_target = at_target * slopes.squeeze(0)
         shifts = self.offsets[:, some] - offset
-        factors = c0 * (-exponent).exp2() / self.head.temperature[some]
+        factors = c0 / size / self.head.temperature[some]
         factors = torch.where(c0 == 0, 0.0, factors)
         for columns, e in zip(self.columns, self.slices, strict=True):
-            finish_exponentials_kernel[(len(kept),)](
-                e,
-                kept,
-                shifts,
-                ids,
-                at_target,
-                factors,
-                len(kept),
-                columns.start // _slabs.SEGMENT,
-                triton.cdiv(e.shape[1], _slabs.SEGMENT),
-                e.shape[1],
-                e.stride(0),
-                SEGMENT=_slabs.SEGMENT,
-                num_warps=NUM_WARPS,
-            )
+            with torch.cuda.device_of(e):
+                finish_exponentials_kernel[(len(kept),)](
+                    e,
+                    kept,
+                    shifts,
+                    ids,
+                    at_target,
+                    factors,
+                    len(kept),
+                    columns.start // _slabs.SEGMENT,
+                    triton.cdiv(e.shape[1], _slabs.SEGMENT),
+                    e.shape[1],
+                    e.stride(0),
+                    SEGMENT=_slabs.SEGMENT,
+                    num_warps=NUM_WARPS,
+                )
         return factors
 
     def parts(self, kept: Tensor) -> Iterator[tuple[slice, Tensor]]:

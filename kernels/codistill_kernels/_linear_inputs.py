@@ -77,6 +77,10 @@ def prepare(
     return LinearInputs(tensors, active, rows)
 
 
+def require_workspace(workspace_mib: int | None) -> None:
+    require(workspace_mib is None or workspace_mib > 0, "workspace_mib", "> 0", workspace_mib)
+
+
 def check_inputs(
     hidden_states: Tensor,
     lm_head_weight: Tensor,

@@ -96,7 +96,7 @@ class TritonChunks:
                     db[columns] += slab.sum(dim=0)
                     dz[rows, : len(weight)] = slab
             dz = dz[:, : len(weight)]
-            with fp32_sums():
+            with fp32_sums:
                 if dx is not None:
                     product(dz, weight, dx, add=columns.start > 0)
                 if dw is not None:

@@ -4,8 +4,9 @@ Logits exist as slabs, fp32 and never rounded, in memory that is used again. Sla
 shapes, so a row's result does not depend on the other rows.
 """
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -51,21 +52,40 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
         out.copy_(a.float() @ b.float())
 
 
-@contextmanager
-def fp32_sums() -> Iterator[None]:
-    """cuBLAS may not add up parts of a product that it has rounded to bf16 or fp16."""
-    settings = torch.backends.cuda.matmul
-    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
-    before = {
-        name: (getattr(settings, name), getattr(settings, f"{name}_split_k")) for name in names
-    }
-    try:
-        for name, (_, split_k) in before.items():
-            setattr(settings, name, (False, split_k))
-        yield
-    finally:
-        for name, values in before.items():
-            setattr(settings, name, values)
+class Fp32Sums(AbstractContextManager):
+    """Where cuBLAS may not add up parts of a product that it has rounded to bf16 or fp16.
+
+    The settings are the process's, and each GPU's backward pass has a thread of its own: the first
+    to enter changes them, the last to leave puts them back.
+    """
+
+    NAMES = tuple(f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16"))
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+        self.before: dict[str, tuple[bool, bool]] = {}
+
+    def __enter__(self) -> None:
+        settings = torch.backends.cuda.matmul
+        with self.lock:
+            self.inside += 1
+            if self.inside == 1:
+                for name in self.NAMES:
+                    self.before[name] = (
+                        getattr(settings, name),
+                        getattr(settings, name + "_split_k"),
+                    )
+                    setattr(settings, name, (False, self.before[name][1]))
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                for name, values in self.before.items():
+                    setattr(torch.backends.cuda.matmul, name, values)
+
+
+fp32_sums = Fp32Sums()
 
 
 class Slabs:

@@ -80,17 +80,18 @@ def reverse_kl(
     states = torch.empty(shape, dtype=torch.float32, device=temperature.device)
     for number, columns in enumerate(segments):
         for (rows, slab), (_, other) in zip(student.of(columns), teacher.of(columns), strict=True):
-            pair_states_kernel[(len(slab),)](
-                slab,
-                other,
-                temperature[rows],
-                states[number, :, rows],
-                len(temperature),
-                slab.shape[1],
-                slab.stride(0),
-                SEGMENT=_slabs.SEGMENT,
-                num_warps=NUM_WARPS,
-            )
+            with torch.cuda.device_of(slab):
+                pair_states_kernel[(len(slab),)](
+                    slab,
+                    other,
+                    temperature[rows],
+                    states[number, :, rows],
+                    len(temperature),
+                    slab.shape[1],
+                    slab.stride(0),
+                    SEGMENT=_slabs.SEGMENT,
+                    num_warps=NUM_WARPS,
+                )
     return divergence(states)
 
 

@@ -15,7 +15,10 @@ from codistill_kernels import _slabs
 LOWEST = tl.constexpr(-1e30)
 BANNED = tl.constexpr(-1e20)  # below is what stands for -inf, at any temperature
 LOG2E = tl.constexpr(1.4426950408889634)
-COARSE = tl.constexpr(128)  # of exponents: no segment's offset differs while |z| < 44 nats
+# Exponents of exponentials that are kept: a segment's largest lies in 0 .. COARSE, which leaves 126
+# below and room for sums above. In most rows all segments have offset BASE: it holds while their
+# largest logits are between -2.7 and 41.5 nats.
+COARSE, BASE = tl.constexpr(64), tl.constexpr(-4)
 NUM_WARPS = 8
 # Of a segment: max, sum without the target, weighted sum (0 where no entropy is wanted), target
 # logit, slope of the softcap there, offset k of its exponentials. What is of no use is unset.
@@ -104,7 +107,7 @@ def segment_states_kernel(
     SEGMENT: tl.constexpr,
 ):
     """states [segments, STATES, num_rows]; with KEEP, exponentials 2^(z log2e - k) times the slope
-    of the softcap, where k is the segment's largest exponent to the nearest COARSE."""
+    of the softcap, where k is BASE plus a multiple of COARSE, at most the largest exponent."""
     row, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     cols = segment * SEGMENT + tl.arange(0, SEGMENT)
     logits_ptr += row * stride_n
@@ -130,10 +133,12 @@ def segment_states_kernel(
         if HAS_SOFTCAP:
             tl.store(at + 4 * num_rows, target_slope)
     if KEEP:
-        exponent = maximum * LOG2E
-        offset = tl.floor(exponent * (1 / COARSE) + 0.5) * COARSE
+        # 2^(whole + fraction - offset): the whole part is a number that the launcher finds again.
+        whole = tl.floor(maximum * LOG2E)
+        fraction = tl.fma(maximum, LOG2E, -whole)
+        offset = tl.floor((whole - BASE) * (1 / COARSE)) * COARSE + BASE
         tl.store(at + 5 * num_rows, offset)
-        e *= tl.exp2(exponent - offset)
+        e *= tl.exp2(fraction) * tl.exp2(whole - offset)
         e *= slope
         out = exponentials_ptr + row * stride_en + cols
         tl.store(out, e.to(exponentials_ptr.dtype.element_ty), mask=cols < exponential_columns)
@@ -180,7 +185,8 @@ def merge_states_kernel(
         factor = tl.exp(shift)
         others += factor * total
         target_term += factor * term
-        weighted += factor * (part_weighted + shift * (total + term))
+        inside = factor * (part_weighted + shift * (total + term))
+        weighted += tl.where(factor == 0.0, 0.0, inside)  # shift may be too large to multiply
         target += z
         at += STATES * num_rows
     # Without the term of the maximum, exactly where that is the target.
@@ -250,6 +256,7 @@ def logit_gradients_kernel(
 
 
 # --- launchers ---------------------------------------------------------------------------------
+# Triton launches on the current device, whatever its arguments are on.
 
 
 def segment_states(
@@ -269,28 +276,29 @@ def segment_states(
     rows, segments = len(logits), states.shape[0]
     if not rows:
         return
-    segment_states_kernel[(rows, segments)](
-        logits,
-        states if bias is None else bias,
-        token_ids,
-        temperature,
-        states,
-        states if exponentials is None else exponentials,
-        states.stride(1),
-        columns,
-        first_column,
-        0 if exponentials is None else exponentials.shape[1],
-        logits.stride(0),
-        0 if exponentials is None else exponentials.stride(0),
-        softcap,
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap != 0,
-        HAS_ENTROPY=has_entropy,
-        KEEP=exponentials is not None,
-        STATES=STATES,
-        SEGMENT=_slabs.SEGMENT,
-        num_warps=NUM_WARPS,
-    )
+    with torch.cuda.device_of(logits):
+        segment_states_kernel[(rows, segments)](
+            logits,
+            states if bias is None else bias,
+            token_ids,
+            temperature,
+            states,
+            states if exponentials is None else exponentials,
+            states.stride(1),
+            columns,
+            first_column,
+            0 if exponentials is None else exponentials.shape[1],
+            logits.stride(0),
+            0 if exponentials is None else exponentials.stride(0),
+            softcap,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap != 0,
+            HAS_ENTROPY=has_entropy,
+            KEEP=exponentials is not None,
+            STATES=STATES,
+            SEGMENT=_slabs.SEGMENT,
+            num_warps=NUM_WARPS,
+        )
 
 
 def merge_states(states: Tensor, token_ids: Tensor, vocab: int) -> Tensor:
@@ -298,18 +306,19 @@ def merge_states(states: Tensor, token_ids: Tensor, vocab: int) -> Tensor:
     segments, _, rows = states.shape
     out = states.new_empty((4, rows))
     if rows:
-        merge_states_kernel[(triton.cdiv(rows, MERGED_ROWS),)](
-            states,
-            token_ids,
-            out,
-            rows,
-            segments,
-            vocab,
-            STATES=STATES,
-            SEGMENT=_slabs.SEGMENT,
-            BLOCK_N=MERGED_ROWS,
-            num_warps=1,
-        )
+        with torch.cuda.device_of(states):
+            merge_states_kernel[(triton.cdiv(rows, MERGED_ROWS),)](
+                states,
+                token_ids,
+                out,
+                rows,
+                segments,
+                vocab,
+                STATES=STATES,
+                SEGMENT=_slabs.SEGMENT,
+                BLOCK_N=MERGED_ROWS,
+                num_warps=1,
+            )
     return out
 
 
@@ -347,23 +356,24 @@ def logit_gradients(
     if not out.numel():
         return
     assert coefficients.stride() == log_softmax.stride()
-    logit_gradients_kernel[(len(logits), triton.cdiv(out.shape[1], _slabs.SEGMENT))](
-        logits,
-        coefficients if bias is None else bias,
-        out,
-        token_ids,
-        temperature,
-        coefficients,
-        log_softmax,
-        coefficients.stride(0),
-        columns,
-        first_column,
-        out.shape[1],
-        logits.stride(0),
-        out.stride(0),
-        softcap,
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap != 0,
-        SEGMENT=_slabs.SEGMENT,
-        num_warps=NUM_WARPS,
-    )
+    with torch.cuda.device_of(logits):
+        logit_gradients_kernel[(len(logits), triton.cdiv(out.shape[1], _slabs.SEGMENT))](
+            logits,
+            coefficients if bias is None else bias,
+            out,
+            token_ids,
+            temperature,
+            coefficients,
+            log_softmax,
+            coefficients.stride(0),
+            columns,
+            first_column,
+            out.shape[1],
+            logits.stride(0),
+            out.stride(0),
+            softcap,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap != 0,
+            SEGMENT=_slabs.SEGMENT,
+            num_warps=NUM_WARPS,
+        )

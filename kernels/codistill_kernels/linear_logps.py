@@ -14,7 +14,7 @@ from codistill_kernels._linear import (
     recomputed_gradients,
     workspace_bytes,
 )
-from codistill_kernels._linear_inputs import cut, prepare
+from codistill_kernels._linear_inputs import cut, prepare, require_workspace
 from codistill_kernels._softmax_torch import normalizers
 
 # --- custom ops --------------------------------------------------------------------------------
@@ -151,19 +151,21 @@ class LinearLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dlogps, dentropy):
         hidden_states, lm_head_weight, bias, *tokens, active, log_softmax = ctx.saved_tensors
-        needs, group, held = list(ctx.needs_input_grad[:3]), ctx.options.group, ctx.held
+        needs, group = list(ctx.needs_input_grad[:3]), ctx.options.group
+        # Once: it is used up, also by a pass that fails. A second one computes the logits again.
+        held, ctx.held = ctx.held, None
         head_rows = len(lm_head_weight)
         lm_head_weight, bias = cut(lm_head_weight, bias, ctx.options.vocab)
         zero = torch.zeros_like(log_softmax[0])
         coefficients = row_coefficients(
             zero if dlogps is None else dlogps, zero if dentropy is None else dentropy, active
         )
-        if held is not None and dentropy is None:
+        if held is not None and dentropy is None and not torch.is_grad_enabled():
             gradients = held.gradients(
                 coefficients, log_softmax, needs, hidden_states, lm_head_weight.dtype
             )
         else:
-            ctx.held = held = None  # before as much is allocated again
+            held = None  # before as much is allocated again
             gradients = linear_gradients(
                 hidden_states,
                 lm_head_weight,
@@ -178,8 +180,7 @@ class LinearLogps(torch.autograd.Function):
                 ctx.options.workspace_mib,
                 ctx.options.backend,
             )
-        # Its memory goes; a second backward pass computes the logits again.
-        ctx.held = held = None
+        held = None
         dx, dw, db = (g if need else None for g, need in zip(gradients, needs, strict=True))
         if dx is not None:
             if group is not None:
@@ -288,6 +289,7 @@ def linear_logps(
     ignore_index: int = -100,
     return_entropy: bool = False,
     group: dist.ProcessGroup | None = None,
+    workspace_mib: int | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each given token, without holding the [N, V] logits.
@@ -313,6 +315,9 @@ def linear_logps(
         group: processes that each hold V rows of the weight (and of the bias), in rank order; ids
             and vocab_size then count over all of them. Every process gets the whole result, and
             in the backward pass the whole gradient of hidden_states.
+        workspace_mib: bound of the logits held at once, or of their exponentials until the backward
+            pass (MiB). None: 128 on a CPU, on a GPU 2560 or half of what is free: give a number
+            where bits must not depend on that.
         backend: "auto", "triton", "cpu" (C++) or "torch". auto: triton on a GPU, cpu on the CPU.
 
     Returns:
@@ -323,13 +328,14 @@ def linear_logps(
 
     Logits are fp32 sums, never rounded. Memory besides the inputs, and the gradients, of
     hidden_states in fp32: the forward pass holds a tile of logits a thread (cpu), a slab of 128 MiB
-    (triton) or a chunk of 256 rows (torch); the backward pass computes them again, at most 128 MiB
-    at a time. triton keeps the exponentials of all logits in the dtype of the inputs for the
-    backward pass where they fit into 2.5 GiB and half of what is free: 6 N H V operations instead
-    of 8, unless the entropy or a bias has a gradient.
+    (triton) or a chunk of 256 rows (torch); the backward pass computes them again, the workspace at
+    a time. triton keeps the exponentials of all logits in the dtype of the inputs for the backward
+    pass where they fit into the workspace: 6 N H V operations instead of 8, unless the entropy or a
+    bias has a gradient.
     Definition: codistill_kernels.reference.linear_logps. Source: online softmax, Milakov &
     Gimelshein 2018 (arXiv:1805.02867).
     """
+    require_workspace(workspace_mib)
     inputs = prepare(
         hidden_states,
         lm_head_weight,
@@ -342,7 +348,13 @@ def linear_logps(
         group=group,
     )
     options = Options(
-        inputs.vocab, softcap or 0.0, group, backend, torch.is_grad_enabled(), return_entropy
+        inputs.vocab,
+        softcap or 0.0,
+        group,
+        backend,
+        torch.is_grad_enabled(),
+        return_entropy,
+        workspace_mib,
     )
     logps, entropy = LinearLogps.apply(*inputs.tensors, inputs.active, options)
     shape = token_ids.shape

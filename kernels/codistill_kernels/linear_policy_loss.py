@@ -25,7 +25,7 @@ from codistill_kernels._linear import (
     split_rows,
     workspace_bytes,
 )
-from codistill_kernels._linear_inputs import prepare
+from codistill_kernels._linear_inputs import prepare, require_workspace
 from codistill_kernels._scaling import scale, scale_in_place
 from codistill_kernels.linear_logps import LinearLogps, Options, log_probabilities
 from codistill_kernels.policy_loss import (
@@ -239,6 +239,11 @@ class WithGradients(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
+        if ctx.is_spent:
+            raise RuntimeError(
+                "linear_policy_loss: a second backward pass needs a second call: the first one has "
+                "taken the memory of the head's gradient"
+            )
         factor = dloss / ctx.normalizer
         needs = ctx.needs_input_grad
         dx, dw, db = (
@@ -249,11 +254,6 @@ class WithGradients(torch.autograd.Function):
             dx = dx.clone()
             dist.all_reduce(dx, group=ctx.group)
         if not torch.compiler.is_compiling() and dw is not None and dw.is_cuda:
-            if ctx.is_spent:
-                raise RuntimeError(
-                    "linear_policy_loss: a second backward pass needs a second call: the first one "
-                    "has taken the memory of the head's gradient"
-                )
             ctx.is_spent, dw = True, scale_in_place(dw, factor, ctx.dtypes[1])
         else:
             dw = scale(dw, factor, ctx.dtypes[1])
@@ -312,7 +312,7 @@ def linear_policy_loss(
     Source: Eq. 5 and Eq. 10. Definition: reference.policy_loss of reference.linear_logps.
     """
     require(hidden_states.ndim == 2, "hidden_states", "[N, H]", tuple(hidden_states.shape))
-    require(workspace_mib is None or workspace_mib > 0, "workspace_mib", "> 0", workspace_mib)
+    require_workspace(workspace_mib)
     require_mask(mask, len(hidden_states))
     keep = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
     inputs = prepare(

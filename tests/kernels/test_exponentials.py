@@ -16,12 +16,14 @@ from numerics import (
     INTERPRETED,
     MatrixUnit,
     assert_as_accurate_as_eager,
+    row_error,
     seeded,
 )
 from processes import spawn
 
 from codistill_kernels import (
     _exponentials_triton,
+    _linear_triton,
     _products_triton,
     _slabs,
     linear_logps,
@@ -123,15 +125,71 @@ def test_equals_fp64_as_well_as_eager(way, options, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [20.0, 60.0, 130.0, -130.0])
 def test_peaked_rows_keep_their_gradient(way, size, dtype):
-    """Beyond 44 nats segments have different powers of two, which are brought to one."""
+    """Beyond 42 nats segments have different powers of two, which are brought to one."""
     check_triton(peaked(make_case(std=4.0, dtype=dtype), size))
+
+
+@needs_triton
+@pytest.mark.parametrize("largest", [41.5888309, 41.588834, 85.9501, 42.0, -2.7725887, 500.0])
+def test_segments_apart_by_one_power_of_two(way, largest):
+    """About where offsets change: 60, 124 and -4 log(2) nats. And dW of tokens 50 nats below."""
+    logits = torch.linspace(-3, 3, 1100) + largest - 50
+    logits[7], logits[600], logits[1050] = largest, largest - 1, largest - 2
+    ids = torch.tensor([7, 600, 1050, 3])
+    case = torch.ones(4, 1), logits[:, None].contiguous(), ids, torch.tensor([1.0, -2.0, 3.0, 0.5])
+    logps, _, dw = gradients(linear_logps, *case, backend="triton")
+    exact = gradients(exact_logps, *(t.double() for t in case[:2]), *case[2:])
+    torch.testing.assert_close(logps.double(), exact[0], rtol=2e-6, atol=1e-4)
+    assert row_error(dw, exact[2]) < 1e-4  # fp32 logits of this size are so exact
+
+
+@needs_triton
+@pytest.mark.parametrize("base", [30.0, 1000.0, -1000.0])
+def test_logits_far_from_zero(way, base):
+    """All of a row: their gradients sum to 0, and what is left of it counts base times."""
+    x, weight, ids, upstream = make_case()
+    x[:, 0], weight[:, 0] = 1.0, base
+    check_triton((x, weight, ids, upstream))
+
+
+@needs_triton
+def test_after_a_backward_pass_that_failed(way, monkeypatch):
+    """It has used the exponentials up."""
+    x, weight, ids, upstream = make_case()
+    expected = gradients(linear_logps, x, weight, ids, upstream, backend="triton")
+    leaves = [t.clone().requires_grad_() for t in (x, weight)]
+    loss = (upstream * linear_logps(*leaves, ids, backend="triton")).sum()
+    with monkeypatch.context() as patch:
+
+        def fail(*_, **__):
+            raise torch.OutOfMemoryError
+
+        for module in (_exponentials_triton, _linear_triton):
+            patch.setattr(module, "product", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            loss.backward(retain_graph=True)
+    loss.backward()
+    for leaf, gradient in zip(leaves, expected[1:], strict=True):
+        torch.testing.assert_close(leaf.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+@needs_triton
+def test_second_derivatives_are_refused(way):
+    x, weight, ids, upstream = make_case(rows=4)
+    expected = gradients(linear_logps, x, weight, ids, upstream, backend="triton")
+    leaves = [t.clone().requires_grad_() for t in (x, weight)]
+    loss = (upstream * linear_logps(*leaves, ids, backend="triton")).sum()
+    dx, _ = torch.autograd.grad(loss, leaves, create_graph=True)
+    torch.testing.assert_close(dx.detach(), expected[1], rtol=1e-4, atol=1e-6)
+    with pytest.raises(RuntimeError, match="codistill.linear_gradients"):
+        dx.square().sum().backward()
 
 
 @needs_triton
 def test_banned_columns_and_a_bias(way):
     case = make_case()
     bias = torch.linspace(-3, 3, 1100)
-    bias[512:1024] = -torch.inf  # one segment
+    bias[512:1024] = -torch.inf  # a segment of nothing else
     case[2][:] %= 500
     check_triton(case, bias=bias)
 
@@ -260,7 +318,7 @@ def states_of_segments(
     e = shifted.exp()
     target = token_ids - first_column
     here = (target[:, None] == torch.arange(columns)).float()
-    offset = (maximum / math.log(2) / 128 + 0.5).floor() * 128
+    offset = (((maximum / math.log(2)).floor() + 4) / 64).floor() * 64 - 4
     rest, weighted = (e * (1 - here)).sum(1), (e * shifted).sum(1)
     slope = torch.ones_like(rest)
     parts = (maximum, rest, weighted, (here * z).sum(1), slope, offset)

@@ -320,6 +320,7 @@ def test_row_does_not_depend_on_other_rows_or_threads(backend, dtype):
         (dict(temperature=torch.ones(3)), "temperature"),
         (dict(softcap=-1.0), "softcap"),
         (dict(vocab_size=12), "vocab_size"),
+        (dict(workspace_mib=0), "workspace_mib"),
         (dict(backend="cuda"), "backend"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
