@@ -12,11 +12,13 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from bench.batch import CLIPPED_EVERY
 from bench.devices import DEVICES, Device, device_named
 from bench.paths import DTYPE, OPERATIONS, Case, Run
 from bench.shapes import Shape
-from codistill_kernels._linear import WORKSPACE_MIB as CPU_WORKSPACE_MIB
+from codistill_kernels._linear import workspace_bytes
 from codistill_kernels._linear_cpu import CpuChunks
 
 MODES = {"linear_reverse_kl": ("forward",)}
@@ -151,7 +153,8 @@ def roofline_ms(
 
 def cpu_ms(operation: str, shape: Shape, mode: str, matmul_tflops: float) -> float:
     """mode: forward or both; no matmul is measured beside a backward pass alone."""
-    way = CpuChunks.plan(shape.active, shape.vocab, DTYPE, CPU_WORKSPACE_MIB * 2**20).way
+    workspace = workspace_bytes(None, torch.device("cpu"), shape.vocab)
+    way = CpuChunks.plan(shape.active, shape.vocab, DTYPE, workspace).way
     recomputes = operation == "linear_logps" or way == "columns"
     factor = 2 if mode == "forward" else 8 if recomputes else 6
     hidden = shape.hidden + shape.large_hidden

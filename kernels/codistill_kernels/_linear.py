@@ -26,16 +26,17 @@ WORKSPACE_MIB = 128  # 512 rows of 65536 fp32 logits on a CPU; 256 MiB was a ten
 
 
 def workspace_bytes(
-    workspace_mib: int | None, device: torch.device, *, is_shard: bool = False
+    workspace_mib: int | None, device: torch.device, vocab: int, *, is_shard: bool = False
 ) -> int:
-    """Of the caller's choice; else the device's default, on a GPU at most half of what is free.
+    """Of the caller's choice; else the device's default: on a GPU at most half of what is free, on
+    a CPU never so little that logits of a chunk would be computed twice.
 
     is_shard: all processes must choose alike, however much each has free.
     """
     if workspace_mib is not None:
         return workspace_mib * 2**20
     if device.type != "cuda":
-        return WORKSPACE_MIB * 2**20
+        return max(WORKSPACE_MIB * 2**20, 4 * CpuChunks.FEW_ROWS * vocab)
     if is_shard:
         return _slabs.WORKSPACE_MIB * 2**20
     free, _ = torch.cuda.mem_get_info(device)

@@ -65,16 +65,27 @@ def prepare(
     require_in_vocabulary(flat_ids, active, vocab_size)
     first_row = rank * local_rows
     rows = min(max(vocab_size - first_row, 0), local_rows)
-    dtype = compute_dtype(hidden_states)
-    per_token = torch.as_tensor(temperature, device=hidden_states.device).detach().to(dtype)
+    is_known = (flat_ids >= 0) & (flat_ids < vocab_size)
+    per_token = temperatures(temperature, token_ids.shape, hidden_states).reshape(-1)
     tensors = (
         hidden_states.reshape(-1, hidden_states.shape[-1]),
         lm_head_weight,
         bias,
-        torch.where(active, flat_ids - first_row, -1),
-        per_token.expand(token_ids.shape).reshape(-1),
+        torch.where(active & is_known, flat_ids - first_row, -1),
+        # Where ids cannot be looked at: what is no token has no log-probability, not a finite one.
+        torch.where(active & ~is_known, torch.nan, per_token),
     )
     return LinearInputs(tensors, active, rows)
+
+
+def temperatures(
+    temperature: float | Tensor, shape: tuple[int, ...], hidden_states: Tensor
+) -> Tensor:
+    """[...] one a token, detached, in the dtype that the softmax is computed in."""
+    dtype = compute_dtype(hidden_states)
+    if not isinstance(temperature, Tensor):  # never by way of the process's default dtype
+        return torch.full(shape, temperature, dtype=dtype, device=hidden_states.device)
+    return temperature.detach().to(hidden_states.device, dtype).expand(shape)
 
 
 def require_workspace(workspace_mib: int | None) -> None:

@@ -75,7 +75,7 @@ def linear_gradients(
         backend,
         head_rows,
         lm_head_weight.dtype,
-        workspace_bytes(workspace_mib, hidden_states.device),
+        workspace_bytes(workspace_mib, hidden_states.device, lm_head_weight.shape[0]),
     )
     return dx, dw, db if bias is None else db.to(bias.dtype)
 
@@ -206,7 +206,8 @@ def statistics_of_active(
     held = None
     if options.has_gradient and any(needs):
         device, is_shard = hidden_states.device, options.group is not None
-        workspace = workspace_bytes(options.workspace_mib, device, is_shard=is_shard)
+        mib = options.workspace_mib
+        workspace = workspace_bytes(mib, device, len(weight), is_shard=is_shard)
         held = keep_exponentials(
             hidden_states,
             head,
@@ -303,10 +304,11 @@ def linear_logps(
         hidden_states: [..., H], fp32, bf16, fp16 or fp64. Differentiable.
         lm_head_weight: [V, H], same device, any of these dtypes. Differentiable; its gradient is
             summed in fp32 and rounded once.
-        token_ids: [...], int64, in [0, vocab_size) or `ignore_index`. Checked on the CPU only; on
-            a GPU an id outside is undefined.
+        token_ids: [...], int64, in [0, vocab_size) or `ignore_index`. On a GPU and under
+            torch.compile, where values are not looked at, an id outside gives NaN.
         bias: [V], added to the logits. Differentiable.
-        temperature: divides the logits, > 0: a number, or a tensor [...], one a token.
+        temperature: divides the logits, > 0: a number, or a tensor [...], one a token. No gradient
+            flows into it.
         softcap: > 0; soft limit of the logits, before the temperature.
         vocab_size: only the first `vocab_size` rows of the weight take part in the softmax.
         ignore_index: such tokens get log-probability 0, entropy 0 and no gradient, whatever their

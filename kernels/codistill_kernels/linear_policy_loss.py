@@ -74,7 +74,8 @@ def linear_policy_gradients(
     terms = Terms(old_logps, advantages, importance_weights, mask, cu_seqlens, loss)
     chunks = kind_of_chunks(hidden_states, backend)
     is_shard = group is not None
-    workspace = workspace_bytes(workspace_mib, hidden_states.device, is_shard=is_shard)
+    device = hidden_states.device
+    workspace = workspace_bytes(workspace_mib, device, shard_rows, is_shard=is_shard)
     plan = plan_for(chunks, hidden_states, lm_head_weight, shard_rows, workspace)
     arguments = (hidden_states, head, token_ids, terms, group, needs, backend)
     if plan.way == "columns" or takes_two_passes(chunks, loss, needs):
@@ -104,7 +105,7 @@ def _(
     backend,
 ):
     shapes = (hidden_states.shape, lm_head_weight.shape, lm_head_weight.shape[:1])
-    return temperature.new_empty(len(token_ids)), *(
+    return temperature.new_empty(token_ids.shape[0]), *(
         temperature.new_empty(shape if need else 0)
         for shape, need in zip(shapes, needs, strict=True)
     )
@@ -296,14 +297,15 @@ def linear_policy_loss(
             `policy_loss`.
         bias, temperature, softcap, vocab_size, group: as in `linear_logps`.
         workspace_mib: bound of the logits held at once (MiB); more rows a pass, fewer passes over
-            the weight. At least 64 tokens' logits, or 256 vocabulary rows' in two passes. None: 128
-            on a CPU, 2560 or half of what is free on a GPU.
+            the weight. At least 64 tokens' logits, or 256 vocabulary rows' in two passes. None: on
+            a CPU 128, or what 256 tokens' logits take; on a GPU 2560, or half of what is free.
         backend: as in `linear_logps`.
 
     Returns:
         (loss, statistics) as `policy_loss`. Gradients are made for the inputs that require one:
         of chunks of tokens here, and only scaled in the backward pass, else there; under
-        torch.no_grad none is made.
+        torch.no_grad none is made. A loss by chunks holds an fp32 gradient of the head until its
+        backward pass: several that wait for theirs hold one each.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value. The message names it.
@@ -347,7 +349,7 @@ def linear_policy_loss(
     else:
         rows = keep.nonzero().squeeze(1)
         is_shard, shard_rows = group is not None, len(lm_head_weight)
-        workspace = workspace_bytes(workspace_mib, keep.device, is_shard=is_shard)
+        workspace = workspace_bytes(workspace_mib, keep.device, shard_rows, is_shard=is_shard)
         kind = kind_of_chunks(hidden_states, backend)
         plan = plan_for(kind, hidden_states, lm_head_weight, shard_rows, workspace, len(rows))
         in_chunks = plan.way == "chunks" and not takes_two_passes(kind, loss, needs)

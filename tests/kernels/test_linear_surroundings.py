@@ -1,0 +1,129 @@
+"""The operations on a linear head under what is around them: default dtypes, torch.compile, ids."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+from numerics import BACKENDS, seeded
+
+from codistill_kernels import (
+    PolicyLoss,
+    _linear,
+    codistill_losses,
+    linear_logps,
+    linear_policy_loss,
+)
+
+
+def make_case(rows=9, hidden=16, vocab=50, dtype=torch.float32):
+    generator = seeded(0)
+    x = torch.randn(rows, hidden, generator=generator)
+    weight = torch.randn(vocab, hidden, generator=generator)
+    ids = torch.randint(0, vocab, (rows,), generator=generator)
+    return x.to(dtype), weight.to(dtype), ids
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float64], ids=str)
+def default_dtype(request):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_temperature_is_not_rounded_to_the_default_dtype(backend, default_dtype):
+    x, weight, ids = make_case()
+    z = (x.double() @ weight.double().T) / torch.tensor(0.7, dtype=torch.float64)
+    gold = z.log_softmax(-1).gather(1, ids[:, None]).squeeze(1)
+    found = linear_logps(x, weight, ids, temperature=0.7, backend=backend)
+    assert (found.double() - gold).abs().max() < 1e-5
+
+
+def test_fp64_temperature_is_exact():
+    x, weight, ids = make_case(dtype=torch.float64)
+    gold = (x @ weight.T / 0.7).log_softmax(-1).gather(1, ids[:, None]).squeeze(1)
+    assert (linear_logps(x, weight, ids, temperature=0.7) - gold).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("bad", [-1, -5, 50, 1050])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ids_outside_the_vocabulary_give_nan_where_they_are_not_looked_at(backend, bad):
+    """As on a GPU: a logit of its own it has not, and so no log-probability."""
+    x, weight, ids = make_case()
+    ids[2], ids[4] = bad, -100
+    bias = torch.full((50,), -150.0)
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+
+    def logps(x, weight):
+        return linear_logps(x, weight, ids, bias=bias, backend=backend)
+
+    found = torch.compile(logps, backend="eager")(*leaves)
+    assert found[2].isnan() and found[4] == 0 and found[[0, 1, 3, 5]].isfinite().all()
+    found.sum().backward()
+    assert leaves[0].grad[2].isnan().all() and leaves[1].grad.isnan().any()
+
+    def loss(x, weight):
+        terms = dict(mask=ids != -100, normalizer=3.0, bias=bias, backend=backend)
+        return linear_policy_loss(x, weight, ids, None, torch.ones(9), **terms)[0]
+
+    assert torch.compile(loss, backend="eager")(*leaves).isnan()
+
+
+LENGTHS = range(10, 32, 2)
+
+
+def compilations(function, lengths=LENGTHS) -> int:
+    """Of a function of (hidden states, ids, [N] numbers) over so many lengths."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for rows in lengths:
+        x, _, ids = make_case(rows, hidden=8, vocab=40)
+        compiled(x, ids, torch.randn(rows))
+    return counter.frame_count
+
+
+def test_no_function_compiles_once_per_length():
+    weight = torch.randn(40, 8)
+    functions = [
+        lambda x, ids, adv: linear_logps(x, weight, ids, temperature=0.7),
+        lambda x, ids, adv: linear_policy_loss(x, weight, ids, None, adv, normalizer=3.0)[0],
+        lambda x, ids, adv: codistill_losses(
+            (x, weight), (x, weight), ids, adv, adv, adv, normalizer=3.0
+        )[0][0],
+        lambda x, ids, adv: linear_policy_loss(
+            x,
+            weight,
+            ids,
+            adv,
+            torch.ones(2),
+            loss=PolicyLoss("gspo"),
+            normalizer=3.0,
+            cu_seqlens=torch.tensor([0, 4, ids.shape[0]]),
+        )[0],
+    ]
+    assert max(map(compilations, functions)) <= 2
+
+
+def test_no_function_compiles_once_per_temperature():
+    weight = torch.randn(40, 8)
+    x, _, ids = make_case(10, hidden=8, vocab=40)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+
+    def logps(x, ids, temperature):
+        return linear_logps(x, weight, ids, temperature=temperature)
+
+    compiled = torch.compile(logps, fullgraph=True, dynamic=True, backend=counter)
+    for temperature in (0.5, 0.6, 0.7, 0.8, 1.0, 1.3):
+        found = compiled(x, ids, temperature)
+        torch.testing.assert_close(found, logps(x, ids, temperature))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("vocab", [131073, 151936])
+def test_large_vocabularies_take_one_pass_on_a_cpu_by_default(vocab):
+    workspace = _linear.workspace_bytes(None, torch.device("cpu"), vocab)
+    plan = _linear.CpuChunks.plan(1024, vocab, torch.bfloat16, workspace)
+    assert plan.way == "chunks" and plan.rows >= 256
+    assert workspace == max(128 * 2**20, 1024 * vocab)
