@@ -93,7 +93,7 @@ part() {  # name, most seconds, modules it needs, command; SECONDS_LEFT in it is
 }
 
 failed=0
-suites=(tests/kernels/test_{exponentials,linear_logps,linear_policy_loss,linear_reverse_kl,selective_logps}.py)
+suites=(tests/kernels/test_{exponentials,linear_logps,linear_policy_loss,linear_reverse_kl,linear_token_loss,selective_logps}.py)
 workers=$([ -n "$(absent xdist)" ] || echo "-n 8")
 for name in "${parts[@]}"; do
   case $name in

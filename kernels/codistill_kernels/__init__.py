@@ -8,6 +8,7 @@ from codistill_kernels.kl_penalty import kl_penalty
 from codistill_kernels.linear_logps import linear_logps
 from codistill_kernels.linear_policy_loss import linear_policy_loss
 from codistill_kernels.linear_reverse_kl import linear_reverse_kl
+from codistill_kernels.linear_token_loss import linear_token_loss
 from codistill_kernels.policy_loss import PolicyLoss, importance_weights, policy_loss
 from codistill_kernels.rewards import downsample, group_advantages, kd_rewards
 from codistill_kernels.selective_logps import selective_logps
@@ -25,6 +26,7 @@ __all__ = [
     "linear_logps",
     "linear_policy_loss",
     "linear_reverse_kl",
+    "linear_token_loss",
     "policy_loss",
     "selective_logps",
 ]

@@ -1,7 +1,44 @@
 """Gradients that are known up to a factor."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+
+class WithGradients(torch.autograd.Function):
+    """A loss whose gradients are known already, up to a factor."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, lm_head_weight, bias, loss, gradients, normalizer, group):
+        ctx.save_for_backward(*gradients)
+        ctx.normalizer, ctx.group, ctx.is_spent = normalizer, group, False
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden_states, lm_head_weight, bias)]
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss):
+        if ctx.is_spent:
+            raise RuntimeError(
+                "codistill_kernels: a second backward pass needs a second call of the loss: the "
+                "first one has taken the memory of the head's gradient"
+            )
+        factor = dloss / ctx.normalizer
+        needs = ctx.needs_input_grad
+        dx, dw, db = (
+            gradient if need else None
+            for gradient, need in zip(ctx.saved_tensors, needs, strict=False)
+        )
+        if dx is not None and ctx.group is not None:
+            dx = dx.clone()
+            dist.all_reduce(dx, group=ctx.group)
+        if not torch.compiler.is_compiling() and dw is not None and dw.is_cuda:
+            ctx.is_spent, dw = True, scale_in_place(dw, factor, ctx.dtypes[1])
+        else:
+            dw = scale(dw, factor, ctx.dtypes[1])
+        dx, db = scale(dx, factor, ctx.dtypes[0]), scale(db, factor, ctx.dtypes[2])
+        return dx, dw, db, *[None] * 4
+
 
 ROWS_AT_ONCE = 512  # of a gradient scaled on a CPU: 3 MiB of fp32 at H = 1536, which stay in cache
 

@@ -15,18 +15,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from codistill_kernels._checks import require, require_mask
+from codistill_kernels._chunk_gradients import as_coefficients, gradients_by_chunks
 from codistill_kernels._head import Head
 from codistill_kernels._linear import (
-    GradientSums,
     kind_of_chunks,
     make_chunks,
     plan_for,
     recomputed_gradients,
-    split_rows,
     workspace_bytes,
 )
 from codistill_kernels._linear_inputs import prepare, require_workspace
-from codistill_kernels._scaling import scale, scale_in_place
+from codistill_kernels._scaling import WithGradients
 from codistill_kernels.linear_logps import LinearLogps, Options, log_probabilities
 from codistill_kernels.policy_loss import (
     PolicyLoss,
@@ -130,17 +129,15 @@ class Terms:
     cu_seqlens: Tensor | None
     loss: PolicyLoss
 
-    def coefficients(self, logps: Tensor) -> Tensor:
-        """[3, N] of the gradient of -sum of the surrogate, from all tokens' log-probabilities."""
-        return as_coefficients(
-            token_gradients(
-                torch.zeros_like(logps) if self.old_logps is None else logps - self.old_logps,
-                self.advantages,
-                self.loss,
-                weights=self.importance_weights,
-                keep=self.mask,
-                cu_seqlens=self.cu_seqlens,
-            )
+    def gradients(self, logps: Tensor) -> Tensor:
+        """[N] of -sum of the surrogate, from all tokens' log-probabilities."""
+        return token_gradients(
+            torch.zeros_like(logps) if self.old_logps is None else logps - self.old_logps,
+            self.advantages,
+            self.loss,
+            weights=self.importance_weights,
+            keep=self.mask,
+            cu_seqlens=self.cu_seqlens,
         )
 
     def by_token(self) -> "Terms":
@@ -159,11 +156,6 @@ class Terms:
         return Terms(old, self.advantages[rows], weights, self.mask[rows], None, self.loss)
 
 
-def as_coefficients(gradients: Tensor) -> Tensor:
-    """dz = g ([j = y] - p): c0 = c1 = -g, c2 = 0."""
-    return torch.stack((-gradients, -gradients, torch.zeros_like(gradients)))
-
-
 def single_pass(
     hidden_states: Tensor,
     head: Head,
@@ -176,16 +168,14 @@ def single_pass(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients from the very logits that gave the log-probabilities, `most` rows at a time."""
     chunks = make_chunks(hidden_states, head, token_ids, backend)
-    sums = GradientSums(chunks, needs)
-    terms = terms.by_token()
-    logps = torch.zeros_like(head.temperature)
-    for rows in split_rows(terms.mask.nonzero().squeeze(1), most):
-        logps[rows], softmax = log_probabilities(chunks.hold(rows), group)
-        coefficients = terms.of_rows(rows).coefficients(logps[rows])
-        kept = coefficients[0].nonzero().squeeze(1)  # exact: the others would add zeros
-        if len(kept):
-            sums.add(rows, kept, coefficients[:, kept], softmax[:, kept])
-    return logps, *sums.results()
+    by_token = terms.by_token()
+
+    def slopes(rows: Tensor, logps: Tensor, entropy: Tensor) -> tuple[Tensor, None]:
+        return by_token.of_rows(rows).gradients(logps), None
+
+    rows = terms.mask.nonzero().squeeze(1)
+    logps, _, gradients = gradients_by_chunks(chunks, rows, most, slopes, needs, group)
+    return logps, *gradients
 
 
 def two_passes(
@@ -212,7 +202,7 @@ def two_passes(
         hidden_states,
         head,
         token_ids,
-        terms.coefficients(logps),
+        as_coefficients(terms.gradients(logps), None),
         softmax,
         group is None,
         needs,
@@ -222,44 +212,6 @@ def two_passes(
         workspace,
     )
     return logps, *gradients
-
-
-# --- autograd ----------------------------------------------------------------------------------
-
-
-class WithGradients(torch.autograd.Function):
-    """A loss whose gradients are known already, up to a factor."""
-
-    @staticmethod
-    def forward(ctx, hidden_states, lm_head_weight, bias, loss, gradients, normalizer, group):
-        ctx.save_for_backward(*gradients)
-        ctx.normalizer, ctx.group, ctx.is_spent = normalizer, group, False
-        ctx.dtypes = [None if t is None else t.dtype for t in (hidden_states, lm_head_weight, bias)]
-        return loss.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dloss):
-        if ctx.is_spent:
-            raise RuntimeError(
-                "linear_policy_loss: a second backward pass needs a second call: the first one has "
-                "taken the memory of the head's gradient"
-            )
-        factor = dloss / ctx.normalizer
-        needs = ctx.needs_input_grad
-        dx, dw, db = (
-            gradient if need else None
-            for gradient, need in zip(ctx.saved_tensors, needs, strict=False)
-        )
-        if dx is not None and ctx.group is not None:
-            dx = dx.clone()
-            dist.all_reduce(dx, group=ctx.group)
-        if not torch.compiler.is_compiling() and dw is not None and dw.is_cuda:
-            ctx.is_spent, dw = True, scale_in_place(dw, factor, ctx.dtypes[1])
-        else:
-            dw = scale(dw, factor, ctx.dtypes[1])
-        dx, db = scale(dx, factor, ctx.dtypes[0]), scale(db, factor, ctx.dtypes[2])
-        return dx, dw, db, *[None] * 4
 
 
 # --- public function ---------------------------------------------------------------------------

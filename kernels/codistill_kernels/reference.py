@@ -5,6 +5,7 @@ These hold the [N, V] logits: they are the definition, not the product.
 
 import math
 import statistics
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,6 +37,28 @@ def linear_logps(
         ignore_index=ignore_index,
         return_entropy=return_entropy,
     )
+
+
+def linear_token_loss(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    token_ids: Tensor,
+    fn: Callable[[Tensor, Tensor, Tensor], Tensor],
+    mask: Tensor | None = None,
+    *,
+    normalizer: float | Tensor = 1.0,
+    **options,
+) -> Tensor:
+    keep = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
+    rows = keep.nonzero().squeeze(1)
+    logps, entropy = linear_logps(
+        hidden_states,
+        lm_head_weight,
+        torch.where(keep, token_ids, -100),
+        return_entropy=True,
+        **options,
+    )
+    return fn(logps[rows], entropy[rows], rows).sum() / normalizer
 
 
 def selective_logps(

@@ -16,6 +16,7 @@ SUITES = [
         "linear_logps",
         "linear_policy_loss",
         "linear_reverse_kl",
+        "linear_token_loss",
         "selective_logps",
     )
 ]

@@ -1,0 +1,201 @@
+"""Any loss that is a sum over tokens, straight from hidden states, in one pass over the logits."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from codistill_kernels._checks import require, require_mask
+from codistill_kernels._chunk_gradients import gradients_by_chunks
+from codistill_kernels._head import Head
+from codistill_kernels._linear import kind_of_chunks, make_chunks, plan_for, workspace_bytes
+from codistill_kernels._linear_inputs import LinearInputs, prepare, require_workspace
+from codistill_kernels._scaling import WithGradients
+from codistill_kernels.linear_logps import LinearLogps, Options
+
+TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# --- the caller's function ---------------------------------------------------------------------
+
+
+def evaluate(
+    fn: TokenLoss, logps: Tensor, entropy: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Its losses [R], detached, and their slopes by logps and by entropy (None: it takes none)."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (logps, entropy)]
+        losses = fn(leaves[0], leaves[1], rows)
+        check_losses(losses, rows, leaves)
+        if not losses.requires_grad:  # of neither: a constant
+            return losses.detach(), torch.zeros_like(logps), None
+        slopes = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+    dlogps, dentropy = slopes
+    return losses.detach(), torch.zeros_like(logps) if dlogps is None else dlogps, dentropy
+
+
+def check_losses(losses: Tensor, rows: Tensor, leaves: list[Tensor]) -> None:
+    expected = f"[R] = ({len(rows)},) losses, one for each of `rows`"
+    require(isinstance(losses, Tensor), "fn's result", expected, type(losses).__name__)
+    require(losses.shape == rows.shape, "fn's result", expected, tuple(losses.shape))
+    seen, ahead = set(), [losses.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and not any(variable is leaf for leaf in leaves):
+            what = f"a tensor {tuple(variable.shape)} that requires one"
+            raise ValueError(f"fn must use no gradient but that of logps and entropy, got {what}")
+        ahead += [following for following, _ in node.next_functions]
+
+
+class WithSlopes(torch.autograd.Function):
+    """A loss whose slopes by logps and entropy are known already."""
+
+    @staticmethod
+    def forward(ctx, logps, entropy, loss, dlogps, dentropy):
+        ctx.save_for_backward(dlogps, dentropy)
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss):
+        dlogps, dentropy = ctx.saved_tensors
+        return dloss * dlogps, None if dentropy is None else dloss * dentropy, None, None, None
+
+
+# --- the ways through the logits ---------------------------------------------------------------
+
+
+def by_log_probabilities(
+    inputs: LinearInputs, fn: TokenLoss, rows: Tensor, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the losses, logps and entropy [N]."""
+    logps, entropy = LinearLogps.apply(*inputs.tensors, inputs.active, options)
+    with torch.no_grad():
+        losses, dlogps, dentropy = evaluate(fn, logps[rows], entropy[rows], rows)
+        parts = [
+            None if slope is None else torch.zeros_like(logps).index_copy_(0, rows, slope)
+            for slope in (dlogps, dentropy)
+        ]
+    return WithSlopes.apply(logps, entropy, losses.sum(), *parts), logps, entropy
+
+
+def by_chunks(
+    inputs: LinearInputs,
+    fn: TokenLoss,
+    rows: Tensor,
+    options: Options,
+    needs: list[bool],
+    most: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the losses, logps and entropy [N]; gradients are made now."""
+    cut = inputs.cut()
+    hidden_states, weight, bias, token_ids, temperature = cut
+    total = temperature.new_zeros(())
+
+    def slopes(part: Tensor, logps: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        losses, dlogps, dentropy = evaluate(fn, logps, entropy, part)
+        total.add_(losses.sum())
+        return dlogps, dentropy
+
+    with torch.no_grad():
+        head = Head(weight, bias, temperature, options.softcap)
+        chunks = make_chunks(hidden_states, head, token_ids, options.backend)
+        logps, entropy, gradients = gradients_by_chunks(
+            chunks, rows, most, slopes, needs, options.group
+        )
+    loss = WithGradients.apply(*cut[:3], total, gradients, torch.ones_like(total), options.group)
+    return loss, logps, entropy
+
+
+# --- public function ---------------------------------------------------------------------------
+
+
+def linear_token_loss(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    token_ids: Tensor,
+    fn: TokenLoss,
+    mask: Tensor | None = None,
+    *,
+    normalizer: float | Tensor = 1.0,
+    reduction: Literal["sum", "none"] = "sum",
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    workspace_mib: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A loss of your own, of each token's log-probability and entropy, without the [N, V] logits.
+
+    loss = (1/normalizer) sum over unmasked tokens n of fn(logps[n], entropy[n], n)
+
+    On a CPU 6 N H V operations: fn is called on chunks of tokens while their logits are there. On a
+    GPU fn is called once: 6 N H V where the exponentials of the logits fit into the workspace and
+    fn does not use the entropy, else 8.
+
+    Args:
+        hidden_states, lm_head_weight, token_ids, mask: as in `linear_policy_loss`.
+        fn: (logps [R], entropy [R], rows [R] int64) -> losses [R]: of the tokens with numbers
+            `rows`, by which it takes its own [N] tensors. A loss depends on its own token alone.
+            It may differentiate nothing but logps and entropy: tensors of its own are detached.
+        normalizer: > 0; a number or a scalar tensor.
+        reduction: "sum", or "none": the losses [N] themselves, 0 where masked, not normalized; then
+            logits are computed twice on a CPU.
+        bias, temperature, softcap, vocab_size, group: as in `linear_logps`.
+        workspace_mib, backend: as in `linear_policy_loss`.
+
+    Returns:
+        (loss, {"logps": [N], "entropy": [N], "tokens": scalar}), the last three detached. Under
+        torch.compile fn is traced, called on all tokens (0 and 0 where masked), and logits are
+        computed twice.
+
+    Raises:
+        ValueError: an argument, or what fn returns, is wrong. The message names it.
+
+    Definition: codistill_kernels.reference.linear_token_loss.
+    """
+    require(hidden_states.ndim == 2, "hidden_states", "[N, H]", tuple(hidden_states.shape))
+    require_workspace(workspace_mib)
+    require(reduction in ("sum", "none"), "reduction", "sum or none", repr(reduction))
+    require_mask(mask, len(hidden_states))
+    keep = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
+    inputs = prepare(
+        hidden_states,
+        lm_head_weight,
+        token_ids,
+        keep,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        vocab_size=vocab_size,
+        group=group,
+    )
+    has_gradient = torch.is_grad_enabled()
+    needs = [has_gradient and t is not None and t.requires_grad for t in inputs.tensors[:3]]
+    options = Options(inputs.vocab, softcap or 0.0, group, backend, any(needs), True, workspace_mib)
+    if torch.compiler.is_compiling() or reduction == "none":
+        logps, entropy = LinearLogps.apply(*inputs.tensors, keep, options)
+        every = torch.arange(keep.shape[0], device=keep.device)
+        losses = torch.where(keep, fn(logps, entropy, every), 0.0)
+        loss = losses if reduction == "none" else losses.sum() / normalizer
+    else:
+        rows = keep.nonzero().squeeze(1)
+        shard_rows, is_shard = len(lm_head_weight), group is not None
+        workspace = workspace_bytes(workspace_mib, keep.device, shard_rows, is_shard=is_shard)
+        kind = kind_of_chunks(hidden_states, backend)
+        plan = plan_for(kind, hidden_states, lm_head_weight, shard_rows, workspace, len(rows))
+        # Chunks of exponentials, as on a GPU, have no gradient of an entropy nor of a bias.
+        if plan.way == "chunks" and kind.HAS_BIAS_GRADIENT and any(needs):
+            loss, logps, entropy = by_chunks(inputs, fn, rows, options, needs, plan.rows)
+        else:
+            loss, logps, entropy = by_log_probabilities(inputs, fn, rows, options)
+        loss = loss / normalizer
+    tokens = keep.sum().to(logps.dtype)
+    return loss, dict(logps=logps.detach(), entropy=entropy.detach(), tokens=tokens)
