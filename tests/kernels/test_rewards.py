@@ -108,6 +108,17 @@ def test_exact_kd_rewards_leave_masked_tokens_out():
     torch.testing.assert_close(kd_rewards(*arguments, **terms), gold)
 
 
+def test_the_definition_divides_by_a_number_as_it_is():
+    # Two tokens of logits 0, 7: KL of softmax(10) and softmax(0): p 10 - log(1 + e^10) + log 2.
+    # A temperature of 0.7 rounded to fp32 (7 / 0.7 = 10 no more) is off by 1e-8.
+    student, teacher = (torch.tensor([[0.0], [z]], dtype=torch.float64) for z in (7.0, 0.0))
+    hidden = torch.ones(1, 1, dtype=torch.float64)
+    out = reference.linear_reverse_kl((hidden, student), (hidden, teacher), temperature=0.7)
+    p = 1 / (1 + math.exp(-10))
+    expected = p * 10 - math.log1p(math.exp(10)) + math.log(2)
+    assert out.item() == pytest.approx(expected, rel=1e-13)
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k3", "exact"])
 def test_kd_rewards_without_a_rollout(estimator):
     none, ends = torch.zeros(0), torch.tensor([0])
