@@ -211,7 +211,9 @@ def choose(config: Config, rollouts: Rollouts, effective: Tensor, step: int) -> 
         "reward_per_token": effective / lengths,
     }[by]
     generations = config.rollout.num_generations
-    seed = int(np.random.default_rng([config.seed, CHOICE_STREAM, step]).integers(2**63))
+    seed = None
+    if method == "random":
+        seed = int(np.random.default_rng([config.seed, CHOICE_STREAM, step]).integers(2**63))
     return downsample(scores, generations, config.kept, method=method, seed=seed)
 
 

@@ -1,5 +1,7 @@
 """Checks of arguments, at the public functions only."""
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,18 @@ def require(condition: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name} must be {expected}, got {got}")
 
 
+def require_tensor(
+    name: str, value: object, like_name: str = "", like: Tensor | None = None
+) -> None:
+    """value is a tensor, on the device of `like` if given."""
+    is_tensor = isinstance(value, Tensor)
+    module = "" if is_tensor else f"{type(value).__module__}."
+    require(is_tensor, name, "a torch.Tensor", f"{module}{type(value).__name__}")
+    if like is not None:
+        assert isinstance(value, Tensor)
+        require_device(name, value, like_name, like)
+
+
 def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...], letters: str) -> None:
     expected = f"{letters} = {shape}"
     require(tuple(tensor.shape) == shape, name, expected, tuple(tensor.shape))
@@ -25,19 +39,25 @@ def require_float(name: str, tensor: Tensor) -> None:
     require(tensor.dtype in FLOATS, name, "float32, bfloat16, float16 or float64", tensor.dtype)
 
 
-def require_mask(mask: Tensor | None, tokens: int) -> None:
+def require_mask(
+    mask: Tensor | None, tokens: int, like_name: str = "", like: Tensor | None = None
+) -> None:
     if mask is not None:
+        require_tensor("mask", mask, like_name, like)
         require_shape("mask", mask, (tokens,), "[N]")
         require(mask.dtype == torch.bool, "mask", "bool", mask.dtype)
 
 
-def require_sequences(cu_seqlens: Tensor, tokens: int) -> None:
+def require_sequences(cu_seqlens: Tensor, tokens: int, like_name: str, like: Tensor) -> None:
     """cu_seqlens is [S + 1] integers, rising from 0 to `tokens` where one can look."""
+    require_tensor("cu_seqlens", cu_seqlens, like_name, like)
     require(
-        cu_seqlens.ndim == 1 and cu_seqlens.numel() > 0 and not cu_seqlens.is_floating_point(),
+        cu_seqlens.ndim == 1
+        and cu_seqlens.shape[0] > 0
+        and cu_seqlens.dtype in (torch.int32, torch.int64),
         "cu_seqlens",
-        "[S + 1] integers",
-        f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}",
+        "[S + 1] int32 or int64",
+        (tuple(cu_seqlens.shape), cu_seqlens.dtype),
     )
     if can_look(cu_seqlens):
         rising = bool((cu_seqlens.diff() >= 0).all())
@@ -48,6 +68,19 @@ def require_sequences(cu_seqlens: Tensor, tokens: int) -> None:
             f"rising from 0 to N = {tokens}",
             cu_seqlens.tolist(),
         )
+
+
+def require_normalizer(normalizer: float | Tensor) -> None:
+    """A scalar that is not negative, where one can look."""
+    if isinstance(normalizer, Tensor):
+        require_shape("normalizer", normalizer, (), "a scalar")
+        real = not normalizer.is_complex() and not normalizer.is_meta
+        require(real, "normalizer", "a real number", (normalizer.dtype, normalizer.device))
+    else:
+        expected = "a number or a torch.Tensor"
+        require(isinstance(normalizer, Real), "normalizer", expected, type(normalizer).__name__)
+    if not isinstance(normalizer, Tensor) or can_look(normalizer):
+        require(normalizer >= 0, "normalizer", ">= 0", normalizer)
 
 
 def require_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

@@ -4,9 +4,9 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from codistill_kernels._checks import require_shape
+from codistill_kernels._checks import require, require_shape, require_tensor
 from codistill_kernels.linear_policy_loss import linear_policy_loss
-from codistill_kernels.policy_loss import PolicyLoss
+from codistill_kernels.policy_loss import PolicyLoss, require_logps
 from codistill_kernels.rewards import downsample, group_advantages, kd_rewards
 
 
@@ -35,8 +35,10 @@ def codistill_scores(
     keep: int,
     alpha: float,
     max_completion_tokens: int,
+    mask: Tensor | None = None,
     estimator: Literal["k1", "k3"] = "k1",
     scale: Literal["std"] | None = None,
+    eps: float = 0.0,
     method: Literal["top_bottom", "top", "max_variance", "random"] = "top_bottom",
     seed: int | None = None,
 ) -> Scores:
@@ -52,18 +54,26 @@ def codistill_scores(
         cu_seqlens: [S + 1]; tokens of rollout s are cu_seqlens[s] : cu_seqlens[s + 1].
         group_size: M, rollouts a prompt.
         keep: G, those kept.
-        alpha, max_completion_tokens, estimator: as in `kd_rewards`.
-        scale: as in `group_advantages`; None is Eq. 7.
+        alpha, max_completion_tokens, mask, estimator: as in `kd_rewards`; no "exact", which takes
+            hidden states.
+        scale, eps: as in `group_advantages`; None is Eq. 7.
         method, seed: as in `downsample`.
 
     Returns:
-        `Scores`, all detached.
+        `Scores`, all detached; fp32 (fp64 for fp64 rewards), but for `kept`.
 
     Raises:
-        ValueError: an argument has a wrong shape or value. The message names it.
+        ValueError: an argument has a wrong type, shape, dtype, device or value, or is one that the
+            method or the scale does not use. The message names it.
 
     Source: Eq. 6, section 3.3, Eq. 7. Definition: codistill_kernels.reference.codistill_scores.
     """
+    require(estimator in ("k1", "k3"), "estimator", "k1 or k3", repr(estimator))
+    require_tensor("rewards", rewards)
+    for name, logps in (("small_logps", small_logps), ("large_logps", large_logps)):
+        require_tensor(name, logps, "rewards", rewards)
+        require_logps(name, logps)
+    require_shape("large_logps", large_logps, tuple(small_logps.shape), "[N]")
     effective = kd_rewards(
         rewards,
         large_logps,
@@ -71,6 +81,7 @@ def codistill_scores(
         cu_seqlens,
         alpha=alpha,
         max_completion_tokens=max_completion_tokens,
+        mask=mask,
         estimator=estimator,
     )
     kept = downsample(effective, group_size, keep, method=method, seed=seed)
@@ -79,8 +90,8 @@ def codistill_scores(
         kd_rewards=effective - rewards,
         effective_rewards=effective,
         kept=kept,
-        small_advantages=group_advantages(effective[kept], keep, scale=scale),
-        large_advantages=group_advantages(rewards[kept], keep, scale=scale),
+        small_advantages=group_advantages(effective[kept], keep, scale=scale, eps=eps),
+        large_advantages=group_advantages(rewards[kept], keep, scale=scale, eps=eps),
     )
 
 
@@ -128,9 +139,21 @@ def codistill_losses(
 
     Source: Eq. 5 (small), Eq. 10 (large). Definition: codistill_kernels.reference.codistill_losses.
     """
-    for name, (hidden_states, weight) in (("small", small), ("large", large)):
-        shape = (len(token_ids), weight.shape[-1])
-        require_shape(name, hidden_states, shape, "([N, H], [V, H])")
+    require_tensor("token_ids", token_ids)
+    for name, pair in (("small", small), ("large", large)):
+        is_pair = isinstance(pair, tuple | list) and len(pair) == 2
+        require(is_pair, name, "([N, H], [V, H])", type(pair).__name__)
+        for tensor in pair:
+            require_tensor(name, tensor, "token_ids", token_ids)
+        shape = (token_ids.shape[0], pair[1].shape[-1])
+        require_shape(name, pair[0], shape, "([N, H], [V, H])")
+    # By the names they have here; and without small_old_logps the large model's ratio would be 1.
+    for name, tensor in (
+        ("small_old_logps", small_old_logps),
+        ("small_advantages", small_advantages),
+        ("large_advantages", large_advantages),
+    ):
+        require_tensor(name, tensor, "token_ids", token_ids)
     models = (
         (small, small_advantages, loss),
         (large, large_advantages, loss if large_loss is None else large_loss),

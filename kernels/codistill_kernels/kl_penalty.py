@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from codistill_kernels._checks import (
-    can_look,
     require,
-    require_float,
     require_mask,
+    require_normalizer,
     require_sequences,
     require_shape,
+    require_tensor,
 )
-from codistill_kernels.policy_loss import to_tokens
+from codistill_kernels.policy_loss import divisor, require_logps, to_tokens
 
 
 def kl_penalty(
@@ -35,15 +35,18 @@ def kl_penalty(
     loss = (1/normalizer) sum_n w[n] k[n] over unmasked tokens
 
     Args:
-        logps: [N] log-probabilities of the policy in training, nats. Differentiable.
+        logps: [N] log-probabilities of the policy in training, nats; fp32, bf16, fp16 or fp64.
+            Differentiable. All else is brought to its precision, fp32 or fp64, whatever its own is.
         reference_logps: [N] those of the model to stay near to. No gradient.
         mask: [N] bool; False takes a token out of everything, whatever its other values are.
         estimator: "k3" is Eq. 4: unbiased in value; its gradient is that of the forward divergence
             KL(reference || policy) in expectation. "k2" has the gradient d log p, which is that of
             the reverse divergence KL(policy || reference) in expectation. There is no "k1": the
             gradient of -d is that of log p alone, zero in expectation, whatever the reference is.
-        normalizer: > 0; the count that the sum is divided by, over all processes and micro-batches.
-        weights: w, [N], or [S] with `cu_seqlens`: 1/|o_i| for Eq. 2. None: 1.
+        normalizer: >= 0; the count that the sum is divided by, over all processes and
+            micro-batches. A sum of 0 over 0, where nothing is unmasked, is 0 with gradient 0.
+        weights: w, [N], or [S] with `cu_seqlens`: 1/|o_i| for Eq. 2. None: 1. Weight 0 adds exactly
+            0, whatever d is.
         cu_seqlens: [S + 1]; tokens of sequence s are cu_seqlens[s] : cu_seqlens[s + 1].
 
     Returns:
@@ -51,40 +54,49 @@ def kl_penalty(
         statistics over unmasked tokens: `tokens`, `kl` (mean of k, nats; 0 without a token).
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype or value. The message names it.
+        ValueError: an argument has a wrong type, shape, dtype, device or value. The message names
+            it. Values of tensors are looked at on the CPU outside torch.compile only.
 
     One token that the reference likes far better weighs exp(d) with k3 (fp32: inf from d = 89).
     Source: Eq. 2, Eq. 4; Schulman 2020, "Approximating KL divergence". Definition:
     codistill_kernels.reference.kl_penalty.
     """
-    require(logps.ndim == 1, "logps", "[N]", tuple(logps.shape))
-    require_float("logps", logps)
+    require_logps("logps", logps)
+    require_tensor("reference_logps", reference_logps, "logps", logps)
     require_shape("reference_logps", reference_logps, tuple(logps.shape), "[N]")
-    require_mask(mask, len(logps))
+    require_mask(mask, len(logps), "logps", logps)
     expected = "k2 or k3 (the gradient of k1 does not depend on the reference)"
     require(estimator in ("k2", "k3"), "estimator", expected, repr(estimator))
-    if isinstance(normalizer, Tensor):
-        require_shape("normalizer", normalizer, (), "a scalar")
-    if not isinstance(normalizer, Tensor) or can_look(normalizer):
-        require(normalizer > 0, "normalizer", "> 0", normalizer)
+    require_normalizer(normalizer)
     logps = logps if logps.dtype == torch.float64 else logps.float()
     keep = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask
-    # Select before exp: NaN behind the mask must reach neither the loss nor its gradient.
+    factors = token_weights(weights, logps, keep, cu_seqlens)
+    # Select before exp: NaN behind the mask, or an overflow under weight 0, must reach neither the
+    # loss nor its gradient.
     d = torch.where(keep, reference_logps.detach().to(logps.dtype) - logps, 0.0)
-    kl = d.square() / 2 if estimator == "k2" else d.expm1() - d
-    tokens = keep.sum().to(kl.dtype)
-    statistics = {"tokens": tokens, "kl": kl.detach().sum() / tokens.clamp(min=1)}
-    if weights is not None:
-        kl = kl * token_weights(weights, keep, cu_seqlens).to(kl.dtype)
-    return kl.sum() / normalizer, statistics
+    total = (factors * estimate(torch.where(factors != 0, d, 0.0), estimator)).sum()
+    tokens = keep.sum().to(logps.dtype)
+    mean = estimate(d.detach(), estimator).sum() / tokens.clamp(min=1)
+    return total / divisor(total, normalizer), {"tokens": tokens, "kl": mean}
 
 
-def token_weights(weights: Tensor, keep: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """[N], 0 where not `keep`."""
+def estimate(d: Tensor, estimator: str) -> Tensor:
+    return d.square() / 2 if estimator == "k2" else d.expm1() - d
+
+
+def token_weights(
+    weights: Tensor | None, logps: Tensor, keep: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    """[N] in the dtype of logps, 0 where not `keep`."""
+    tokens = logps.shape[0]
+    if cu_seqlens is not None:
+        require_sequences(cu_seqlens, tokens, "logps", logps)
+    if weights is None:
+        return keep.to(logps.dtype)
+    require_tensor("weights", weights, "logps", logps)
     if cu_seqlens is None:
-        require_shape("weights", weights, tuple(keep.shape), "[N]")
+        require_shape("weights", weights, (tokens,), "[N]")
     else:
-        require_sequences(cu_seqlens, len(keep))
-        require_shape("weights", weights, (len(cu_seqlens) - 1,), "[S]")
-        weights = to_tokens(weights, cu_seqlens, len(keep))
-    return torch.where(keep, weights.detach(), 0.0)
+        require_shape("weights", weights, (cu_seqlens.shape[0] - 1,), "[S]")
+        weights = to_tokens(weights, cu_seqlens, tokens)
+    return torch.where(keep, weights.detach().to(logps.dtype), 0.0)

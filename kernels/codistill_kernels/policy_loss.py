@@ -4,6 +4,7 @@ One step serves the loss and its gradient: `surrogate_terms` says which ratio, a
 each token (gspo, gmpo: each sequence) has, and where a bound stands in the place of the ratio.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor
 
 from codistill_kernels._checks import (
-    can_look,
     require,
     require_float,
     require_mask,
+    require_normalizer,
     require_sequences,
     require_shape,
+    require_tensor,
 )
 
 SEQUENCE_KINDS = ("gspo", "gmpo")
@@ -41,6 +43,9 @@ class PolicyLoss:
         where A < 0 and above the high bound where A > 0. A ratio exactly on a bound is not cut.
     dual_clip: > 1, "clip" only; with a negative advantage the surrogate is at least
         dual_clip * advantage (Ye et al. 2020, arXiv:1912.09729). None: no such bound.
+    log_ratio_clamp: > 0, nats; log r of each token is brought into [-log_ratio_clamp,
+        log_ratio_clamp] before all else, against an overflow, and a token outside has no gradient
+        ("cispo": only its weight is bounded). On the bound it is not cut. None: log r as it is.
 
     Raises:
         ValueError: a field is out of range, or set and not used by the kind.
@@ -50,6 +55,7 @@ class PolicyLoss:
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
     dual_clip: float | None = None
+    log_ratio_clamp: float | None = None
 
     def __post_init__(self) -> None:
         require(self.kind in KINDS, "kind", f"one of {', '.join(KINDS)}", repr(self.kind))
@@ -62,6 +68,8 @@ class PolicyLoss:
         require(self.dual_clip is None or self.dual_clip > 1, "dual_clip", "> 1", self.dual_clip)
         unused = self.dual_clip is not None and self.kind != "clip"
         require(not unused, "dual_clip", f"None with kind {self.kind!r}", self.dual_clip)
+        valid = self.log_ratio_clamp is None or self.log_ratio_clamp > 0
+        require(valid, "log_ratio_clamp", "> 0", self.log_ratio_clamp)
 
     @property
     def is_sequence_level(self) -> bool:
@@ -69,9 +77,17 @@ class PolicyLoss:
         return self.kind in SEQUENCE_KINDS
 
     def bounds(self) -> list[float]:
-        """epsilon_low, epsilon_high and dual_clip, if there is one: arguments of a custom op."""
-        bounds = [self.epsilon_low, self.epsilon_high]
-        return bounds if self.dual_clip is None else [*bounds, self.dual_clip]
+        """The other fields, as an argument of a custom op: NaN for None, trailing None left out."""
+        fields = [self.epsilon_low, self.epsilon_high, self.dual_clip, self.log_ratio_clamp]
+        while fields[-1] is None:
+            fields.pop()
+        return [math.nan if field is None else field for field in fields]
+
+    @classmethod
+    def from_bounds(cls, kind: str, bounds: list[float]) -> "PolicyLoss":
+        """The loss of which these are the `bounds`."""
+        low, high, *others = bounds
+        return cls(kind, low, high, *(None if math.isnan(field) else field for field in others))
 
 
 def policy_loss(
@@ -89,16 +105,19 @@ def policy_loss(
 
     r[n] = exp(logps[n] - old_logps[n])
     loss = -(1/normalizer) sum_n w[n] surrogate[n] over unmasked tokens, surrogate as in PolicyLoss
-    A ratio on a bound is not clipped. Advantage or weight 0 adds exactly 0, whatever the ratio.
+    A ratio on a bound is not clipped. Advantage or weight 0 adds exactly 0, whatever the ratio, and
+    whether or not the other of the two is infinite.
 
     Args:
-        logps: [N] log-probabilities of the policy in training, nats. Differentiable.
+        logps: [N] log-probabilities of the policy in training, nats; fp32, bf16, fp16 or fp64.
+            Differentiable. All else is brought to its precision, fp32 or fp64, whatever its own is.
         old_logps: [N] those of the policy that wrote the tokens; in Eq. 5 and Eq. 10 alike the
             small model's. None: the policy itself, so r = 1, and the gradient is that of r.
         advantages: [N], or [S] with `cu_seqlens`. No gradient flows into it.
         mask: [N] bool; False takes a token out of everything, whatever its other values are.
         loss: which surrogate.
-        normalizer: > 0; the count that the sum is divided by, over all processes and micro-batches:
+        normalizer: >= 0; the count that the sum is divided by, over all processes and
+            micro-batches. A sum of 0 over 0, where nothing is unmasked, is 0 with gradient 0.
             prompts * G * max completion tokens: Eq. 5, Eq. 10, Dr. GRPO (arXiv:2503.20783);
             unmasked tokens of the local batch: BNPO; of the global batch: DAPO (arXiv:2503.14476);
             prompts * G, with advantages A_i / |o_i|: the 1/|o_i| of Eq. 2 (GRPO), GSPO and GMPO, as
@@ -113,9 +132,11 @@ def policy_loss(
         of tokens whose gradient a bound cuts; cispo: whose ratio is bounded; gspo: all tokens of a
         clipped sequence), `approx_kl` (mean of r - 1 - log r, nats), `ess` (effective sample size,
         (sum r)^2 / (tokens sum r^2), in (0, 1]) and detached `logps`. Without a token all are 0.
+        r is that before log_ratio_clamp; a token beyond it counts as cut (cispo: not).
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype or value. The message names it.
+        ValueError: an argument has a wrong type, shape, dtype, device or value. The message names
+            it. Values of tensors are looked at on the CPU outside torch.compile only.
 
     Source: Eq. 2, Eq. 5, Eq. 10. Definition: codistill_kernels.reference.policy_loss.
     """
@@ -125,15 +146,15 @@ def policy_loss(
     logps = logps if logps.dtype == torch.float64 else logps.float()
     keep = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask
     # Select before exp: NaN behind the mask must reach neither the loss nor its gradient.
-    old = (logps if old_logps is None else old_logps).detach()
-    log_ratio = torch.where(keep, logps - old, 0.0)
+    log_ratio = torch.where(keep, log_ratios(logps, old_logps), 0.0)
     terms = surrogate_terms(log_ratio, advantages, loss, importance_weights, keep, cu_seqlens)
     objective = terms.weights * (terms.ratio * terms.advantages)
     if loss.kind == "cispo":
         factor = objective.detach()
         objective = factor * torch.where(factor != 0, logps, 0.0)
     statistics = summarize(log_ratio.detach(), keep, terms.low, terms.high)
-    return -objective.sum() / normalizer, statistics | {"logps": logps.detach()}
+    total = -objective.sum()
+    return total / divisor(total, normalizer), statistics | {"logps": logps.detach()}
 
 
 def importance_weights(
@@ -165,14 +186,16 @@ def importance_weights(
         [N] >= 0, detached, fp32 (fp64 for fp64 trainer_logps). NaN logps give NaN, never 0.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype or value. The message names it.
+        ValueError: an argument has a wrong type, shape, dtype, device or value. The message names
+            it.
 
     Definition: codistill_kernels.reference.importance_weights.
     """
-    require(trainer_logps.ndim == 1, "trainer_logps", "[N]", tuple(trainer_logps.shape))
-    require_float("trainer_logps", trainer_logps)
+    require_logps("trainer_logps", trainer_logps)
+    like = ("trainer_logps", trainer_logps)
+    require_tensor("engine_logps", engine_logps, *like)
     require_shape("engine_logps", engine_logps, tuple(trainer_logps.shape), "[N]")
-    require_mask(mask, len(trainer_logps))
+    require_mask(mask, len(trainer_logps), *like)
     require(truncate is None or truncate > 0, "truncate", "> 0", truncate)
     low, high = (0.0, float("inf")) if drop is None else drop
     require(0 <= low <= high, "drop", "(low, high) with 0 <= low <= high", drop)
@@ -181,21 +204,41 @@ def importance_weights(
     keep = torch.ones_like(log_ratio, dtype=torch.bool) if mask is None else mask
     log_ratio = torch.where(keep, log_ratio, 0.0)
     if cu_seqlens is not None:
-        require_sequences(cu_seqlens, len(trainer_logps))
+        require_sequences(cu_seqlens, len(trainer_logps), *like)
         log_ratio = to_tokens(sequence_sums(log_ratio, cu_seqlens), cu_seqlens, len(log_ratio))
     ratio = log_ratio.exp()
     ratio = torch.where(keep & ~((ratio < low) | (ratio > high)), ratio, 0.0)
     return ratio if truncate is None else ratio.clamp(max=truncate)
 
 
+def log_ratios(logps: Tensor, old_logps: Tensor | None) -> Tensor:
+    """[N] in the dtype of logps; without old_logps 0, with the gradient of logps."""
+    old_logps = logps if old_logps is None else old_logps
+    return logps - old_logps.detach().to(logps.dtype)
+
+
+def divisor(total: Tensor, normalizer: float | Tensor) -> float | Tensor:
+    """What a sum is divided by: the normalizer, or infinity for 0 over 0.
+
+    Nothing to train on has thereby loss 0 and gradient 0. Nothing is looked at, so that no GPU is
+    waited for.
+    """
+    if not isinstance(normalizer, Tensor):
+        if normalizer != 0:
+            return normalizer
+        normalizer = torch.zeros_like(total)
+    normalizer = normalizer.detach().to(total)
+    return torch.where((normalizer == 0) & (total.detach() == 0), torch.inf, normalizer)
+
+
 class Terms(NamedTuple):
     """Of each token [N] (gspo, gmpo: of each sequence [S]): sum of weights * ratio * advantages."""
 
     ratio: Tensor  # differentiable in log_ratio where no bound cuts
-    advantages: Tensor
-    weights: Tensor  # [S]: the sum over unmasked tokens
     low: Tensor  # [N] bool in every kind: cut by the low bound
     high: Tensor
+    advantages: Tensor
+    weights: Tensor  # [S]: the sum over unmasked tokens
 
 
 def surrogate_terms(
@@ -211,14 +254,24 @@ def surrogate_terms(
     advantages = advantages.detach().to(dtype)
     weights = torch.ones_like(log_ratio) if weights is None else weights.detach().to(dtype)
     weights = torch.where(keep, weights, 0.0)
+    clamp = loss.log_ratio_clamp
+    ratios = log_ratio if clamp is None else log_ratio.clamp(-clamp, clamp)
     if loss.is_sequence_level:
         assert cu_seqlens is not None, loss.kind
-        return sequence_terms(log_ratio, advantages, loss, weights, keep, cu_seqlens)
-    if cu_seqlens is not None:
-        advantages = to_tokens(advantages, cu_seqlens, len(log_ratio))
-    advantages = torch.where(keep, advantages, 0.0)
-    ratio, low, high = bounded_ratio(log_ratio, advantages, weights, loss)
-    return Terms(ratio, advantages, weights, low, high)
+        terms = sequence_terms(ratios, advantages, loss, weights, keep, cu_seqlens)
+    else:
+        if cu_seqlens is not None:
+            advantages = to_tokens(advantages, cu_seqlens, len(log_ratio))
+        advantages = torch.where(keep, advantages, 0.0)
+        terms = Terms(*bounded_ratio(ratios, advantages, weights, loss), advantages, weights)
+    if clamp is not None and loss.kind != "cispo":
+        low, high = terms.low | (log_ratio < -clamp), terms.high | (log_ratio > clamp)
+        terms = terms._replace(low=low, high=high)
+    # Both 0 where one is, lest an infinite other one make it NaN. NaN itself is never hidden.
+    advantages, weights = terms.advantages, terms.weights
+    none = (advantages == 0) & ~weights.isnan() | (weights == 0) & ~advantages.isnan()
+    advantages, weights = (torch.where(none, 0.0, factor) for factor in (advantages, weights))
+    return terms._replace(advantages=advantages, weights=weights)
 
 
 def sequence_terms(
@@ -236,12 +289,12 @@ def sequence_terms(
         mean = sequence_sums(log_ratio, cu_seqlens) / count.clamp(min=1)
         ratio, low, high = bounded_ratio(mean, advantages, weights, loss)
         low, high = (keep & to_tokens(cut, cu_seqlens, len(keep)) for cut in (low, high))
-        return Terms(ratio, advantages, weights, low, high)
+        return Terms(ratio, low, high, advantages, weights)
     low, high, bound = cuts(log_ratio.detach(), to_tokens(advantages, cu_seqlens, len(keep)), loss)
     log_ratio = torch.where(low | high, bound, log_ratio)
     mean = sequence_sums(log_ratio, cu_seqlens) / count.clamp(min=1)
     ratio = torch.where((advantages != 0) & (weights != 0), mean, 0.0).exp()
-    return Terms(ratio, advantages, weights, low, high)
+    return Terms(ratio, low, high, advantages, weights)
 
 
 def bounded_ratio(
@@ -345,20 +398,25 @@ def check_inputs(
     importance_weights: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    require(logps.ndim == 1, "logps", "[N]", tuple(logps.shape))
-    require_float("logps", logps)
-    tokens = (len(logps),)
+    require(isinstance(loss, PolicyLoss), "loss", "a PolicyLoss", type(loss).__name__)
+    require_logps("logps", logps)
+    tokens = tuple(logps.shape)
     for name, tensor in (("old_logps", old_logps), ("importance_weights", importance_weights)):
         if tensor is not None:
+            require_tensor(name, tensor, "logps", logps)
             require_shape(name, tensor, tokens, "[N]")
-    require_mask(mask, len(logps))
+    require_mask(mask, logps.shape[0], "logps", logps)
+    require_tensor("advantages", advantages, "logps", logps)
     if cu_seqlens is None:
         require(not loss.is_sequence_level, "cu_seqlens", f"given with {loss.kind!r}", None)
         require_shape("advantages", advantages, tokens, "[N]")
     else:
-        require_sequences(cu_seqlens, len(logps))
-        require_shape("advantages", advantages, (len(cu_seqlens) - 1,), "[S]")
-    if isinstance(normalizer, Tensor):
-        require_shape("normalizer", normalizer, (), "a scalar")
-    if not isinstance(normalizer, Tensor) or can_look(normalizer):
-        require(normalizer > 0, "normalizer", "> 0", normalizer)
+        require_sequences(cu_seqlens, logps.shape[0], "logps", logps)
+        require_shape("advantages", advantages, (cu_seqlens.shape[0] - 1,), "[S]")
+    require_normalizer(normalizer)
+
+
+def require_logps(name: str, logps: Tensor) -> None:
+    require_tensor(name, logps)
+    require(logps.ndim == 1, name, "[N]", tuple(logps.shape))
+    require_float(name, logps)

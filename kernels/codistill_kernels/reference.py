@@ -97,7 +97,7 @@ def linear_reverse_kl(
 ) -> Tensor:
     if vocab_size is None:
         vocab_size = min(len(student[1]), len(teacher[1]))
-    scale = torch.as_tensor(temperature).reshape(-1, 1)
+    scale = torch.as_tensor(temperature, dtype=student[0].dtype).reshape(-1, 1)
     log_p, log_q = (
         ((hidden @ weight.T)[:, :vocab_size] / scale).log_softmax(-1)
         for hidden, weight in (student, teacher)
@@ -116,6 +116,7 @@ def policy_loss(
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.2,
     dual_clip: float | None = None,
+    log_ratio_clamp: float | None = None,
     normalizer: float,
     importance_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -129,7 +130,13 @@ def policy_loss(
         log_ratios = {
             n: logps[n] - (logps[n].detach() if old_logps is None else old_logps[n]) for n in tokens
         }
+        if log_ratio_clamp is not None:
+            bound = log_ratio_clamp
+            log_ratios = {n: x.clamp(-bound, bound) for n, x in log_ratios.items()}
         for n in tokens:
+            weight = 1.0 if importance_weights is None else importance_weights[n]
+            if weight == 0 or advantages[s] == 0:
+                continue  # exactly 0, whatever the other factors are
             if kind == "clip":
                 surrogate = clip_surrogate(log_ratios[n].exp(), advantages[s], bounds, dual_clip)
             elif kind == "cispo":
@@ -141,9 +148,13 @@ def policy_loss(
             elif kind == "gmpo":
                 clipped = [gmpo_clip(x, advantages[s], bounds) for x in log_ratios.values()]
                 surrogate = (sum(clipped) / len(tokens)).exp() * advantages[s]
-            weight = 1.0 if importance_weights is None else importance_weights[n]
             loss = loss - weight * surrogate
-    return loss / normalizer
+    return divided(loss, normalizer)
+
+
+def divided(total: Tensor, normalizer: float) -> Tensor:
+    """0 / 0 = 0: nothing to train on."""
+    return total if total == 0 and normalizer == 0 else total / normalizer
 
 
 def clip_surrogate(
@@ -201,11 +212,11 @@ def kl_penalty(
     loss = logps.new_zeros(())
     for s, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
         for n in range(start, end):
-            if mask is None or mask[n]:
+            if (mask is None or mask[n]) and (weights is None or weights[s] != 0):
                 log_ratio = reference_logps[n] - logps[n]  # log pi_ref / pi of Eq. 4
                 kl = log_ratio**2 / 2 if estimator == "k2" else log_ratio.exp() - log_ratio - 1
                 loss = loss + (1.0 if weights is None else weights[s]) * kl
-    return loss / normalizer
+    return divided(loss, normalizer)
 
 
 def kd_rewards(
@@ -216,6 +227,7 @@ def kd_rewards(
     *,
     alpha: float,
     max_completion_tokens: int,
+    mask: Tensor | None = None,
     estimator: str = "k1",
     teacher: tuple[Tensor, Tensor] | None = None,
     student: tuple[Tensor, Tensor] | None = None,
@@ -229,6 +241,7 @@ def kd_rewards(
         assert student_logps is not None and teacher_logps is not None
         log_ratio = teacher_logps - student_logps  # log pi_ref / pi of Eq. 4
         kl = -log_ratio if estimator == "k1" else log_ratio.exp() - log_ratio - 1
+    kl = kl if mask is None else torch.where(mask, kl, 0.0)
     ends = cu_seqlens.tolist()
     out = []
     for reward, start, end in zip(rewards, ends[:-1], ends[1:], strict=True):
@@ -236,13 +249,16 @@ def kd_rewards(
     return torch.stack(out) if out else rewards.new_zeros(0)
 
 
-def group_advantages(rewards: Tensor, group_size: int, *, scale: str | None = None) -> Tensor:
+def group_advantages(
+    rewards: Tensor, group_size: int, *, scale: str | None = None, eps: float = 0.0
+) -> Tensor:
     out = torch.empty_like(rewards)
     for start in range(0, len(rewards), group_size):
         group = rewards[start : start + group_size]
         centred = group - group.mean()
         if scale == "std":
-            centred = centred / group.std() if group.std() > 0 else torch.zeros_like(group)
+            deviation = group.std()
+            centred = centred / (deviation + eps) if deviation > 0 else torch.zeros_like(group)
         out[start : start + group_size] = centred
     return out
 
@@ -286,6 +302,7 @@ def codistill_scores(
     keep: int,
     alpha: float,
     max_completion_tokens: int,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """KD reward, effective reward (Eq. 6), rows kept (section 3.3), advantages (Eq. 7) of both."""
     effective = kd_rewards(
@@ -295,6 +312,7 @@ def codistill_scores(
         cu_seqlens,
         alpha=alpha,
         max_completion_tokens=max_completion_tokens,
+        mask=mask,
     )
     kept = downsample(effective, group_size, keep)
     small = group_advantages(effective[kept], keep)

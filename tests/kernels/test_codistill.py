@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from codistill_kernels import (
     PolicyLoss,
@@ -42,6 +43,46 @@ def test_scores_pass_their_options_on():
     assert (first.kd_rewards <= 0).all()
     deviations = first.small_advantages.view(2, 2).std(dim=1)
     assert deviations.tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_scores_leave_masked_tokens_out():
+    small = SMALL.clone()
+    small[2] = torch.nan
+    scores = codistill_scores(REWARDS, small, LARGE, ENDS, **TERMS, mask=torch.arange(7) != 2)
+    # the second rollout keeps 0.5 of its log-ratios 0.5 and 1.5
+    assert scores.kd_rewards.tolist() == pytest.approx([-0.2, 0.1, 0.0, 0.0, -0.4, -0.1])
+
+
+def test_scores_of_halves_are_fp32():
+    small, large, rewards = (t.bfloat16() for t in (SMALL / 480, LARGE, REWARDS))
+    scores = codistill_scores(rewards, small, large, ENDS, **TERMS)
+    wide = codistill_scores(*(t.double() for t in (rewards, small, large)), ENDS, **TERMS)
+    for found, gold in zip(scores, wide, strict=True):
+        assert found.dtype in (torch.float32, torch.int64)
+        torch.testing.assert_close(found, gold.to(found.dtype), rtol=1e-6, atol=1e-7)
+
+
+def test_scores_without_a_rollout():
+    none = torch.zeros(0)
+    scores = codistill_scores(none, none, none, torch.tensor([0]), **TERMS)
+    assert [len(part) for part in scores] == [0] * 5
+
+
+def test_scores_of_all_lengths_share_a_graph():
+    torch._dynamo.reset()
+    count = CompileCounterWithBackend("eager")
+    compiled = torch.compile(codistill_scores, fullgraph=True, dynamic=True, backend=count)
+    for length in range(9, 42, 3):
+        tokens = torch.arange(2.0 * length)
+        arguments = (
+            tokens[:length].sin(),
+            tokens.sin(),
+            tokens.cos(),
+            2 * torch.arange(length + 1),
+        )
+        found, expected = (f(*arguments, **TERMS) for f in (compiled, codistill_scores))
+        assert all(map(torch.equal, found, expected))
+    assert count.frame_count <= 2
 
 
 def make_models(rows=40, small=(24, 300), large=(32, 310), dtype=torch.float32):
@@ -104,5 +145,36 @@ def test_mistakes_are_named():
     old = torch.zeros(40)
     with pytest.raises(ValueError, match="^large must be"):
         codistill_losses(small, (large[0][:39], large[1]), ids, old, old, old, normalizer=1.0)
-    with pytest.raises(ValueError, match="^keep must be"):
-        codistill_scores(REWARDS, SMALL, LARGE, ENDS, **TERMS | dict(keep=5))
+    for change in (
+        dict(small=large[0]),
+        dict(large=(large[0].numpy(force=True), large[1])),
+        dict(token_ids=ids.numpy()),
+        dict(small_old_logps=None),
+        dict(small_advantages=1.0),
+        dict(large_advantages=old.to("meta")),
+    ):
+        terms = dict(small=small, large=large, token_ids=ids, small_old_logps=old)
+        terms |= dict(small_advantages=old, large_advantages=old, normalizer=1.0)
+        with pytest.raises(ValueError, match=f"^{next(iter(change))} must be"):
+            codistill_losses(**terms | change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(keep=5),
+        dict(estimator="exact"),
+        dict(seed=1),
+        dict(eps=0.1),
+        dict(mask=torch.ones(7)),
+        dict(small_logps=SMALL.numpy()),
+        dict(large_logps=LARGE.to("meta")),
+        dict(large_logps=LARGE[:6]),
+        dict(cu_seqlens=ENDS.short()),
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_mistakes_in_scores_are_named(change):
+    terms = dict(rewards=REWARDS, small_logps=SMALL, large_logps=LARGE, cu_seqlens=ENDS)
+    with pytest.raises(ValueError, match=f"^{next(iter(change))} must be"):
+        codistill_scores(**terms | TERMS | change)

@@ -79,6 +79,15 @@ def test_ratio_that_overflows():
     assert loss == -1  # the dropped token's own ratio overflows too
 
 
+@pytest.mark.parametrize("ours", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("engine", [torch.float32, torch.float16, torch.float64])
+def test_dtypes_mix_freely(engine, ours):
+    trainer = torch.tensor([-1.0, -2.0], dtype=ours)
+    out = importance_weights(trainer, torch.tensor([-1.5, -2.0], dtype=engine))
+    assert out.dtype == (torch.float64 if ours == torch.float64 else torch.float32)
+    assert out.tolist() == pytest.approx([math.exp(0.5), 1.0])
+
+
 @pytest.mark.parametrize("ends", [[0], [0, 0]], ids=str)
 def test_no_tokens(ends):
     empty = torch.zeros(0)
@@ -101,6 +110,13 @@ def test_compiles_as_one_graph(ends):
         (dict(trainer_logps=torch.zeros(3, 1)), "trainer_logps"),
         (dict(trainer_logps=torch.zeros(3).long()), "trainer_logps"),
         (dict(engine_logps=torch.zeros(2)), "engine_logps"),
+        (dict(trainer_logps=torch.zeros(3).numpy()), "trainer_logps"),
+        (dict(engine_logps=torch.zeros(3).numpy()), "engine_logps"),
+        (dict(engine_logps=torch.zeros(3, device="meta")), "engine_logps"),
+        (dict(mask=torch.ones(3, dtype=torch.bool, device="meta")), "mask"),
+        (dict(cu_seqlens=torch.tensor([0, 3], device="meta")), "cu_seqlens"),
+        (dict(cu_seqlens=torch.tensor([0, 3]).short()), "cu_seqlens"),
+        (dict(cu_seqlens=[0, 3]), "cu_seqlens"),
         (dict(mask=torch.zeros(3)), "mask"),
         (dict(truncate=0.0), "truncate"),
         (dict(truncate=math.nan), "truncate"),

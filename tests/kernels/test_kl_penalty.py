@@ -96,6 +96,47 @@ def test_nan_stays_behind_the_mask():
     assert torch.autograd.grad(loss, logps)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("ours", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("other", [torch.float32, torch.float16, torch.float64])
+def test_dtypes_mix_freely(other, ours):
+    # pi_ref / pi = 1/2, with weight 1/2 and normalizer 4: (0.5 + log 2 - 1) / 8
+    logps = torch.zeros(1, dtype=ours, requires_grad=True)
+    reference_logps = torch.tensor([-math.log(2)], dtype=other)
+    normalizer = torch.tensor(4, dtype=other if other != torch.float16 else torch.int64)
+    terms = dict(weights=torch.tensor([0.5], dtype=other), normalizer=normalizer)
+    loss, stats = kl_penalty(logps, reference_logps, **terms)
+    computed = torch.float64 if ours == torch.float64 else torch.float32
+    assert loss.dtype == stats["kl"].dtype == computed
+    assert loss.item() == pytest.approx((math.log(2) - 0.5) / 8, rel=2e-3)
+    assert torch.autograd.grad(loss, logps)[0].dtype == ours
+
+
+def test_weight_0_adds_exactly_0():
+    # k3 of d = 100 is inf in fp32: the definition has it times 0, or leaves it out, as here
+    logps = torch.tensor([-100.0, 0.0], requires_grad=True)
+    other = torch.tensor([0.0, -math.log(2)])
+    loss, stats = kl_penalty(logps, other, normalizer=1.0, weights=torch.tensor([0.0, 1.0]))
+    assert loss.item() == pytest.approx(math.log(2) - 0.5)
+    assert torch.autograd.grad(loss, logps)[0].tolist() == pytest.approx([0.0, 0.5])
+    assert stats["kl"] == math.inf  # a statistic of all unmasked tokens
+
+
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+@pytest.mark.parametrize("normalizer", [0, torch.tensor(0)], ids=["number", "tensor"])
+def test_nothing_to_train_on_is_0(normalizer, backend):
+    def step(logps):
+        nothing = torch.zeros(3, dtype=torch.bool)
+        return kl_penalty(logps, torch.ones(3), nothing, normalizer=normalizer)[0]
+
+    torch._dynamo.reset()
+    run = step if backend == "eager" else torch.compile(step, backend="aot_eager", fullgraph=True)
+    logps = torch.zeros(3, requires_grad=True)
+    loss = run(logps)
+    assert loss.item() == 0 and torch.autograd.grad(loss, logps)[0].tolist() == [0, 0, 0]
+    some, _ = kl_penalty(logps, torch.ones(3), normalizer=normalizer)
+    assert some == math.inf  # as the formula has it, in sight
+
+
 def test_without_a_token():
     loss, stats = kl_penalty(torch.zeros(0, requires_grad=True), torch.zeros(0), normalizer=1)
     assert (loss.item(), stats["kl"].item(), stats["tokens"].item()) == (0, 0, 0)
@@ -105,7 +146,14 @@ def test_without_a_token():
     ("change", "message"),
     [
         ({"estimator": "k1"}, "estimator must be k2 or k3 .the gradient of k1"),
-        ({"normalizer": 0}, "normalizer must be > 0"),
+        ({"normalizer": -1}, "normalizer must be >= 0"),
+        ({"normalizer": "1"}, "normalizer must be a number or a torch.Tensor, got str"),
+        ({"reference_logps": torch.zeros(30).numpy()}, "reference_logps must be a torch.Tensor"),
+        ({"reference_logps": torch.zeros(30, device="meta")}, "reference_logps must be on cpu"),
+        ({"weights": 1.0}, "weights must be a torch.Tensor, got builtins.float"),
+        ({"weights": torch.ones(30, device="meta")}, "weights must be on cpu"),
+        ({"mask": torch.ones(30, dtype=torch.bool, device="meta")}, "mask must be on cpu"),
+        ({"cu_seqlens": ENDS.short()}, "cu_seqlens must be .* int32 or int64"),
         ({"reference_logps": torch.zeros(3)}, "reference_logps must be"),
         ({"weights": torch.ones(5)}, "weights must be"),
         ({"mask": torch.ones(30)}, "mask must be bool"),

@@ -322,7 +322,7 @@ def test_sharded_vocabulary_equals_whole(tmp_path, vocab_size, way):
         (dict(advantages=torch.zeros(3)), "advantages"),
         (dict(mask=torch.zeros(4)), "mask"),
         (dict(mask=torch.zeros(3).bool()), "mask"),
-        (dict(normalizer=0.0), "normalizer"),
+        (dict(normalizer=-1.0), "normalizer"),
         (dict(token_ids=torch.full((4,), 11)), "token_ids"),
         (dict(workspace_mib=0), "workspace_mib"),
         (dict(backend="cuda"), "backend"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from codistill_kernels import PolicyLoss, linear_logps, linear_policy_loss, policy_loss, reference
-from codistill_kernels.policy_loss import token_gradients
+from codistill_kernels.policy_loss import log_ratios, token_gradients
 
 BOUNDS = dict(epsilon_low=0.1, epsilon_high=0.3)
 LOSSES = {
@@ -16,6 +16,10 @@ LOSSES = {
     "cispo": PolicyLoss("cispo", **BOUNDS),
     "gspo": PolicyLoss("gspo", epsilon_low=0.05, epsilon_high=0.1),
     "gmpo": PolicyLoss("gmpo", **BOUNDS),
+    "clamped clip": PolicyLoss(**BOUNDS, log_ratio_clamp=0.5),
+    "clamped cispo": PolicyLoss("cispo", 0.1, 0.9, log_ratio_clamp=0.5),
+    "clamped gspo": PolicyLoss("gspo", epsilon_low=0.05, epsilon_high=0.1, log_ratio_clamp=0.7),
+    "clamped gmpo": PolicyLoss("gmpo", **BOUNDS, log_ratio_clamp=0.5),
 }
 # Sequences 1 and 7 have no token; the mask takes all tokens of sequence 3.
 ENDS = torch.tensor([0, 7, 7, 20, 24, 25, 45, 60, 60])
@@ -66,11 +70,12 @@ def test_equals_reference(seed, loss):
     (gold_gradient,) = torch.autograd.grad(gold, case["logps"])
     torch.testing.assert_close(ours, gold.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, gold_gradient, rtol=1e-12, atol=0)
-    if loss.kind == "clip":
+    if loss.kind == "clip" and loss.log_ratio_clamp is None:
         cut = (gradient == 0)[case["mask"]].double().mean()
         fractions = stats["clip_fraction_low"] + stats["clip_fraction_high"]
         torch.testing.assert_close(fractions, cut)
-    assert stats["clip_fraction_low"] > 0 and stats["clip_fraction_high"] > 0
+    assert stats["clip_fraction_low"] > 0
+    assert stats["clip_fraction_high"] > 0 or loss == LOSSES["clamped cispo"]
     assert (gradient != 0).sum() > 10
 
 
@@ -242,9 +247,86 @@ def test_ratio_that_overflows_reaches_no_gradient(reason, name):
         importance_weights=torch.tensor([float(reason != "no weight"), 1.0]),
         cu_seqlens=torch.tensor([0, 1, 2]),
     )
-    pushed = -1.3 if name == "cispo" and reason == "cut" else 0.0  # the bounded weight times A
+    # cispo: the bounded weight times A
+    bounded = {"cispo": -1.3, "clamped cispo": -math.exp(0.5)}
+    pushed = bounded.get(name, 0.0) if reason == "cut" else 0.0
     assert loss.isfinite() and gradient.tolist() == pytest.approx([pushed, -1.0])
     assert stats["ess"].item() == pytest.approx(0.5)  # one token has all the weight
+
+
+@every_loss
+@pytest.mark.parametrize("infinite", ["weights", "advantages"])
+def test_0_times_an_infinite_factor_adds_0(infinite, loss):
+    # sequence 0 has advantage 0 and weight inf, or the other way round; sequence 1 adds -1
+    advantages, weights = torch.tensor([0.0, 1.0]), torch.tensor([torch.inf, 1.0])
+    if infinite == "advantages":
+        advantages, weights = weights, advantages
+    value, gradient, _ = with_gradient(
+        leaf([-1.0, -1.0], torch.float32),
+        torch.full((2,), -1.0),
+        advantages,
+        loss=loss,
+        normalizer=1,
+        importance_weights=weights,
+        cu_seqlens=torch.tensor([0, 1, 2]),
+    )
+    assert value == (1 if loss.kind == "cispo" else -1) and gradient.tolist() == [0, -1]
+    terms = dict(weights=weights, cu_seqlens=torch.tensor([0, 1, 2]))
+    assert token_gradients(torch.zeros(2), advantages, loss, **terms).tolist() == [0, -1]
+
+
+@every_loss
+def test_nan_is_not_hidden_by_0(loss):
+    for factors in ((0.0, torch.nan), (torch.nan, 0.0)):
+        advantages, weights = torch.tensor(factors)[:, None]
+        terms = dict(cu_seqlens=torch.tensor([0, 1]), importance_weights=weights, normalizer=1)
+        assert policy_loss(torch.zeros(1), None, advantages, loss=loss, **terms)[0].isnan()
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+@pytest.mark.parametrize("normalizer", [0, torch.tensor(0)], ids=["number", "tensor"])
+@pytest.mark.parametrize("name", ["clip", "gspo"])
+def test_nothing_to_train_on_is_0(name, normalizer, way):
+    ends = torch.tensor([0, 1, 3])
+
+    def step(logps, mask):
+        terms = dict(loss=LOSSES[name], normalizer=normalizer, cu_seqlens=ends)
+        return policy_loss(logps, None, torch.ones(2), mask, **terms)[0]
+
+    torch._dynamo.reset()
+    run = step if way == "eager" else torch.compile(step, backend="aot_eager", fullgraph=True)
+    logps = leaf([-1.0, -1.0, -1.0], torch.float32)
+    value = run(logps, torch.zeros(3, dtype=torch.bool))
+    assert value == 0 and torch.autograd.grad(value, logps)[0].tolist() == [0, 0, 0]
+    some = run(logps, torch.ones(3, dtype=torch.bool))
+    assert some.isinf()  # as the formula has it, in sight
+
+
+@pytest.mark.parametrize("ours", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("other", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["clip", "cispo", "gspo", "gmpo"])
+def test_dtypes_mix_freely(name, other, ours):
+    """Against the reference in fp64 of the very numbers that the dtypes hold."""
+    case = {key: value.detach() for key, value in sequence_case().items()}
+    for key in ("old_logps", "advantages", "importance_weights"):
+        case[key] = case[key].to(other)
+    case["logps"] = case["logps"].to(ours).requires_grad_()
+    wide = {key: t.detach().double() if t.is_floating_point() else t for key, t in case.items()}
+    gold = reference.policy_loss(**wide, **asdict(LOSSES[name]), normalizer=7.0)
+    for normalizer in (7.0, torch.tensor(7.0, dtype=other), torch.tensor(7)):
+        value, gradient, stats = with_gradient(**case, loss=LOSSES[name], normalizer=normalizer)
+        assert value.dtype == (torch.float64 if ours == torch.float64 else torch.float32)
+        assert all(t.dtype == value.dtype for t in stats.values()) and gradient.dtype == ours
+        assert value.item() == pytest.approx(gold.item(), rel=1e-5)
+
+
+def test_log_ratios_have_the_dtype_of_logps():
+    # What the fused op gives to token_gradients: its gradients have the dtype of the log-ratios.
+    old = torch.full((2,), -1.0, dtype=torch.float64)
+    found = log_ratios(torch.tensor([-0.5, -1.0]), old)
+    assert found.dtype == torch.float32 and found.tolist() == [0.5, 0.0]
+    gradients = token_gradients(found, torch.ones(2, dtype=torch.float64), PolicyLoss())
+    assert gradients.dtype == torch.float32
 
 
 @every_loss
@@ -336,6 +418,8 @@ def test_compiles_as_one_graph(loss):
 
 # --- mistakes ----------------------------------------------------------------------------------
 
+META = torch.zeros(3, device="meta")
+
 
 @pytest.mark.parametrize(
     ("change", "name"),
@@ -343,7 +427,23 @@ def test_compiles_as_one_graph(loss):
         (dict(old_logps=torch.zeros(2)), "old_logps"),
         (dict(advantages=torch.zeros(2)), "advantages"),
         (dict(mask=torch.zeros(3)), "mask"),
-        (dict(normalizer=0), "normalizer"),
+        (dict(normalizer=-1), "normalizer"),
+        (dict(normalizer=torch.tensor(-1.0)), "normalizer"),
+        (dict(normalizer=math.nan), "normalizer"),
+        (dict(normalizer="3"), "normalizer"),
+        (dict(normalizer=torch.tensor(1.0, device="meta")), "normalizer"),
+        (dict(loss="clip"), "loss"),
+        (dict(logps=torch.zeros(3).numpy()), "logps"),
+        (dict(old_logps=torch.zeros(3).numpy()), "old_logps"),
+        (dict(advantages=1.0), "advantages"),
+        (dict(mask=torch.ones(3).bool().numpy()), "mask"),
+        (dict(cu_seqlens=[0, 3]), "cu_seqlens"),
+        (dict(cu_seqlens=torch.tensor([0, 1, 2, 3]).short()), "cu_seqlens"),
+        (dict(old_logps=META), "old_logps"),
+        (dict(advantages=META), "advantages"),
+        (dict(importance_weights=META), "importance_weights"),
+        (dict(mask=META.bool()), "mask"),
+        (dict(cu_seqlens=torch.zeros(4, dtype=torch.int64, device="meta")), "cu_seqlens"),
         (dict(normalizer=torch.ones(2)), "normalizer"),
         (dict(cu_seqlens=torch.tensor([0, 2])), "cu_seqlens"),
         (dict(cu_seqlens=torch.tensor([0, 1, 3])), "advantages"),

@@ -108,6 +108,65 @@ def test_gmpo_by_hand():
     assert (stats["clip_fraction_low"], stats["clip_fraction_high"]) == (0.25, 0.25)
 
 
+def test_log_ratio_clamp_by_hand():
+    # log r = 3 -> 2 and -3 -> -2, A -1: ratios e^2 and e^-2 (cut at 0.8), no gradient; 2 is on the
+    # bound; with epsilon_high 1 only log r > 2 would be cut where A > 0
+    logps = leaf([3.0, 2.0, 0.0])
+    loss, gradient, stats = with_gradient(
+        logps,
+        torch.zeros(3, dtype=torch.float64),
+        -torch.ones(3, dtype=torch.float64),
+        loss=PolicyLoss(log_ratio_clamp=2.0),
+        normalizer=10,
+    )
+    assert loss.item() == pytest.approx((2 * math.exp(2) + 1) / 10)
+    assert gradient.tolist() == pytest.approx([0, math.exp(2) / 10, 0.1])
+    assert stats["clip_fraction_high"].item() == pytest.approx(1 / 3)
+    assert stats["ratio_max"].item() == pytest.approx(math.exp(3))  # as it was
+
+
+def test_log_ratio_clamp_of_sequences_by_hand():
+    # gspo, A -1: 3 -> 1 and 0.5: s = exp(0.75); gmpo the same. d s / d logp = s / 2 of the second
+    s = math.exp(0.75)
+    for kind in ("gspo", "gmpo"):
+        loss, gradient, stats = with_gradient(
+            leaf([3.0, 0.5]),
+            torch.zeros(2),
+            -torch.ones(1),
+            loss=PolicyLoss(kind, log_ratio_clamp=1.0),
+            normalizer=10,
+            cu_seqlens=torch.tensor([0, 2]),
+        )
+        assert loss.item() == pytest.approx(2 * s / 10), kind
+        assert gradient.tolist() == pytest.approx([0, s / 10]), kind
+        assert stats["clip_fraction_high"] == 0.5
+
+
+def test_log_ratio_clamp_bounds_the_weight_of_cispo():
+    # e^3 is below 1 + epsilon_high: without the clamp the weight; with it e^2, and no token is cut
+    loss, gradient, _ = with_gradient(
+        leaf([3.0]),
+        torch.zeros(1),
+        torch.ones(1),
+        loss=PolicyLoss("cispo", epsilon_high=99.0, log_ratio_clamp=2.0),
+        normalizer=1,
+    )
+    assert loss.item() == pytest.approx(-3 * math.exp(2))
+    assert gradient.item() == pytest.approx(-math.exp(2))
+
+
+def test_settings_survive_a_custom_op():
+    for loss in (
+        PolicyLoss(),
+        PolicyLoss(dual_clip=3.0),
+        PolicyLoss("gspo", 0.1, 0.3, log_ratio_clamp=20.0),
+        PolicyLoss(dual_clip=3.0, log_ratio_clamp=20.0),
+    ):
+        bounds = loss.bounds()
+        assert all(isinstance(bound, float) for bound in bounds)
+        assert PolicyLoss.from_bounds(loss.kind, bounds) == loss
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -122,6 +181,8 @@ def test_gmpo_by_hand():
         dict(dual_clip=3.0, kind="cispo"),
         dict(dual_clip=3.0, kind="gspo"),
         dict(dual_clip=3.0, kind="gmpo"),
+        dict(log_ratio_clamp=0.0),
+        dict(log_ratio_clamp=math.nan),
     ],
     ids=str,
 )

@@ -6,6 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from codistill_kernels import downsample, group_advantages, kd_rewards, reference
 
@@ -60,6 +61,102 @@ def test_kd_rewards_without_alpha_are_the_rewards():
     tokens = torch.randn(2, 4)
     out = kd_rewards(rewards, *tokens, torch.tensor([0, 1, 4]), alpha=0, max_completion_tokens=3)
     assert torch.equal(out, rewards)
+
+
+def test_kd_rewards_of_halves_are_subtracted_exactly():
+    # bf16 holds these numbers; their differences it does not
+    teacher = torch.tensor([-0.013, -7.03, -0.4], dtype=torch.bfloat16)
+    student = torch.tensor([-5.03, -0.0021, -11.3], dtype=torch.bfloat16)
+    out = kd_rewards(
+        torch.zeros(3, dtype=torch.bfloat16),
+        teacher,
+        student,
+        torch.arange(4),
+        alpha=1.0,
+        max_completion_tokens=1,
+    )
+    assert out.dtype == torch.float32
+    assert out.tolist() == pytest.approx((teacher.double() - student.double()).tolist(), rel=1e-7)
+
+
+def test_kd_rewards_leave_masked_tokens_out():
+    # Eq. 6 with N = 10, alpha = 2 and log-ratios 0.5, (NaN), 1.0: 1 + 2 * 0.5 / 10, 2 * 1 / 10
+    teacher, student = torch.tensor([-1.0, math.nan, -0.5]), torch.tensor([-1.5, -2.0, -1.5])
+    terms = dict(alpha=2.0, max_completion_tokens=10, mask=torch.tensor([True, False, True]))
+    for estimator, expected in (
+        ("k1", [1.1, 0.2]),
+        ("k3", [1 - 0.2 * (math.exp(0.5) - 1.5), -0.2 * (math.e - 2)]),
+    ):
+        arguments = (torch.tensor([1.0, 0.0]), teacher, student, torch.tensor([0, 2, 3]))
+        out = kd_rewards(*arguments, **terms, estimator=estimator)
+        assert out.tolist() == pytest.approx(expected)
+        gold = reference.kd_rewards(*arguments, **terms, estimator=estimator)
+        torch.testing.assert_close(out, gold)
+
+
+def test_exact_kd_rewards_leave_masked_tokens_out():
+    generator = torch.Generator().manual_seed(0)
+    models = [
+        tuple(torch.randn(shape, generator=generator) for shape in ((5, 4), (7, 4)))
+        for _ in range(2)
+    ]
+    terms = dict(alpha=2.0, max_completion_tokens=3, estimator="exact", student=models[0])
+    terms |= dict(teacher=models[1], mask=torch.tensor([1, 0, 1, 1, 0]).bool())
+    arguments = (torch.ones(2), None, None, torch.tensor([0, 2, 5]))
+    gold = reference.kd_rewards(*arguments, **terms)
+    models[0][0][1] = torch.nan
+    torch.testing.assert_close(kd_rewards(*arguments, **terms), gold)
+
+
+def test_the_definition_divides_by_a_number_as_it_is():
+    # Two tokens of logits 0, 7: KL of softmax(10) and softmax(0): p 10 - log(1 + e^10) + log 2.
+    # A temperature of 0.7 rounded to fp32 (7 / 0.7 = 10 no more) is off by 1e-8.
+    student, teacher = (torch.tensor([[0.0], [z]], dtype=torch.float64) for z in (7.0, 0.0))
+    hidden = torch.ones(1, 1, dtype=torch.float64)
+    out = reference.linear_reverse_kl((hidden, student), (hidden, teacher), temperature=0.7)
+    p = 1 / (1 + math.exp(-10))
+    expected = p * 10 - math.log1p(math.exp(10)) + math.log(2)
+    assert out.item() == pytest.approx(expected, rel=1e-13)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3", "exact"])
+def test_kd_rewards_without_a_rollout(estimator):
+    none, ends = torch.zeros(0), torch.tensor([0])
+    terms = dict(alpha=1.0, max_completion_tokens=9, estimator=estimator)
+    if estimator == "exact":
+        model = (torch.zeros(0, 4), torch.zeros(6, 4))
+        out = kd_rewards(none, None, None, ends, **terms, teacher=model, student=model)
+    else:
+        out = kd_rewards(none, none, none, ends, **terms)
+    assert out.shape == (0,) and out.dtype == torch.float32
+
+
+def test_group_advantages_of_halves_by_hand():
+    # deviation of 0, 0, 0, d: d / 2; the mean d / 4: -0.25 / 0.5 three times and 0.75 / 0.5
+    rewards = torch.tensor([1, 1, 1, 1.0078125], dtype=torch.bfloat16)
+    assert group_advantages(rewards, 4, scale="std").tolist() == [-0.5, -0.5, -0.5, 1.5]
+    # 150^2 is beyond fp16's 65504 / 4; the deviation is 300 / sqrt(3)
+    rewards = torch.tensor([0, 300, 0, 300], dtype=torch.float16)
+    out = group_advantages(rewards, 4, scale="std")
+    assert out.dtype == torch.float16
+    expected = [-math.sqrt(3) / 2, math.sqrt(3) / 2] * 2
+    assert out.tolist() == pytest.approx(expected, rel=2**-11)
+    # the sum of a large group is beyond fp16, too
+    rewards = torch.tensor([0.0, 60000.0] * 4, dtype=torch.float16)
+    assert group_advantages(rewards, 8).tolist() == [-30000, 30000] * 4
+
+
+def test_group_advantages_with_eps():
+    # mean 0.5, deviation sqrt(0.5): +-0.5 / (0.70711 + 0.25); equal ones stay 0
+    rewards = torch.tensor([1.0, 0.0, 3.0, 3.0])
+    out = group_advantages(rewards, 2, scale="std", eps=0.25)
+    value = 0.5 / (math.sqrt(0.5) + 0.25)
+    assert out.tolist() == pytest.approx([value, -value, 0.0, 0.0])
+    gold = reference.group_advantages(rewards, 2, scale="std", eps=0.25)
+    torch.testing.assert_close(out, gold)
+    rewards = torch.tensor([1.0, 1.0000001] * 2)
+    assert group_advantages(rewards, 4, scale="std").abs().max() > 0.8
+    assert group_advantages(rewards, 4, scale="std", eps=1e-4).abs().max() < 2e-3
 
 
 def test_group_advantages_by_hand():
@@ -143,7 +240,7 @@ def test_downsample_equals_reference(method):
     ties = torch.randint(0, 4, (14 * 20,), generator=generator).float()
     for scores in (ties, torch.randn(14 * 20, generator=generator)):
         for keep in (2, 8, 14) if method == "top_bottom" else (1, 2, 5, 8, 14):
-            terms = dict(method=method, seed=3)
+            terms = dict(method=method, seed=3 if method == "random" else None)
             rows = downsample(scores, 14, keep, **terms)
             assert torch.equal(rows, reference.downsample(scores, 14, keep, **terms))
             groups = rows.view(20, keep)
@@ -175,8 +272,25 @@ def test_unseen_scores_that_are_not_finite_keep_the_highest(bad, monkeypatch):
     assert torch.equal(downsample(scores, 4, 2, method="max_variance"), highest)
 
 
+@pytest.mark.parametrize("method", ["top_bottom", "top", "max_variance"])
+def test_lengths_share_a_graph(method):
+    calls = {
+        "group_advantages": lambda rewards: group_advantages(rewards, 2, scale="std"),
+        "downsample": lambda rewards: downsample(rewards, 2, 2, method=method),
+    }
+    for name, call in calls.items():
+        torch._dynamo.reset()
+        count = CompileCounterWithBackend("eager")
+        compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=count)
+        for length in range(10, 32, 2):
+            rewards = torch.arange(length).roll(5).float()
+            assert torch.equal(compiled(rewards), call(rewards))
+        assert count.frame_count <= 2, name
+
+
 TOKENS, ENDS = torch.zeros(4), torch.tensor([0, 1, 4])
 INFINITE = torch.tensor([1.0, math.inf])
+NO_LOGPS = dict(teacher_logps=None, student_logps=None)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +316,30 @@ INFINITE = torch.tensor([1.0, math.inf])
         (lambda: eq6(alpha=-1.0), "alpha"),
         (lambda: eq6(max_completion_tokens=0), "max_completion_tokens"),
         (lambda: eq6(estimator="k9"), "estimator"),
+        (lambda: group_advantages(torch.zeros(4).numpy(), 2), "rewards"),
+        (lambda: group_advantages(torch.zeros(4), 2, eps=1e-4), "eps"),
+        (lambda: group_advantages(torch.zeros(4), 2, scale="std", eps=-1.0), "eps"),
+        (lambda: downsample(torch.zeros(4).numpy(), 4, 2), "scores"),
+        (lambda: downsample(torch.zeros(4), 4, 2, seed=3), "seed"),
+        (lambda: eq6(rewards=torch.zeros(2).numpy()), "rewards"),
+        (lambda: eq6(rewards=0.5), "rewards"),
+        (lambda: eq6(teacher_logps=TOKENS.numpy()), "teacher_logps"),
+        (lambda: eq6(student_logps=TOKENS.long()), "student_logps"),
+        (lambda: eq6(student_logps=TOKENS.to("meta")), "student_logps"),
+        (lambda: eq6(mask=torch.ones(4)), "mask"),
+        (lambda: eq6(mask=torch.ones(4).bool().to("meta")), "mask"),
+        (lambda: eq6(cu_seqlens=ENDS.short()), "cu_seqlens"),
+        (lambda: eq6(cu_seqlens=ENDS.to("meta")), "cu_seqlens"),
+        (lambda: eq6(temperature=0.7), "temperature"),
+        (lambda: eq6(temperature=torch.ones(4)), "temperature"),
+        (lambda: eq6(vocab_size=5), "vocab_size"),
+        (lambda: eq6(backend="nonsense"), "backend"),
+        (lambda: eq6(teacher=(TOKENS, TOKENS), estimator="k3"), "teacher"),
+        (lambda: eq6(student=(TOKENS, TOKENS)), "student"),
+        (lambda: eq6(estimator="exact"), "teacher_logps"),
+        (lambda: eq6(estimator="exact", **NO_LOGPS), "teacher"),
+        (lambda: eq6(estimator="exact", **NO_LOGPS, teacher=(TOKENS,)), "teacher"),
+        (lambda: eq6(estimator="exact", **NO_LOGPS, teacher=(TOKENS.numpy(),) * 2), "teacher"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
