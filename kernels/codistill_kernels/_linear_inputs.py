@@ -13,6 +13,7 @@ from codistill_kernels._checks import (
     require_in_vocabulary,
     require_scaling,
     require_shape,
+    require_tensor,
     require_token_ids,
 )
 from codistill_kernels._head import compute_dtype
@@ -89,7 +90,15 @@ def temperatures(
 
 
 def require_workspace(workspace_mib: int | None) -> None:
-    require(workspace_mib is None or workspace_mib > 0, "workspace_mib", "> 0", workspace_mib)
+    is_valid = workspace_mib is None or (isinstance(workspace_mib, int) and workspace_mib > 0)
+    require(is_valid, "workspace_mib", "a whole number > 0, or None", workspace_mib)
+
+
+def require_plain(name: str, tensor: object) -> None:
+    """A tensor of one process: what a DTensor holds here is for the caller to say."""
+    require_tensor(name, tensor)
+    expected = "a plain tensor: .full_tensor(), or .to_local() with `group`"
+    require(type(tensor).__name__ != "DTensor", name, expected, "a DTensor")
 
 
 def check_inputs(
@@ -100,18 +109,24 @@ def check_inputs(
     temperature: float | Tensor,
     softcap: float | None,
 ) -> None:
+    tensors: dict[str, object] = dict(hidden_states=hidden_states, lm_head_weight=lm_head_weight)
+    tensors |= dict(token_ids=token_ids) | ({} if bias is None else dict(bias=bias))
+    tensors |= dict(temperature=temperature) if isinstance(temperature, Tensor) else {}
+    for name, tensor in tensors.items():
+        require_plain(name, tensor)
     require(hidden_states.ndim >= 1, "hidden_states", "[..., H]", tuple(hidden_states.shape))
     require_float("hidden_states", hidden_states)
     require_float("lm_head_weight", lm_head_weight)
     require(lm_head_weight.ndim == 2, "lm_head_weight", "[V, H]", tuple(lm_head_weight.shape))
     vocab, hidden = lm_head_weight.shape
+    require(hidden > 0, "lm_head_weight", "[V, H] with H > 0", tuple(lm_head_weight.shape))
     require_shape("lm_head_weight", lm_head_weight, (vocab, hidden_states.shape[-1]), "[V, H]")
     require_token_ids(token_ids, tuple(hidden_states.shape[:-1]))
-    tensors = {"lm_head_weight": lm_head_weight, "token_ids": token_ids}
     if bias is not None:
         require_float("bias", bias)
         require_shape("bias", bias, (vocab,), "[V]")
-        tensors["bias"] = bias
     for name, tensor in tensors.items():
-        require_device(name, tensor, "hidden_states", hidden_states)
+        if name != "temperature":  # which is moved
+            assert isinstance(tensor, Tensor)
+            require_device(name, tensor, "hidden_states", hidden_states)
     require_scaling(temperature, softcap, tuple(token_ids.shape))

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from codistill_kernels._checks import require
 from codistill_kernels._head import Head
 from codistill_kernels._linear import (
     Held,
@@ -14,7 +15,7 @@ from codistill_kernels._linear import (
     recomputed_gradients,
     workspace_bytes,
 )
-from codistill_kernels._linear_inputs import cut, prepare, require_workspace
+from codistill_kernels._linear_inputs import cut, prepare, require_plain, require_workspace
 from codistill_kernels._softmax_torch import normalizers
 
 # --- custom ops --------------------------------------------------------------------------------
@@ -338,6 +339,8 @@ def linear_logps(
     Gimelshein 2018 (arXiv:1805.02867).
     """
     require_workspace(workspace_mib)
+    require_plain("token_ids", token_ids)
+    require(isinstance(ignore_index, int), "ignore_index", "an int", ignore_index)
     inputs = prepare(
         hidden_states,
         lm_head_weight,

@@ -24,12 +24,14 @@ from codistill_kernels._linear import (
     recomputed_gradients,
     workspace_bytes,
 )
-from codistill_kernels._linear_inputs import prepare, require_workspace
+from codistill_kernels._linear_inputs import prepare, require_plain, require_workspace
 from codistill_kernels._scaling import WithGradients
 from codistill_kernels.linear_logps import LinearLogps, Options, log_probabilities
 from codistill_kernels.policy_loss import (
     PolicyLoss,
     check_inputs,
+    divisor,
+    log_ratios,
     policy_loss,
     to_tokens,
     token_gradients,
@@ -67,7 +69,7 @@ def linear_policy_gradients(
     kind, bounds: of the loss. shard_rows: of a whole shard of the weight, this one may be cut: all
     processes must make the same chunks.
     """
-    loss = PolicyLoss(kind, *bounds)
+    loss = PolicyLoss.from_bounds(kind, bounds)
     group = dist.distributed_c10d._resolve_process_group(group_name) if group_name else None
     head = Head(lm_head_weight, bias, temperature, softcap)
     terms = Terms(old_logps, advantages, importance_weights, mask, cu_seqlens, loss)
@@ -132,7 +134,7 @@ class Terms:
     def gradients(self, logps: Tensor) -> Tensor:
         """[N] of -sum of the surrogate, from all tokens' log-probabilities."""
         return token_gradients(
-            torch.zeros_like(logps) if self.old_logps is None else logps - self.old_logps,
+            log_ratios(logps, self.old_logps),
             self.advantages,
             self.loss,
             weights=self.importance_weights,
@@ -265,9 +267,11 @@ def linear_policy_loss(
     Rows without a gradient (masked, clipped, advantage 0) are left out of both gradient products.
     Source: Eq. 5 and Eq. 10. Definition: reference.policy_loss of reference.linear_logps.
     """
+    require_plain("hidden_states", hidden_states)
+    require_plain("token_ids", token_ids)
     require(hidden_states.ndim == 2, "hidden_states", "[N, H]", tuple(hidden_states.shape))
     require_workspace(workspace_mib)
-    require_mask(mask, len(hidden_states))
+    require_mask(mask, len(hidden_states), "hidden_states", hidden_states)
     keep = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
     inputs = prepare(
         hidden_states,
@@ -340,5 +344,6 @@ def linear_policy_loss(
             logps, old_logps, advantages, keep, loss=loss, normalizer=normalizer, **terms
         )
     if any(needs):
-        value = WithGradients.apply(*differentiable, value, gradients, normalizer, group)
+        scale_by = divisor(value, normalizer)
+        value = WithGradients.apply(*differentiable, value, gradients, scale_by, group)
     return value, statistics

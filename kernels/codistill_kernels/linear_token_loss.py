@@ -7,13 +7,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from codistill_kernels._checks import require, require_mask
+from codistill_kernels._checks import require, require_mask, require_normalizer
 from codistill_kernels._chunk_gradients import gradients_by_chunks
 from codistill_kernels._head import Head
 from codistill_kernels._linear import kind_of_chunks, make_chunks, plan_for, workspace_bytes
-from codistill_kernels._linear_inputs import LinearInputs, prepare, require_workspace
+from codistill_kernels._linear_inputs import LinearInputs, prepare, require_plain, require_workspace
 from codistill_kernels._scaling import WithGradients
 from codistill_kernels.linear_logps import LinearLogps, Options
+from codistill_kernels.policy_loss import divisor
 
 TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -145,7 +146,7 @@ def linear_token_loss(
         fn: (logps [R], entropy [R], rows [R] int64) -> losses [R]: of the tokens with numbers
             `rows`, by which it takes its own [N] tensors. A loss depends on its own token alone.
             It may differentiate nothing but logps and entropy: tensors of its own are detached.
-        normalizer: > 0; a number or a scalar tensor.
+        normalizer: a number or a scalar tensor, >= 0; 0 only where nothing is left to divide.
         reduction: "sum", or "none": the losses [N] themselves, 0 where masked, not normalized; then
             logits are computed twice on a CPU.
         bias, temperature, softcap, vocab_size, group: as in `linear_logps`.
@@ -161,10 +162,14 @@ def linear_token_loss(
 
     Definition: codistill_kernels.reference.linear_token_loss.
     """
+    require_plain("hidden_states", hidden_states)
+    require_plain("token_ids", token_ids)
     require(hidden_states.ndim == 2, "hidden_states", "[N, H]", tuple(hidden_states.shape))
     require_workspace(workspace_mib)
+    require_normalizer(normalizer)
+    require(callable(fn), "fn", "a function of (logps, entropy, rows)", type(fn).__name__)
     require(reduction in ("sum", "none"), "reduction", "sum or none", repr(reduction))
-    require_mask(mask, len(hidden_states))
+    require_mask(mask, len(hidden_states), "hidden_states", hidden_states)
     keep = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
     inputs = prepare(
         hidden_states,
@@ -184,7 +189,11 @@ def linear_token_loss(
         logps, entropy = LinearLogps.apply(*inputs.tensors, keep, options)
         every = torch.arange(keep.shape[0], device=keep.device)
         losses = torch.where(keep, fn(logps, entropy, every), 0.0)
-        loss = losses if reduction == "none" else losses.sum() / normalizer
+        if reduction == "none":
+            loss = losses
+        else:
+            loss = losses.sum()
+            loss = loss / divisor(loss, normalizer)
     else:
         rows = keep.nonzero().squeeze(1)
         shard_rows, is_shard = len(lm_head_weight), group is not None
@@ -196,6 +205,6 @@ def linear_token_loss(
             loss, logps, entropy = by_chunks(inputs, fn, rows, options, needs, plan.rows)
         else:
             loss, logps, entropy = by_log_probabilities(inputs, fn, rows, options)
-        loss = loss / normalizer
+        loss = loss / divisor(loss, normalizer)
     tokens = keep.sum().to(logps.dtype)
     return loss, dict(logps=logps.detach(), entropy=entropy.detach(), tokens=tokens)

@@ -1,5 +1,6 @@
 """The operations on a linear head under what is around them: default dtypes, torch.compile, ids."""
 
+import numpy
 import pytest
 import torch
 import torch._dynamo.testing
@@ -11,7 +12,9 @@ from codistill_kernels import (
     codistill_losses,
     linear_logps,
     linear_policy_loss,
+    policy_loss,
 )
+from codistill_kernels._head import Plan
 
 
 def make_case(rows=9, hidden=16, vocab=50, dtype=torch.float32):
@@ -127,3 +130,100 @@ def test_large_vocabularies_take_one_pass_on_a_cpu_by_default(vocab):
     plan = _linear.CpuChunks.plan(1024, vocab, torch.bfloat16, workspace)
     assert plan.way == "chunks" and plan.rows >= 256
     assert workspace == max(128 * 2**20, 1024 * vocab)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arguments_of_every_dtype(backend):
+    """As numpy gives them, in fp64: computed and returned in fp32."""
+    x, weight, ids = make_case()
+    old, advantages = torch.full((9,), -4.0), torch.linspace(-1, 1, 9)
+    results = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        normalizer = torch.tensor(3, dtype=dtype)
+        terms = (old.to(dtype), advantages.to(torch.float64))
+        loss, _ = linear_policy_loss(*leaves, ids, *terms, normalizer=normalizer, backend=backend)
+        loss.backward()
+        assert loss.dtype == torch.float32
+        results.append((loss.detach(), *(leaf.grad for leaf in leaves)))
+    for result in results[1:]:
+        for one, other in zip(result, results[0], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nothing_to_divide_is_zero(backend, compiled):
+    x, weight, ids = make_case()
+    mask = torch.zeros(9, dtype=torch.bool)
+    leaves = x.requires_grad_(), weight.requires_grad_()
+
+    def loss(x, weight):
+        terms = dict(mask=mask, normalizer=mask.sum(), backend=backend)
+        return linear_policy_loss(x, weight, ids, None, torch.ones(9), **terms)[0]
+
+    value = (torch.compile(loss, backend="aot_eager") if compiled else loss)(*leaves)
+    value.backward()
+    assert value == 0 and not any(leaf.grad.any() for leaf in leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("way", ["chunks", "columns"])
+def test_clamped_log_ratios(backend, way, monkeypatch):
+    """Settings reach the fused op; an overflowing ratio has a bound and no gradient."""
+    kind = _linear.kind_of_chunks(torch.empty(0), backend)
+    monkeypatch.setattr(kind, "plan", lambda *_: Plan(way, 4))
+    x, weight, ids = make_case()
+    logps = linear_logps(x, weight, ids)
+    old = logps.detach() + torch.tensor([0.1, -200, 0.2, 0, 0.3, -0.1, -200, 0.1, 0])
+    loss = PolicyLoss(epsilon_high=1e9, epsilon_low=0.99, log_ratio_clamp=20.0)
+    results = []
+    for fused in (True, False):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        terms = dict(old_logps=old, advantages=torch.ones(9), loss=loss, normalizer=1.0)
+        if fused:
+            value, _ = linear_policy_loss(*leaves, ids, **terms, backend=backend)
+        else:
+            value, _ = policy_loss(linear_logps(*leaves, ids, backend=backend), **terms)
+        value.backward()
+        results.append((value.detach(), *(leaf.grad for leaf in leaves)))
+    for one, other in zip(*results, strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert not results[0][1][[1, 6]].any()
+
+
+NUMBERS = numpy.zeros((4, 8), dtype=numpy.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(token_ids=numpy.zeros(4, dtype=numpy.int64)), "token_ids must be a torch.Tensor"),
+        (dict(hidden_states=NUMBERS), "hidden_states must be a torch.Tensor"),
+        (dict(lm_head_weight=torch.nn.Linear(8, 20)), "lm_head_weight must be a torch.Tensor"),
+        (dict(mask=numpy.ones(4, bool)), "mask must be a torch.Tensor"),
+        (dict(mask=torch.ones(4, dtype=torch.bool, device="meta")), "mask must be on cpu"),
+        (dict(advantages=1.0), "advantages must be a torch.Tensor"),
+        (dict(old_logps=torch.zeros(4, device="meta")), "old_logps must be on cpu"),
+        (dict(loss="clip"), "loss must be"),
+        (dict(workspace_mib=64.0), "workspace_mib must be"),
+        (dict(normalizer=-1.0), "normalizer must be"),
+        (
+            dict(hidden_states=torch.zeros(4, 0), lm_head_weight=torch.zeros(20, 0)),
+            r"lm_head_weight must be \[V, H\] with H > 0",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_mistakes_of_type_and_device_are_named(change, message):
+    arguments = dict(
+        hidden_states=torch.zeros(4, 8),
+        lm_head_weight=torch.zeros(20, 8),
+        token_ids=torch.zeros(4, dtype=torch.long),
+        old_logps=torch.zeros(4),
+        advantages=torch.zeros(4),
+        normalizer=1.0,
+    )
+    with pytest.raises(ValueError, match=f"^{message}"):
+        linear_policy_loss(**arguments | change)
