@@ -1,0 +1,69 @@
+"""What kernels with a backward pass of their own cannot do is refused: it would silently give 0."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def first_order_only(backward: Callable) -> Callable:
+    """Decorates a Function's `backward`: its results are refused a derivative of their own.
+
+    `once_differentiable` does so only where the gradient from above requires one itself, which that
+    of a plain loss does not. The refusal reaches everyone who asks for the derivative by a saved
+    tensor that requires a gradient: save one connected to each input.
+    """
+
+    @functools.wraps(backward)
+    def first_order_backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        with torch.no_grad():
+            if torch.compiler.is_compiling():  # there PyTorch refuses
+                return backward(ctx, *upstream)
+        has_graph = torch.is_grad_enabled()
+        # Before the backward pass, which may write over what is saved.
+        connected = (*ctx.saved_tensors, *upstream) if has_graph else ()
+        connected = [t for t in connected if t is not None and t.requires_grad]
+        with torch.no_grad():
+            results = backward(ctx, *upstream)
+        if not connected:
+            return results
+        given = [g for g in results if g is not None]
+        refusing = iter(NotDifferentiable.apply(ctx.name(), len(given), *given, *connected))
+        return tuple(None if g is None else next(refusing) for g in results)
+
+    return first_order_backward
+
+
+class NotDifferentiable(torch.autograd.Function):
+    """The first `count` tensors, whose derivative with respect to the others is refused."""
+
+    @staticmethod
+    def forward(ctx, name, count, *tensors):
+        ctx.operation = name.removesuffix("Backward")
+        return tuple(t.detach() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"{ctx.operation} has no second derivatives (create_graph=True)")
+
+
+def refuse_transforms(name: str, *tensors: Tensor | None) -> None:
+    """Raise where a tensor carries what the operation `name` would drop: a tangent of forward-mode
+    differentiation, or a dimension or level of torch.func."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            raise RuntimeError(f"{name} does not work inside torch.func (vmap, grad, jvp, ...)")
+        if has_tangent(tensor):
+            raise RuntimeError(f"{name} has no forward-mode derivative")
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    in_level = forward_ad._current_level >= 0
+    return in_level and forward_ad.unpack_dual(tensor).tangent is not None
