@@ -17,6 +17,7 @@ SUITES = [
         "linear_policy_loss",
         "linear_reverse_kl",
         "selective_logps",
+        "surroundings",
     )
 ]
 
