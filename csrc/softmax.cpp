@@ -46,15 +46,19 @@ CODISTILL_INLINE void exp_nonpositive(const Vec& x, Vec& result) {
   result = x < -87.3f ? Vec{} : p * power;
 }
 
-// exp(x) for x <= 0 to 2^-42; below -50 the value there, 2e-22.
+// exp(x) for x <= 0 to 2^-31; below -50 the value there, 2e-22.
 CODISTILL_INLINE void exp_nonpositive(const DoubleVec& x, DoubleVec& result) {
   const DoubleVec clamped = x < -50.0 ? DoubleVec{} - 50.0 : x;
   const DoubleVec shifted = clamped * 1.4426950408889634074 + 6755399441055744.0;  // 1.5 * 2^52
   const DoubleVec r = clamped - (shifted - 6755399441055744.0) * 0.69314718055994530942;
-  DoubleVec p = r * (1.0 / 3628800.0) + (1.0 / 362880.0);
-  for (const double factorial : {40320.0, 5040.0, 720.0, 120.0, 24.0, 6.0, 2.0})
-    p = p * r + 1.0 / factorial;
-  p = p * r * r + r + 1.0;
+  DoubleVec p = r * (1.0 / 40320.0) + (1.0 / 5040.0);
+  p = p * r + (1.0 / 720.0);
+  p = p * r + (1.0 / 120.0);
+  p = p * r + (1.0 / 24.0);
+  p = p * r + (1.0 / 6.0);
+  p = p * r + 0.5;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
   // The low bits of `shifted` hold the whole number: no conversion, which AVX2 has not.
   LongVec scale;
   std::memcpy(&scale, &shifted, sizeof(scale));
@@ -64,17 +68,18 @@ CODISTILL_INLINE void exp_nonpositive(const DoubleVec& x, DoubleVec& result) {
   result = p * power;
 }
 
-// softcap tanh(raw / softcap), rounded once: a low temperature magnifies each ulp. fp64 has digits to
-// spare where 1 - exp(-2|x|) cancels, down to 2^-12; below, two terms of the series are as good.
-CODISTILL_INLINE void softcapped(const Vec& raw, float softcap, Vec& result) {
-  const DoubleVec x = __builtin_convertvector(raw, DoubleVec) / static_cast<double>(softcap);
-  const DoubleVec size = x < 0.0 ? -x : x;
+// softcap tanh(raw / softcap) / temperature, rounded once: a low temperature magnifies each ulp. fp64
+// has digits to spare where 1 - exp(-2|x|) cancels, down to 2^-8; below, the series is as good.
+CODISTILL_INLINE void softcapped(const Vec& raw, Scale scale, Vec& result) {
+  const DoubleVec x = __builtin_convertvector(raw, DoubleVec) * (1.0 / scale.softcap);
+  const DoubleVec size = x < 0.0 ? -x : x, square = x * x;
   DoubleVec e;
   exp_nonpositive(size * -2.0, e);
-  const DoubleVec tanh =
-      size < 0x1p-12 ? size - size * size * size * (1.0 / 3.0) : (1.0 - e) / (1.0 + e);
-  const DoubleVec capped = (x < 0.0 ? -tanh : tanh) * static_cast<double>(softcap);
-  result = __builtin_convertvector(capped, Vec);
+  const DoubleVec series = size - size * square * (1.0 / 3.0 - square * (2.0 / 15.0));
+  const DoubleVec tanh = size < 0x1p-8 ? series : (1.0 - e) / (1.0 + e);
+  const double limit = static_cast<double>(scale.softcap) / scale.temperature;
+  const DoubleVec z = (x < 0.0 ? -tanh : tanh) * limit;
+  result = __builtin_convertvector(z, Vec);
 }
 
 CODISTILL_INLINE float sum_lanes(const Vec& v) {
@@ -98,12 +103,12 @@ CODISTILL_INLINE float scale_row(const float* raw, int64_t valid, Scale scale, f
     Vec v;
     std::memcpy(&v, raw + j, sizeof(v));
     if (scale.softcap != 0.0f) {
-      Vec capped;
-      softcapped(v, scale.softcap, capped);
-      v = capped;
+      const Vec raw_part = v;
+      softcapped(raw_part, scale, v);
+    } else if (scale.temperature != 1.0f) {
+      // Not times the reciprocal: that rounds once more, and |z| ulps are the error of a logp.
+      v /= scale.temperature;
     }
-    // Not times the reciprocal: that rounds once more, and |z| ulps are the error of a logp.
-    if (scale.temperature != 1.0f) v /= scale.temperature;
     if (j + kLanes > valid)
       for (int64_t lane = valid > j ? valid - j : 0; lane < kLanes; ++lane) v[lane] = kMinusInf;
     best = v > best ? v : best;

@@ -115,16 +115,18 @@ def test_autocast_makes_no_difference(backend):
         assert_same_bits(got, expected)
 
 
-@pytest.mark.parametrize("kind", ["hidden state", "one bias", "one logit"])
+@pytest.mark.parametrize("kind", ["hidden state", "one element", "one bias", "one logit"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_overflow_is_never_hidden(backend, kind):
     """A row with a logit of +inf has no log-probability, of whichever token."""
     hidden, weight, ids = make_case()
     bias = torch.zeros(VOCAB)
     ids[ids == 5] = 6
+    is_bad = torch.arange(ROWS) == 2
     if kind == "hidden state":
         hidden[2] = 3e38
-        is_bad = torch.arange(ROWS) == 2
+    elif kind == "one element":
+        hidden[2, 0] = -torch.inf
     elif kind == "one bias":
         bias[5] = torch.inf
         is_bad = torch.ones(ROWS, dtype=torch.bool)
@@ -145,7 +147,7 @@ def test_overflow_is_never_hidden(backend, kind):
     assert dw.isnan().all() and db.isnan().all()
     loss, dx, dw, db = results["linear_policy_loss"]
     assert loss.isnan() and dx[is_bad].isnan().all() and dw.isnan().all() and db.isnan().all()
-    if kind == "hidden state":
+    if kind != "one bias":
         kl = results["linear_reverse_kl"][0]
         assert kl.isnan().tolist() == [n in (2, ROWS - 3) for n in range(ROWS)]
 
@@ -181,8 +183,8 @@ def test_in_place_backward_wants_memory_of_its_own(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_softcap_at_low_temperature_is_as_good_as_eager(backend, temperature):
     generator = seeded(0)
-    logits = 30 * torch.randn(300, 255, generator=generator)
-    ids = torch.randint(0, 255, (300,), generator=generator)
+    logits = 30 * torch.randn(150, 255, generator=generator)
+    ids = torch.randint(0, 255, (150,), generator=generator)
     options = dict(temperature=temperature, softcap=30.0)
     gold, eager = (
         with_gradients(lambda z: reference.selective_logps(z, ids, **options), z)
