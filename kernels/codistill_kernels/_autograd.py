@@ -24,8 +24,8 @@ def first_order_only(backward: Callable) -> Callable:
                 return backward(ctx, *upstream)
         has_graph = torch.is_grad_enabled()
         # Before the backward pass, which may write over what is saved.
-        connected = (*ctx.saved_tensors, *upstream) if has_graph else ()
-        connected = [t for t in connected if t is not None and t.requires_grad]
+        tensors = (*ctx.saved_tensors, *upstream) if has_graph else ()
+        connected = [t for t in tensors if t is not None and t.requires_grad]
         with torch.no_grad():
             results = backward(ctx, *upstream)
         if not connected:
