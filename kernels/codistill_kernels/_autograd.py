@@ -9,32 +9,33 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 
-def first_order_only(backward: Callable) -> Callable:
+def first_order_only(name: str) -> Callable[[Callable], Callable]:
     """Decorates a Function's `backward`: its results are refused a derivative of their own.
 
     `once_differentiable` does so only where the gradient from above requires one itself, which that
     of a plain loss does not. The refusal reaches everyone who asks for the derivative by a saved
-    tensor that requires a gradient: save one connected to each input.
+    tensor that requires a gradient: save one connected to each input. name: of the operation.
     """
 
-    @functools.wraps(backward)
-    def first_order_backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        with torch.no_grad():
-            if torch.compiler.is_compiling():  # there PyTorch refuses
-                return backward(ctx, *upstream)
-        has_graph = torch.is_grad_enabled()
-        # Before the backward pass, which may write over what is saved.
-        tensors = (*ctx.saved_tensors, *upstream) if has_graph else ()
-        connected = [t for t in tensors if t is not None and t.requires_grad]
-        with torch.no_grad():
-            results = backward(ctx, *upstream)
-        if not connected:
-            return results
-        given = [g for g in results if g is not None]
-        refusing = iter(NotDifferentiable.apply(ctx.name(), len(given), *given, *connected))
-        return tuple(None if g is None else next(refusing) for g in results)
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def first_order_backward(ctx: Any, *upstream: Tensor | None) -> Any:
+            # Before the backward pass, which may write over what is saved. torch.compile refuses
+            # second derivatives itself.
+            has_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            tensors = (*ctx.saved_tensors, *upstream) if has_graph else ()
+            connected = [t for t in tensors if t is not None and t.requires_grad]
+            with torch.no_grad():
+                results = backward(ctx, *upstream)
+            if not connected:
+                return results
+            given = [g for g in results if g is not None]
+            refusing = iter(NotDifferentiable.apply(name, len(given), *given, *connected))
+            return tuple(None if g is None else next(refusing) for g in results)
 
-    return first_order_backward
+        return first_order_backward
+
+    return decorate
 
 
 class NotDifferentiable(torch.autograd.Function):
@@ -42,7 +43,7 @@ class NotDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, name, count, *tensors):
-        ctx.operation = name.removesuffix("Backward")
+        ctx.operation = name
         return tuple(t.detach() for t in tensors[:count])
 
     @staticmethod

@@ -143,7 +143,7 @@ class SelectiveLogps(torch.autograd.Function):
         return logps, entropy
 
     @staticmethod
-    @first_order_only
+    @first_order_only("selective_logps")
     def backward(ctx, dlogps, dentropy):
         logits, token_ids, temperature, active, log_softmax = ctx.saved_tensors
         softcap, vocab_size, _, inplace_backward, backend = ctx.options
