@@ -18,12 +18,14 @@ namespace codistill {
 namespace {
 
 constexpr int64_t kLanes = 8;
-constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+constexpr float kInf = std::numeric_limits<float>::infinity(), kMinusInf = -kInf;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kFar = -1e4f;  // exp of it is 0; a shifted logit of -inf would give 0 * inf
 
 using Vec = float __attribute__((vector_size(kLanes * sizeof(float))));
 using IntVec = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
+using DoubleVec = double __attribute__((vector_size(kLanes * sizeof(double))));
+using LongVec = int64_t __attribute__((vector_size(kLanes * sizeof(int64_t))));
 
 // exp(x) for x <= 0, at most 2 ulp off; 0 below -87.3, where the result would be subnormal.
 CODISTILL_INLINE void exp_nonpositive(const Vec& x, Vec& result) {
@@ -44,23 +46,41 @@ CODISTILL_INLINE void exp_nonpositive(const Vec& x, Vec& result) {
   result = x < -87.3f ? Vec{} : p * power;
 }
 
-// tanh through expm1(-2|x|), which near 0 is its series: no cancellation.
-CODISTILL_INLINE void tanh_all(const Vec& x, Vec& result) {
-  const Vec u = (x < 0.0f ? x : -x) * 2.0f;
-  Vec e;
-  exp_nonpositive(u, e);
-  Vec series = u * (1.0f / 40320.0f) + (1.0f / 5040.0f);
-  series = series * u + (1.0f / 720.0f);
-  series = series * u + (1.0f / 120.0f);
-  series = series * u + (1.0f / 24.0f);
-  series = series * u + (1.0f / 6.0f);
-  series = series * u + 0.5f;
-  series = series * u * u + u;
-  const Vec em = u > -0.5f ? series : e - 1.0f;
-  const Vec magnitude = -em / (em + 2.0f);
-  result = x < 0.0f ? -magnitude : magnitude;
+// exp(x) for x <= 0 to 2^-31; below -50 the value there, 2e-22.
+CODISTILL_INLINE void exp_nonpositive(const DoubleVec& x, DoubleVec& result) {
+  const DoubleVec clamped = x < -50.0 ? DoubleVec{} - 50.0 : x;
+  const DoubleVec shifted = clamped * 1.4426950408889634074 + 6755399441055744.0;  // 1.5 * 2^52
+  const DoubleVec r = clamped - (shifted - 6755399441055744.0) * 0.69314718055994530942;
+  DoubleVec p = r * (1.0 / 40320.0) + (1.0 / 5040.0);
+  p = p * r + (1.0 / 720.0);
+  p = p * r + (1.0 / 120.0);
+  p = p * r + (1.0 / 24.0);
+  p = p * r + (1.0 / 6.0);
+  p = p * r + 0.5;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
+  // The low bits of `shifted` hold the whole number: no conversion, which AVX2 has not.
+  LongVec scale;
+  std::memcpy(&scale, &shifted, sizeof(scale));
+  scale = (scale << 52) + (int64_t{1023} << 52);
+  DoubleVec power;
+  std::memcpy(&power, &scale, sizeof(power));
+  result = p * power;
 }
 
+// softcap tanh(raw / softcap) / temperature, rounded once: a low temperature magnifies each ulp. fp64
+// has digits to spare where 1 - exp(-2|x|) cancels, down to 2^-8; below, the series is as good.
+CODISTILL_INLINE void softcapped(const Vec& raw, Scale scale, Vec& result) {
+  const DoubleVec x = __builtin_convertvector(raw, DoubleVec) * (1.0 / scale.softcap);
+  const DoubleVec size = x < 0.0 ? -x : x, square = x * x;
+  DoubleVec e;
+  exp_nonpositive(size * -2.0, e);
+  const DoubleVec series = size - size * square * (1.0 / 3.0 - square * (2.0 / 15.0));
+  const DoubleVec tanh = size < 0x1p-8 ? series : (1.0 - e) / (1.0 + e);
+  const double limit = static_cast<double>(scale.softcap) / scale.temperature;
+  const DoubleVec z = (x < 0.0 ? -tanh : tanh) * limit;
+  result = __builtin_convertvector(z, Vec);
+}
 
 CODISTILL_INLINE float sum_lanes(const Vec& v) {
   float part[kLanes];
@@ -83,12 +103,12 @@ CODISTILL_INLINE float scale_row(const float* raw, int64_t valid, Scale scale, f
     Vec v;
     std::memcpy(&v, raw + j, sizeof(v));
     if (scale.softcap != 0.0f) {
-      Vec capped;
-      tanh_all(v / scale.softcap, capped);
-      v = capped * scale.softcap;
+      const Vec raw_part = v;
+      softcapped(raw_part, scale, v);
+    } else if (scale.temperature != 1.0f) {
+      // Not times the reciprocal: that rounds once more, and |z| ulps are the error of a logp.
+      v /= scale.temperature;
     }
-    // Not times the reciprocal: that rounds once more, and |z| ulps are the error of a logp.
-    if (scale.temperature != 1.0f) v /= scale.temperature;
     if (j + kLanes > valid)
       for (int64_t lane = valid > j ? valid - j : 0; lane < kLanes; ++lane) v[lane] = kMinusInf;
     best = v > best ? v : best;
@@ -97,11 +117,15 @@ CODISTILL_INLINE float scale_row(const float* raw, int64_t valid, Scale scale, f
   return max_lanes(best);
 }
 
-// A row without a finite maximum has no probability; but NaN, which no comparison sees, must show.
+// No comparison sees NaN, and a maximum of +inf leaves no term besides its own: both must show.
 CODISTILL_INLINE bool has_nan(const float* z, int64_t valid) {
   bool found = false;
   for (int64_t j = 0; j < valid; ++j) found |= std::isnan(z[j]);
   return found;
+}
+
+CODISTILL_INLINE bool is_undefined(const float* z, int64_t valid, float max) {
+  return max == kInf || has_nan(z, valid);
 }
 
 }  // namespace
@@ -147,8 +171,8 @@ State row_state(const float* raw, int64_t valid, Scale scale, int64_t target) {
   State out = empty_state();
   out.sum.max = scale_row(raw, valid, scale, z);
   if (target >= 0) out.target = z[target];
-  if (out.sum.max == kMinusInf) {
-    if (has_nan(z, valid)) out.sum.max = out.sum.rest = out.weighted = kNaN;
+  if (std::isinf(out.sum.max)) {
+    if (is_undefined(z, valid, out.sum.max)) out.sum.max = out.sum.rest = out.weighted = kNaN;
     return out;
   }
   Vec rest = Vec{}, maxima = Vec{}, weighted = Vec{};
@@ -172,7 +196,8 @@ PairState row_pair_state(const float* student, const float* teacher, int64_t val
   PairState out = empty_pair_state();
   out.student.max = scale_row(student, valid, scale, z_s);
   out.teacher.max = scale_row(teacher, valid, scale, z_t);
-  if (has_nan(z_s, valid) || has_nan(z_t, valid)) return {{kNaN, kNaN}, {kNaN, kNaN}, kNaN};
+  if (is_undefined(z_s, valid, out.student.max) || is_undefined(z_t, valid, out.teacher.max))
+    return {{kNaN, kNaN}, {kNaN, kNaN}, kNaN};
   Vec rest_s = Vec{}, rest_t = Vec{}, maxima_s = Vec{}, maxima_t = Vec{}, difference = Vec{};
   const Vec none = Vec{}, one = Vec{} + 1.0f;
   for (int64_t j = 0; j < kPanel; j += kLanes) {

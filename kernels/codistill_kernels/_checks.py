@@ -1,5 +1,6 @@
 """Checks of arguments, at the public functions only."""
 
+import math
 from numbers import Real
 
 import torch
@@ -28,6 +29,16 @@ def require_tensor(
     if like is not None:
         assert isinstance(value, Tensor)
         require_device(name, value, like_name, like)
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may lie in the same memory, as in an expanded tensor."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...], letters: str) -> None:
@@ -100,6 +111,17 @@ def require_in_vocabulary(token_ids: Tensor, active: Tensor, vocab_size: int) ->
         require(not len(wrong), "token_ids", allowed, wrong[:3].tolist())
 
 
+def nan_where_outside(
+    temperature: Tensor, token_ids: Tensor, active: Tensor, vocab_size: int
+) -> Tensor:
+    """temperature [N], NaN for ids that `require_in_vocabulary` refuses where it can look: all that
+    follows from such a row is NaN then, where it would be finite and mean nothing."""
+    if can_look(token_ids):
+        return temperature
+    is_outside = active & ((token_ids < 0) | (token_ids >= vocab_size))
+    return torch.where(is_outside, torch.nan, temperature)
+
+
 def require_scaling(
     temperature: float | Tensor, softcap: float | None, shape: tuple[int, ...]
 ) -> None:
@@ -108,8 +130,10 @@ def require_scaling(
         if temperature.ndim:
             require_shape("temperature", temperature, shape, "[...]")
         if can_look(temperature):
-            wrong = temperature[~(temperature > 0)]
-            require(not len(wrong), "temperature", "> 0", wrong[:3].tolist())
+            wrong = temperature[~((temperature > 0) & temperature.isfinite())]
+            require(not len(wrong), "temperature", "> 0 and finite", wrong[:3].tolist())
     else:
-        require(temperature > 0, "temperature", "> 0", temperature)
-    require(softcap is None or softcap > 0, "softcap", "> 0 or None", softcap)
+        require(0 < temperature < math.inf, "temperature", "> 0 and finite", temperature)
+    # fp32 kernels divide by it and multiply with it.
+    valid = softcap is None or 1e-30 <= softcap <= 1e30
+    require(valid, "softcap", "in 1e-30 .. 1e30, or None", softcap)

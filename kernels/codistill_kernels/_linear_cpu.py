@@ -34,7 +34,7 @@ class CpuChunks:
         self.bias = None if head.bias is None else head.bias.float().contiguous()
         self.tile_rows, self.panel, self.slice = torch.ops.codistill_cpu.tile_shape()
         self.dtype = operand_dtype(hidden_states, head.weight)
-        self.workspace = torch.empty(0) if workspace is None else workspace
+        self.workspace = empty(0) if workspace is None else workspace
         self.is_filled = False
 
     @classmethod
@@ -89,7 +89,7 @@ class CpuChunks:
         shape = (panels, round_up(len(rows), self.tile_rows), self.panel)
         size = math.prod(shape)
         if self.workspace.numel() < size:
-            self.workspace = torch.empty(size)
+            self.workspace = empty(size)
         self.raw = self.workspace[:size].view(shape)
         return self._forward(rows, self.raw)
 
@@ -109,7 +109,7 @@ class CpuChunks:
         first [V, H] count."""
         self.is_filled = False
         vocab, width = self.weight.shape
-        return torch.empty((round_up(vocab, self.panel), round_up(width, self.slice)))
+        return empty(round_up(vocab, self.panel), round_up(width, self.slice))
 
     def gradients(
         self,
@@ -123,8 +123,7 @@ class CpuChunks:
         """dx [K, H] of rows `kept` of those held, which ends their being held; adds to dw, db."""
         rows, width = self.rows[kept], self.weight.shape[1]
         x = operand(self.hidden_states[rows], self.dtype)
-        shape = (len(x), round_up(width, self.slice))
-        dx = torch.zeros(shape) if needs_hidden else None
+        dx = empty(len(x), round_up(width, self.slice)).zero_() if needs_hidden else None
         torch.ops.codistill_cpu.linear_backward(
             self.raw,
             x,
@@ -142,6 +141,11 @@ class CpuChunks:
         )
         self.raw, self.is_filled = None, True
         return None if dx is None else dx[: len(rows), :width]
+
+
+def empty(*shape: int) -> Tensor:
+    """As the extension computes: whatever the process's default dtype is."""
+    return torch.empty(shape, dtype=torch.float32)
 
 
 def operand_dtype(hidden_states: Tensor, weight: Tensor) -> torch.dtype:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from codistill_kernels._checks import (
+    nan_where_outside,
     require,
     require_device,
     require_float,
@@ -66,15 +67,13 @@ def prepare(
     require_in_vocabulary(flat_ids, active, vocab_size)
     first_row = rank * local_rows
     rows = min(max(vocab_size - first_row, 0), local_rows)
-    is_known = (flat_ids >= 0) & (flat_ids < vocab_size)
     per_token = temperatures(temperature, token_ids.shape, hidden_states).reshape(-1)
     tensors = (
         hidden_states.reshape(-1, hidden_states.shape[-1]),
         lm_head_weight,
         bias,
-        torch.where(active & is_known, flat_ids - first_row, -1),
-        # Where ids cannot be looked at: what is no token has no log-probability, not a finite one.
-        torch.where(active & ~is_known, torch.nan, per_token),
+        torch.where(active, flat_ids - first_row, -1),
+        nan_where_outside(per_token, flat_ids, active, vocab_size),
     )
     return LinearInputs(tensors, active, rows)
 

@@ -71,6 +71,8 @@ class TorchChunks:
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b, operands as they are where the device sums them in fp32, else converted first."""
-    if a.is_cuda and a.dtype == b.dtype and dtype == torch.float32 and a.dtype != dtype:
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
+    # A caller's autocast holds in here too, and would round operands and result.
+    with torch.autocast(a.device.type, enabled=False):
+        if a.is_cuda and a.dtype == b.dtype and dtype == torch.float32 and a.dtype != dtype:
+            return torch.mm(a, b, out_dtype=dtype)
+        return a.to(dtype) @ b.to(dtype)

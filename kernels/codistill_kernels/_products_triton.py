@@ -36,6 +36,11 @@ def operands(hidden_states: Tensor, head: Head) -> tuple[Tensor, Head]:
 
 def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     """out = a @ b, or out += a @ b: summed in fp32, rounded once to the dtype of `out`."""
+    with torch.autocast(a.device.type, enabled=False):  # a caller's holds in here too
+        multiply(a, b, out, add=add)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
     if a.is_cuda and a.dtype != torch.float32:
         if out.dtype != torch.float32:
             assert not add

@@ -1,22 +1,42 @@
 """Gradients that are known up to a factor."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from codistill_kernels._autograd import first_order_only
+
+
+def with_gradients(
+    inputs: Sequence[Tensor | None],
+    loss: Tensor,
+    gradients: Sequence[Tensor],
+    normalizer: float | Tensor,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """The loss, whose gradients by hidden_states, lm_head_weight and bias, before they are divided
+    by the normalizer, are known."""
+    # Without memory, but connected: by these a second derivative finds that there is none.
+    anchors = [t[:0].clone() for t in inputs if t is not None and t.requires_grad]
+    return WithGradients.apply(*inputs, loss, gradients, normalizer, group, *anchors)
 
 
 class WithGradients(torch.autograd.Function):
     """A loss whose gradients are known already, up to a factor."""
 
     @staticmethod
-    def forward(ctx, hidden_states, lm_head_weight, bias, loss, gradients, normalizer, group):
-        ctx.save_for_backward(*gradients)
+    def forward(
+        ctx, hidden_states, lm_head_weight, bias, loss, gradients, normalizer, group, *anchors
+    ):
+        ctx.save_for_backward(*gradients, *anchors)
         ctx.normalizer, ctx.group, ctx.is_spent = normalizer, group, False
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden_states, lm_head_weight, bias)]
         return loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order_only("a fused loss")
     def backward(ctx, dloss):
         if ctx.is_spent:
             raise RuntimeError(
@@ -27,7 +47,7 @@ class WithGradients(torch.autograd.Function):
         needs = ctx.needs_input_grad
         dx, dw, db = (
             gradient if need else None
-            for gradient, need in zip(ctx.saved_tensors, needs, strict=False)
+            for gradient, need in zip(ctx.saved_tensors[:3], needs, strict=False)
         )
         if dx is not None and ctx.group is not None:
             dx = dx.clone()
@@ -37,7 +57,7 @@ class WithGradients(torch.autograd.Function):
         else:
             dw = scale(dw, factor, ctx.dtypes[1])
         dx, db = scale(dx, factor, ctx.dtypes[0]), scale(db, factor, ctx.dtypes[2])
-        return dx, dw, db, *[None] * 4
+        return dx, dw, db, *[None] * (len(needs) - 3)
 
 
 ROWS_AT_ONCE = 512  # of a gradient scaled on a CPU: 3 MiB of fp32 at H = 1536, which stay in cache

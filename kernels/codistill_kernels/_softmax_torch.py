@@ -31,7 +31,8 @@ def statistics(logits: Tensor, token_ids: Tensor) -> Tensor:
     shifted = (logits - maximum).clamp_(min=FAR)
     exps = shifted.exp()
     weighted = shifted.mul_(exps).sum(dim=1)
-    rest = exps.scatter_(1, at, 0.0).sum(dim=1)
+    # Instead of the maximum's term 0, but NaN where it is infinite: no other term may show it.
+    rest = exps.scatter_(1, at, maximum - maximum).sum(dim=1)
     return torch.stack((maximum.squeeze(1), rest, weighted, target))
 
 

@@ -54,10 +54,18 @@ def expm1(x):
 def softcapped(raw, softcap):
     """softcap tanh(raw / softcap) and its slope, which 1 - tanh^2 would round to 0 early."""
     x = tl.abs(divide(raw, softcap))
-    e = expm1(-2.0 * x)
-    inverse = divide(1.0, e + 2.0)
-    size = softcap * -e * inverse
-    return tl.where(raw < 0, -size, size), 4.0 * tl.exp(-2.0 * x) * inverse * inverse
+    e = tl.exp2(x * (-2.0 * LOG2E))
+    twice = divide(2.0, 1.0 + e)
+    series = -1.0 / 315 * x + 4.0 / 315  # of (1 - e) / 2, which cancels near 0
+    series = series * x - 2.0 / 45
+    series = series * x + 2.0 / 15
+    series = series * x - 1.0 / 3
+    series = series * x + 2.0 / 3
+    series = series * x - 1.0
+    series = series * x * x + x
+    # Near the limit 1 minus a small part, rounded once: a low temperature magnifies each ulp.
+    tanh = tl.where(x < 0.25, series * twice, tl.fma(-e, twice, 1.0))
+    return tl.where(raw < 0, -softcap, softcap) * tanh, e * twice * twice
 
 
 @triton.jit

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from codistill_kernels._autograd import refuse_transforms
 from codistill_kernels._checks import require
 from codistill_kernels._head import Head
 from codistill_kernels._linear import (
@@ -339,6 +340,7 @@ def linear_logps(
     Gimelshein 2018 (arXiv:1805.02867).
     """
     require_workspace(workspace_mib)
+    refuse_transforms("linear_logps", hidden_states, lm_head_weight, bias)
     require_plain("token_ids", token_ids)
     require(isinstance(ignore_index, int), "ignore_index", "an int", ignore_index)
     inputs = prepare(

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from codistill_kernels._autograd import refuse_transforms
 from codistill_kernels._checks import require, require_mask
 from codistill_kernels._chunk_gradients import as_coefficients, gradients_by_chunks
 from codistill_kernels._head import Head
@@ -25,7 +26,7 @@ from codistill_kernels._linear import (
     workspace_bytes,
 )
 from codistill_kernels._linear_inputs import prepare, require_plain, require_workspace
-from codistill_kernels._scaling import WithGradients
+from codistill_kernels._scaling import with_gradients
 from codistill_kernels.linear_logps import LinearLogps, Options, log_probabilities
 from codistill_kernels.policy_loss import (
     PolicyLoss,
@@ -271,6 +272,7 @@ def linear_policy_loss(
     require_plain("token_ids", token_ids)
     require(hidden_states.ndim == 2, "hidden_states", "[N, H]", tuple(hidden_states.shape))
     require_workspace(workspace_mib)
+    refuse_transforms("linear_policy_loss", hidden_states, lm_head_weight, bias)
     require_mask(mask, len(hidden_states), "hidden_states", hidden_states)
     keep = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
     inputs = prepare(
@@ -345,5 +347,5 @@ def linear_policy_loss(
         )
     if any(needs):
         scale_by = divisor(value, normalizer)
-        value = WithGradients.apply(*differentiable, value, gradients, scale_by, group)
+        value = with_gradients(differentiable, value, gradients, scale_by, group)
     return value, statistics

@@ -70,7 +70,7 @@ def _(student_hidden, student_weight, teacher_hidden, teacher_weight, temperatur
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(student || teacher) [R] of logits [R, V], with the digits of peaked rows."""
-    none = torch.full(student.shape[:1], -1, device=student.device)
+    none = torch.full(student.shape[:1], -1, dtype=torch.int64, device=student.device)
     (max_s, rest_s, *_), (max_t, rest_t, *_) = (statistics(z, none) for z in (student, teacher))
     student, teacher = student - max_s[:, None], teacher - max_t[:, None]
     p = student.exp()
@@ -121,7 +121,8 @@ def linear_reverse_kl(
         (hidden.detach(), weight.detach()[:vocab_size]) for hidden, weight in (student, teacher)
     )
     dtype = compute_dtype(student_hidden)
-    per_token = torch.as_tensor(temperature, device=student_hidden.device).detach().to(dtype)
+    device = student_hidden.device
+    per_token = torch.as_tensor(temperature, dtype=dtype, device=device).detach()
     out = reverse_kl(
         student_hidden,
         student_weight,

@@ -7,12 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from codistill_kernels._autograd import first_order_only, refuse_transforms
 from codistill_kernels._checks import require, require_mask, require_normalizer
 from codistill_kernels._chunk_gradients import gradients_by_chunks
 from codistill_kernels._head import Head
 from codistill_kernels._linear import kind_of_chunks, make_chunks, plan_for, workspace_bytes
 from codistill_kernels._linear_inputs import LinearInputs, prepare, require_plain, require_workspace
-from codistill_kernels._scaling import WithGradients
+from codistill_kernels._scaling import with_gradients
 from codistill_kernels.linear_logps import LinearLogps, Options
 from codistill_kernels.policy_loss import divisor
 
@@ -57,15 +58,15 @@ class WithSlopes(torch.autograd.Function):
     """A loss whose slopes by logps and entropy are known already."""
 
     @staticmethod
-    def forward(ctx, logps, entropy, loss, dlogps, dentropy):
-        ctx.save_for_backward(dlogps, dentropy)
+    def forward(ctx, logps, entropy, loss, dlogps, dentropy, anchor):
+        ctx.save_for_backward(dlogps, dentropy, anchor)
         return loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order_only("linear_token_loss")
     def backward(ctx, dloss):
-        dlogps, dentropy = ctx.saved_tensors
-        return dloss * dlogps, None if dentropy is None else dloss * dentropy, None, None, None
+        dlogps, dentropy, _ = ctx.saved_tensors
+        return dloss * dlogps, None if dentropy is None else dloss * dentropy, *[None] * 4
 
 
 # --- the ways through the logits ---------------------------------------------------------------
@@ -82,7 +83,8 @@ def by_log_probabilities(
             None if slope is None else torch.zeros_like(logps).index_copy_(0, rows, slope)
             for slope in (dlogps, dentropy)
         ]
-    return WithSlopes.apply(logps, entropy, losses.sum(), *parts), logps, entropy
+    loss = WithSlopes.apply(logps, entropy, losses.sum(), *parts, logps[:0].clone())
+    return loss, logps, entropy
 
 
 def by_chunks(
@@ -109,7 +111,7 @@ def by_chunks(
         logps, entropy, gradients = gradients_by_chunks(
             chunks, rows, most, slopes, needs, options.group
         )
-    loss = WithGradients.apply(*cut[:3], total, gradients, torch.ones_like(total), options.group)
+    loss = with_gradients(cut[:3], total, gradients, 1.0, options.group)
     return loss, logps, entropy
 
 
@@ -166,6 +168,7 @@ def linear_token_loss(
     require_plain("token_ids", token_ids)
     require(hidden_states.ndim == 2, "hidden_states", "[N, H]", tuple(hidden_states.shape))
     require_workspace(workspace_mib)
+    refuse_transforms("linear_token_loss", hidden_states, lm_head_weight, bias)
     require_normalizer(normalizer)
     require(callable(fn), "fn", "a function of (logps, entropy, rows)", type(fn).__name__)
     require(reduction in ("sum", "none"), "reduction", "sum or none", repr(reduction))

@@ -4,7 +4,10 @@ import torch
 from torch import Tensor
 
 from codistill_kernels import _backends, _softmax_torch
+from codistill_kernels._autograd import first_order_only, refuse_transforms
 from codistill_kernels._checks import (
+    nan_where_outside,
+    overlaps_itself,
     require,
     require_device,
     require_float,
@@ -140,7 +143,7 @@ class SelectiveLogps(torch.autograd.Function):
         return logps, entropy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order_only("selective_logps")
     def backward(ctx, dlogps, dentropy):
         logits, token_ids, temperature, active, log_softmax = ctx.saved_tensors
         softcap, vocab_size, _, inplace_backward, backend = ctx.options
@@ -184,7 +187,8 @@ def selective_logps(
 
     Args:
         logits: [..., V], fp32, bf16, fp16 or fp64. Differentiable.
-        token_ids: [...] int64, in [0, vocab_size) or `ignore_index`. Checked on the CPU only.
+        token_ids: [...] int64, in [0, vocab_size) or `ignore_index`. Checked on the CPU and outside
+            torch.compile; elsewhere an id outside gives NaN, of its row's gradient too.
         temperature: divides the logits, > 0: a number, or a tensor [...], one a token.
         softcap: > 0; soft limit of the logits, before the temperature.
         vocab_size: columns from here on are outside the softmax. None: all count.
@@ -193,6 +197,7 @@ def selective_logps(
         return_entropy: also return the entropy, differentiable like the log-probabilities.
         inplace_backward: the backward pass overwrites the logits with their gradient, which saves
             the memory of a second [..., V]. For logits that nothing else reads after; once only.
+            Refused for logits whose elements share memory (expanded ones).
         backend: "auto", "triton", "cpu" (C++) or "torch". auto: triton on a GPU, cpu on the CPU.
 
     Returns:
@@ -200,17 +205,24 @@ def selective_logps(
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or value. The message names it.
+        RuntimeError: a second derivative, forward-mode differentiation or torch.func.
 
     Definition: codistill_kernels.reference.selective_logps. Source: as `linear_logps`.
     """
     vocab_size = check_inputs(logits, token_ids, temperature, softcap, vocab_size, ignore_index)
-    dtype = compute_dtype(logits)
-    per_token = torch.as_tensor(temperature, device=logits.device).detach().to(dtype)
-    active = token_ids.reshape(-1) != ignore_index
+    if inplace_backward:
+        expected = "one whose elements each have memory of their own where inplace_backward"
+        require(not overlaps_itself(logits), "logits", expected, f"strides {logits.stride()}")
+    refuse_transforms("selective_logps", logits)
+    dtype, ids = compute_dtype(logits), token_ids.reshape(-1)
+    per_token = torch.as_tensor(temperature, dtype=dtype, device=logits.device).detach()
+    active = ids != ignore_index
+    per_token = per_token.expand(token_ids.shape).reshape(-1)
+    per_token = nan_where_outside(per_token, ids, active, vocab_size)
     logps, entropy = SelectiveLogps.apply(
         logits.reshape(-1, logits.shape[-1]),
-        torch.where(active, token_ids.reshape(-1), -1),
-        per_token.expand(token_ids.shape).reshape(-1).contiguous(),
+        torch.where(active, ids, -1),
+        per_token.contiguous(),
         active,
         (softcap or 0.0, vocab_size, return_entropy, inplace_backward, backend),
     )

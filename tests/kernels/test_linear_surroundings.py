@@ -12,6 +12,7 @@ from codistill_kernels import (
     codistill_losses,
     linear_logps,
     linear_policy_loss,
+    linear_token_loss,
     policy_loss,
 )
 from codistill_kernels._head import Plan
@@ -227,3 +228,36 @@ def test_mistakes_of_type_and_device_are_named(change, message):
     )
     with pytest.raises(ValueError, match=f"^{message}"):
         linear_policy_loss(**arguments | change)
+
+
+def policy(x, weight, ids, backend):
+    ones = torch.ones(9)
+    return linear_policy_loss(x, weight, ids, None, ones, normalizer=1.0, backend=backend)[0]
+
+
+def token(x, weight, ids, backend):
+    return linear_token_loss(x, weight, ids, lambda logps, *_: logps.square(), backend=backend)[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("way", ["chunks", "columns"])
+@pytest.mark.parametrize("function", [policy, token])
+def test_higher_and_other_derivatives_are_refused(function, way, backend, monkeypatch):
+    """Never 0 instead: gradient penalties, Hessian products, forward mode, vmap."""
+    kind = _linear.kind_of_chunks(torch.empty(0), backend)
+    monkeypatch.setattr(kind, "plan", lambda *_: Plan(way, 4))
+    x, weight, ids = make_case()
+    x.requires_grad_()
+    with pytest.raises(RuntimeError):
+        (dx,) = torch.autograd.grad(function(x, weight, ids, backend), x, create_graph=True)
+        (function(x, weight, ids, backend) + dx.square().sum()).backward()
+
+    def loss(x):
+        return function(x, weight, ids, backend)
+
+    with pytest.raises(RuntimeError):
+        torch.autograd.functional.hvp(loss, x.detach(), torch.ones_like(x))
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(loss, (x.detach(),), (torch.ones_like(x),))
+    with pytest.raises(RuntimeError):
+        torch.func.vmap(loss)(x.detach().expand(2, 9, 16))

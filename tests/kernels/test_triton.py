@@ -18,6 +18,7 @@ SUITES = [
         "linear_reverse_kl",
         "linear_token_loss",
         "selective_logps",
+        "surroundings",
     )
 ]
 
