@@ -18,6 +18,7 @@ from codistill_kernels import (
     reference,
 )
 from codistill_kernels._head import Plan
+from codistill_kernels.policy_loss import KINDS
 
 NAMES = ("hidden_states", "lm_head_weight", "bias")
 BOUNDS = dict(epsilon_low=0.1, epsilon_high=0.3, dual_clip=2.0)
@@ -87,6 +88,10 @@ LOSSES = {
     "gspo": PolicyLoss("gspo", 0.01, 0.02),
     "gmpo": PolicyLoss("gmpo", 0.2, 0.2),
 }
+
+
+def test_every_kind_is_compared_below():
+    assert {loss.kind for loss in LOSSES.values()} == set(KINDS)
 
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)
