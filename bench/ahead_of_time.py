@@ -46,8 +46,8 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WIDE = 16  # bytes, the most that a load or store of a thread moved before sm_100
 OPTIONS = ("HAS_BIAS", "HAS_SOFTCAP")
 ENTROPY = "HAS_ENTROPY"
-# Of the sizes: in a vocabulary not divisible by 16, a slab has odd columns at its end and a stride
-# that is padded; logits of the caller have rows of an odd stride.
+# Flags of sizes: in a vocabulary not divisible by 16, a slab has odd columns at its end and a
+# stride that is padded; logits of the caller have rows of an odd stride.
 ODD_COLUMNS, ODD_ROWS = "ODD_COLUMNS", "ODD_ROWS"
 
 
@@ -87,7 +87,7 @@ class Row:
     """By loads of 16 bytes or more, of a thread."""
     wide_stored_bytes: int
     narrow_loads: int
-    """Of fewer than 16 bytes: a few numbers of the row, or an access that is not wide."""
+    """Loads of fewer than 16 bytes: a few numbers of the row, or an access that is not wide."""
     narrow_stores: int
     triton: str
 

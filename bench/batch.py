@@ -36,7 +36,7 @@ class Batch:
     cu_seqlens: Tensor
     normalizer: float
     vocab_size: int | None
-    """Of the rows of the weights, those that are the vocabulary; None without a weight."""
+    """Rows of the weights that are the vocabulary; None without a weight."""
 
     @property
     def hidden_states(self) -> Tensor:
@@ -44,7 +44,7 @@ class Batch:
 
     @property
     def weight(self) -> Tensor:
-        """Of the first model, cut to the vocabulary: peers take no size of a vocabulary."""
+        """Head of the first model, cut to the vocabulary: peers take no size of a vocabulary."""
         weight = self.models[0][1]
         return weight if self.vocab_size == len(weight) else weight[: self.vocab_size]
 

@@ -89,7 +89,7 @@ def odd_head() -> Shape:
 
 
 def larger_pair() -> Shape:
-    """Of both models, as many tokens as are scored at once."""
+    """Sizes of both models, and as many tokens as are scored at once."""
     return pair_shape(16384, is_cpu=False, logit_gap=None)
 
 

@@ -32,8 +32,8 @@ class Device:
     """Hz while the tensor cores rest."""
 
     def fullness(self, m: int, n: int) -> float:
-        """Of the waves of a product. Below a wave cuBLAS splits K or takes smaller tiles: half
-        speed at worst."""
+        """How full the waves of a product are. Below a wave cuBLAS splits K or takes smaller
+        tiles: half speed at worst."""
         waves = ceil(m / TILE[0]) * ceil(n / TILE[1]) / self.multiprocessors
         return waves / ceil(waves) if waves > 1 else max(waves, 0.5)
 
@@ -73,7 +73,7 @@ DEVICES = {device.name: device for device in (H200, H100, B200, A100)}
 
 
 def device_named(name: str) -> Device | None:
-    """Of what torch.cuda.get_device_name gives, e.g. "NVIDIA H100 80GB HBM3"."""
+    """The device that torch.cuda.get_device_name calls so, e.g. "NVIDIA H100 80GB HBM3"."""
     return next((device for key, device in DEVICES.items() if key in name), None)
 
 

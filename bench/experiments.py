@@ -70,7 +70,7 @@ def poisoned(*size: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 def milliseconds(run: Callable[[], object], out: Tensor, repeats: int = REPEATS) -> float:
-    """Of a run on the GPU that writes all of `out`."""
+    """Time of a run on the GPU that writes all of `out`."""
     with fp32_sums:
         ms, _ = gpu_times(run, repeats=repeats)
     if not out.isfinite().all():

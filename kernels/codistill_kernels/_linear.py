@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from codistill_kernels import _backends, _slabs
@@ -278,3 +279,19 @@ def plan_for(
     """Of `vocab` logits of each row (of so many of them), within a workspace of so many bytes."""
     dtype = torch.promote_types(hidden_states.dtype, weight.dtype)
     return kind.plan(len(hidden_states) if rows is None else rows, vocab, dtype, workspace)
+
+
+def plan_of_call(
+    hidden_states: Tensor,
+    weight: Tensor,
+    rows: int,
+    workspace_mib: int | None,
+    group: dist.ProcessGroup | None,
+    backend: str,
+) -> "tuple[type[Chunks], Plan]":
+    """Of so many of the rows that count, over a whole shard of the weight: all processes alike."""
+    vocab = len(weight)
+    is_shard = group is not None
+    workspace = workspace_bytes(workspace_mib, hidden_states.device, vocab, is_shard=is_shard)
+    kind = kind_of_chunks(hidden_states, backend)
+    return kind, plan_for(kind, hidden_states, weight, vocab, workspace, rows)

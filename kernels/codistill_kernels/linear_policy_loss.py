@@ -22,6 +22,7 @@ from codistill_kernels._linear import (
     kind_of_chunks,
     make_chunks,
     plan_for,
+    plan_of_call,
     recomputed_gradients,
     workspace_bytes,
 )
@@ -306,10 +307,9 @@ def linear_policy_loss(
         rows, in_chunks = None, True  # one op, whatever it does inside
     else:
         rows = keep.nonzero().squeeze(1)
-        is_shard, shard_rows = group is not None, len(lm_head_weight)
-        workspace = workspace_bytes(workspace_mib, keep.device, shard_rows, is_shard=is_shard)
-        kind = kind_of_chunks(hidden_states, backend)
-        plan = plan_for(kind, hidden_states, lm_head_weight, shard_rows, workspace, len(rows))
+        kind, plan = plan_of_call(
+            hidden_states, lm_head_weight, len(rows), workspace_mib, group, backend
+        )
         in_chunks = plan.way == "chunks" and not takes_two_passes(kind, loss, needs)
     if not in_chunks:
         options = Options(

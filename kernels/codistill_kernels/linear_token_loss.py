@@ -1,6 +1,7 @@
 """Any loss that is a sum over tokens, straight from hidden states, in one pass over the logits."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from codistill_kernels._autograd import first_order_only, refuse_transforms
 from codistill_kernels._checks import require, require_mask, require_normalizer
 from codistill_kernels._chunk_gradients import gradients_by_chunks
 from codistill_kernels._head import Head
-from codistill_kernels._linear import kind_of_chunks, make_chunks, plan_for, workspace_bytes
+from codistill_kernels._linear import make_chunks, plan_of_call
 from codistill_kernels._linear_inputs import LinearInputs, prepare, require_plain, require_workspace
 from codistill_kernels._scaling import with_gradients
 from codistill_kernels.linear_logps import LinearLogps, Options
@@ -76,6 +77,7 @@ def by_log_probabilities(
     inputs: LinearInputs, fn: TokenLoss, rows: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the losses, logps and entropy [N]."""
+    options = replace(options, rows=rows)  # known: a GPU is not waited for again
     logps, entropy = LinearLogps.apply(*inputs.tensors, inputs.active, options)
     with torch.no_grad():
         losses, dlogps, dentropy = evaluate(fn, logps[rows], entropy[rows], rows)
@@ -199,10 +201,9 @@ def linear_token_loss(
             loss = loss / divisor(loss, normalizer)
     else:
         rows = keep.nonzero().squeeze(1)
-        shard_rows, is_shard = len(lm_head_weight), group is not None
-        workspace = workspace_bytes(workspace_mib, keep.device, shard_rows, is_shard=is_shard)
-        kind = kind_of_chunks(hidden_states, backend)
-        plan = plan_for(kind, hidden_states, lm_head_weight, shard_rows, workspace, len(rows))
+        kind, plan = plan_of_call(
+            hidden_states, lm_head_weight, len(rows), workspace_mib, group, backend
+        )
         # Chunks of exponentials, as on a GPU, have no gradient of an entropy nor of a bias.
         if plan.way == "chunks" and kind.HAS_BIAS_GRADIENT and any(needs):
             loss, logps, entropy = by_chunks(inputs, fn, rows, options, needs, plan.rows)

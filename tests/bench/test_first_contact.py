@@ -182,7 +182,7 @@ def test_a_step_that_breaks_is_a_failure_and_the_next_one_runs(tmp_path, capsys)
     assert "before broken" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would run")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU, and would run for minutes")
 def test_without_a_gpu(capsys):
     assert first_contact.main([]) == 2
     assert "must run on a GPU, found none" in capsys.readouterr().err

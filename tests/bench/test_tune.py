@@ -113,7 +113,7 @@ def test_a_product_runs():
     tune.call_of(Candidate("product", rows=4, segment=64, hidden=8), CPU)()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would run")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU, and would run for minutes")
 def test_mistakes_end_with_2(capsys):
     assert tune.main([]) == 2
     assert capsys.readouterr().err == "bench tune must run on a GPU, found none\n"
