@@ -137,3 +137,9 @@ def require_scaling(
     # fp32 kernels divide by it and multiply with it.
     valid = softcap is None or 1e-30 <= softcap <= 1e30
     require(valid, "softcap", "in 1e-30 .. 1e30, or None", softcap)
+
+
+def require_logps(name: str, logps: Tensor) -> None:
+    require_tensor(name, logps)
+    require(logps.ndim == 1, name, "[N]", tuple(logps.shape))
+    require_float(name, logps)

@@ -4,9 +4,9 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from codistill_kernels._checks import require, require_shape, require_tensor
+from codistill_kernels._checks import require, require_logps, require_shape, require_tensor
 from codistill_kernels.linear_policy_loss import linear_policy_loss
-from codistill_kernels.policy_loss import PolicyLoss, require_logps
+from codistill_kernels.policy_loss import PolicyLoss
 from codistill_kernels.rewards import downsample, group_advantages, kd_rewards
 
 

@@ -7,13 +7,15 @@ from torch import Tensor
 
 from codistill_kernels._checks import (
     require,
+    require_logps,
     require_mask,
     require_normalizer,
     require_sequences,
     require_shape,
     require_tensor,
 )
-from codistill_kernels.policy_loss import divisor, require_logps, to_tokens
+from codistill_kernels._sequences import to_tokens
+from codistill_kernels.policy_loss import divisor
 
 
 def kl_penalty(

@@ -1,6 +1,6 @@
-"""The clipped importance-ratio loss straight from hidden states, in one pass over the logits.
+"""The importance-ratio losses straight from hidden states, in one pass over the logits.
 
-    chunk of rows -> logits -> log-probabilities -> loss coefficients -> gradients of both factors
+    chunk of rows -> logits -> log-probabilities -> closed slopes -> gradients of both factors
 
 The gradients come from the logits that the forward pass has in hand: 6 N H V operations, where a
 recomputing backward pass needs 8. Rows without a gradient (masked, clipped, advantage 0) are left
@@ -28,14 +28,13 @@ from codistill_kernels._linear import (
 )
 from codistill_kernels._linear_inputs import prepare, require_plain, require_workspace
 from codistill_kernels._scaling import with_gradients
+from codistill_kernels._sequences import to_tokens
 from codistill_kernels.linear_logps import LinearLogps, Options, log_probabilities
 from codistill_kernels.policy_loss import (
     PolicyLoss,
     check_inputs,
     divisor,
-    log_ratios,
     policy_loss,
-    to_tokens,
     token_gradients,
 )
 
@@ -59,19 +58,20 @@ def linear_policy_gradients(
     mask: Tensor,
     cu_seqlens: Tensor | None,
     kind: str,
-    bounds: list[float],
+    settings: list[float],
     shard_rows: int,
     workspace_mib: int | None,
     group_name: str,
     needs: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logps [N], and the gradients of -sum of the surrogate: empty tensors where not needed.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logps and entropy [N], and the gradients of the sum before the normalizer, each an empty
+    tensor where it is not needed.
 
-    kind, bounds: of the loss. shard_rows: of a whole shard of the weight, this one may be cut: all
-    processes must make the same chunks.
+    kind, settings: of the loss. shard_rows: of a whole shard of the weight, this one may be cut:
+    all processes must make the same chunks.
     """
-    loss = PolicyLoss.from_bounds(kind, bounds)
+    loss = PolicyLoss.from_settings(kind, settings)
     group = dist.distributed_c10d._resolve_process_group(group_name) if group_name else None
     head = Head(lm_head_weight, bias, temperature, softcap)
     terms = Terms(old_logps, advantages, importance_weights, mask, cu_seqlens, loss)
@@ -100,7 +100,7 @@ def _(
     mask,
     cu_seqlens,
     kind,
-    bounds,
+    settings,
     shard_rows,
     workspace_mib,
     group_name,
@@ -108,9 +108,14 @@ def _(
     backend,
 ):
     shapes = (hidden_states.shape, lm_head_weight.shape, lm_head_weight.shape[:1])
-    return temperature.new_empty(token_ids.shape[0]), *(
-        temperature.new_empty(shape if need else 0)
-        for shape, need in zip(shapes, needs, strict=True)
+    tokens = token_ids.shape[0]
+    return (
+        temperature.new_empty(tokens),
+        temperature.new_empty(tokens),
+        *(
+            temperature.new_empty(shape if need else 0)
+            for shape, need in zip(shapes, needs, strict=True)
+        ),
     )
 
 
@@ -118,7 +123,7 @@ def takes_two_passes(kind: "type[Chunks]", loss: PolicyLoss, needs: list[bool]) 
     """A gradient at one token depends on others, there is none, or it is one that chunks of this
     kind do not give."""
     is_bias_left = needs[2] and not kind.HAS_BIAS_GRADIENT
-    return loss.is_sequence_level or not any(needs) or is_bias_left
+    return loss.needs_sequences or not any(needs) or is_bias_left
 
 
 @dataclass(frozen=True)
@@ -133,16 +138,19 @@ class Terms:
     cu_seqlens: Tensor | None
     loss: PolicyLoss
 
-    def gradients(self, logps: Tensor) -> Tensor:
-        """[N] of -sum of the surrogate, from all tokens' log-probabilities."""
-        return token_gradients(
-            log_ratios(logps, self.old_logps),
+    def gradients(self, logps: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[N] by logps, from all tokens' own, and by entropy (None: 0)."""
+        by_logps = token_gradients(
+            logps,
+            self.old_logps,
             self.advantages,
             self.loss,
             weights=self.importance_weights,
             keep=self.mask,
             cu_seqlens=self.cu_seqlens,
         )
+        bonus = self.loss.entropy_bonus
+        return by_logps, torch.where(self.mask, -bonus, torch.zeros_like(logps)) if bonus else None
 
     def by_token(self) -> "Terms":
         """Without sequences; for losses in which no token depends on another."""
@@ -169,17 +177,17 @@ def single_pass(
     needs: list[bool],
     backend: str,
     most: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients from the very logits that gave the log-probabilities, `most` rows at a time."""
     chunks = make_chunks(hidden_states, head, token_ids, backend)
     by_token = terms.by_token()
 
-    def slopes(rows: Tensor, logps: Tensor, entropy: Tensor) -> tuple[Tensor, None]:
-        return by_token.of_rows(rows).gradients(logps), None
+    def slopes(rows: Tensor, logps: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        return by_token.of_rows(rows).gradients(logps)
 
     rows = terms.mask.nonzero().squeeze(1)
-    logps, _, gradients = gradients_by_chunks(chunks, rows, most, slopes, needs, group)
-    return logps, *gradients
+    logps, entropy, gradients = gradients_by_chunks(chunks, rows, most, slopes, needs, group)
+    return logps, entropy, *gradients
 
 
 def two_passes(
@@ -191,7 +199,7 @@ def two_passes(
     needs: list[bool],
     backend: str,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All log-probabilities first, then the gradients from recomputed logits: 8 N H V.
 
     For losses whose gradient at one token depends on others, for no gradient at all, and for a
@@ -201,12 +209,13 @@ def two_passes(
     chunks = make_chunks(hidden_states[rows], head.of_rows(rows), token_ids[rows], backend)
     logps = torch.zeros_like(head.temperature)
     softmax = logps.new_zeros((3, len(logps)))
-    logps[rows], softmax[:, rows] = log_probabilities(chunks.statistics(), group)
+    statistics = chunks.statistics(has_entropy=True)
+    logps[rows], softmax[:, rows] = log_probabilities(statistics, group)
     gradients = recomputed_gradients(
         hidden_states,
         head,
         token_ids,
-        as_coefficients(terms.gradients(logps), None),
+        as_coefficients(*terms.gradients(logps)),
         softmax,
         group is None,
         needs,
@@ -215,7 +224,7 @@ def two_passes(
         logps.dtype,
         workspace,
     )
-    return logps, *gradients
+    return logps, softmax[1] - softmax[2], *gradients
 
 
 # --- public function ---------------------------------------------------------------------------
@@ -243,7 +252,8 @@ def linear_policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`policy_loss` of `linear_logps`, in one pass: 6 N H V operations, no [N, V] logits.
 
-    Losses of sequences take two passes, 8 N H V, except where triton keeps exponentials.
+    The entropy, in the statistics, and the gradient of an entropy bonus come from the same pass.
+    Losses of sequences take two passes, 8 N H V, except where exponentials are kept (triton).
 
     Args:
         hidden_states: [N, H], fp32, bf16, fp16 or fp64. Differentiable.
@@ -292,7 +302,7 @@ def linear_policy_loss(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in differentiable
     ]
-    terms = dict(importance_weights=importance_weights, cu_seqlens=cu_seqlens)
+    terms: dict = dict(importance_weights=importance_weights, cu_seqlens=cu_seqlens)
     check_inputs(
         loss,
         inputs.tensors[4],
@@ -318,15 +328,15 @@ def linear_policy_loss(
             group,
             backend,
             has_gradient=any(needs),
+            has_entropy=True,
             workspace_mib=workspace_mib,
             rows=rows,
         )
-        logps, _ = LinearLogps.apply(*inputs.tensors, keep, options)
-        return policy_loss(
-            logps, old_logps, advantages, keep, loss=loss, normalizer=normalizer, **terms
-        )
+        logps, entropy = LinearLogps.apply(*inputs.tensors, keep, options)
+        terms |= dict(normalizer=normalizer, entropy=entropy)
+        return policy_loss(logps, old_logps, advantages, keep, loss=loss, **terms)
     with torch.no_grad():
-        logps, *gradients = linear_policy_gradients(
+        logps, entropy, *gradients = linear_policy_gradients(
             *inputs.cut(),
             softcap or 0.0,
             old_logps,
@@ -335,16 +345,15 @@ def linear_policy_loss(
             keep,
             cu_seqlens,
             loss.kind,
-            loss.bounds(),
+            loss.settings(),
             len(lm_head_weight),
             workspace_mib,
             "" if group is None else group.group_name,
             needs,
             backend,
         )
-        value, statistics = policy_loss(
-            logps, old_logps, advantages, keep, loss=loss, normalizer=normalizer, **terms
-        )
+        terms |= dict(normalizer=normalizer, entropy=entropy)
+        value, statistics = policy_loss(logps, old_logps, advantages, keep, loss=loss, **terms)
     if any(needs):
         scale_by = divisor(value, normalizer)
         value = with_gradients(differentiable, value, gradients, scale_by, group)

@@ -1,51 +1,67 @@
 """The importance-ratio losses of policy optimization, from log-probabilities.
 
-One step serves the loss and its gradient: `surrogate_terms` says which ratio, advantage and weight
-each token (gspo, gmpo: each sequence) has, and where a bound stands in the place of the ratio.
+Which ratio, bound and gradient a kind has stands in `_surrogates`, one function a kind.
 """
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from codistill_kernels._checks import (
     require,
-    require_float,
+    require_logps,
     require_mask,
     require_normalizer,
     require_sequences,
     require_shape,
     require_tensor,
 )
-
-SEQUENCE_KINDS = ("gspo", "gmpo")
-KINDS = ("clip", "cispo", *SEQUENCE_KINDS)
+from codistill_kernels._sequences import sequence_sums, to_tokens
+from codistill_kernels._surrogates import SURROGATES, Surrogate, Tokens
 
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """Which surrogate, and its bounds. r is the ratio of a token, L the unmasked tokens of a
-    sequence, sg() stops the gradient and c() clips to [1 - epsilon_low, 1 + epsilon_high].
+    """Which surrogate, and its settings. r is the ratio of a token, p its probability, A its
+    advantage, L the unmasked tokens of a sequence, sg() stops the gradient and c() clips to
+    [1 - epsilon_low, 1 + epsilon_high].
 
     kind: what is summed over unmasked tokens.
         "clip": min(r A, c(r) A), the token-level surrogate of Eq. 2, 5 and 10. With epsilon_high >
             epsilon_low it is DAPO's clip-higher (Yu et al. 2025, arXiv:2503.14476).
         "cispo": sg(c(r)) A logp (MiniMax-M1, arXiv:2506.13585). Bounds the weight of a token,
             whatever the sign of A, and never cuts its gradient. epsilon_low = 1: no lower bound.
+            Where others name the bound itself (TRL's epsilon_high), epsilon_high is that less 1.
         "gspo": min(s A, c(s) A) with s = exp(1/L sum_sequence log r) (Zheng et al. 2025,
             arXiv:2507.18071). The gradient flows through the mean to every token.
+        "luspo": the same surrogate; LUSPO (arXiv:2602.05261) is its sum over tokens divided by the
+            number of rollouts, so that long ones count more, GSPO takes advantages A / L.
         "gmpo": exp(1/L sum_sequence b(log r)) A (Zhao et al. 2025, arXiv:2507.20673), where b
             bounds nats: at most epsilon_high where A > 0, at least -epsilon_low where A < 0.
+        "sapo": 4/t sigmoid(t (r - 1)) A, a soft gate in the place of a bound, with
+            t = sapo_temperature_positive where A > 0, else _negative (arXiv:2511.20347).
+        "vespo": sg(W^k exp(lambda (1 - W))) A logp with W = prod_sequence r w, w the importance
+            weights, which count nowhere else; k and lambda by the sign of A, 0 counts as positive.
+            log W and log w are kept within [log 1e-8, 20], log r within [-20, 20] (Shen et al.
+            2026, arXiv:2602.10693).
+        "reinforce": A logp; old_logps serve statistics only. (GVPO, arXiv:2504.19599, is this with
+            advantages that mix the ratios of a group, so no surrogate of a token or a sequence.)
+        "dppo_tv", "dppo_kl": sg(r) A logp, 0 where the token's own distribution, itself against all
+            other tokens, moved farther than epsilon_high up where A > 0, or epsilon_low down where
+            A < 0: by |p - p_old|, or by KL(p_old || p) in nats (arXiv:2602.04879).
     epsilon_low, epsilon_high: the ratio (gspo: s, gmpo: log r) stops pushing below the low bound
         where A < 0 and above the high bound where A > 0. A ratio exactly on a bound is not cut.
-    dual_clip: > 1, "clip" only; with a negative advantage the surrogate is at least
-        dual_clip * advantage (Ye et al. 2020, arXiv:1912.09729). None: no such bound.
+    dual_clip: > 1, "clip", "gspo" and "luspo"; with a negative advantage the surrogate is at least
+        dual_clip * advantage (Ye et al. 2020, arXiv:1912.09729). Two-sided clipping with a delta
+        above 1 + epsilon_high (INTELLECT-2, arXiv:2505.07291) is the same. None: no such bound.
+    truncate: > 0, "dppo_tv" and "dppo_kl"; largest ratio, None: any.
     log_ratio_clamp: > 0, nats; log r of each token is brought into [-log_ratio_clamp,
         log_ratio_clamp] before all else, against an overflow, and a token outside has no gradient
-        ("cispo": only its weight is bounded). On the bound it is not cut. None: log r as it is.
+        (kinds that weigh logp: only the weight is bounded). On the bound it is not cut. None: log r
+        as it is.
+    entropy_bonus: times the entropy of each unmasked token, added to what is summed; any kind.
 
     Raises:
         ValueError: a field is out of range, or set and not used by the kind.
@@ -56,38 +72,50 @@ class PolicyLoss:
     epsilon_high: float = 0.2
     dual_clip: float | None = None
     log_ratio_clamp: float | None = None
+    entropy_bonus: float = 0.0
+    truncate: float | None = None
+    sapo_temperature_positive: float = 1.0
+    sapo_temperature_negative: float = 1.05
+    vespo_k_positive: float = 2.0
+    vespo_lambda_positive: float = 3.0
+    vespo_k_negative: float = 3.0
+    vespo_lambda_negative: float = 2.0
 
     def __post_init__(self) -> None:
-        require(self.kind in KINDS, "kind", f"one of {', '.join(KINDS)}", repr(self.kind))
-        valid, expected = {
-            "cispo": (0 <= self.epsilon_low <= 1, "in [0, 1]"),
-            "gmpo": (self.epsilon_low >= 0, ">= 0"),
-        }.get(self.kind, (0 <= self.epsilon_low < 1, "in [0, 1)"))
-        require(valid, "epsilon_low", expected, self.epsilon_low)
-        require(self.epsilon_high >= 0, "epsilon_high", ">= 0", self.epsilon_high)
-        require(self.dual_clip is None or self.dual_clip > 1, "dual_clip", "> 1", self.dual_clip)
-        unused = self.dual_clip is not None and self.kind != "clip"
-        require(not unused, "dual_clip", f"None with kind {self.kind!r}", self.dual_clip)
+        kinds = ", ".join(SURROGATES)
+        require(self.kind in SURROGATES, "kind", f"one of {kinds}", repr(self.kind))
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            if field.name in ("log_ratio_clamp", "entropy_bonus"):
+                continue
+            used = SURROGATES[self.kind].settings.get(field.name)
+            if used is None:
+                expected = f"{field.default} with kind {self.kind!r}, which does not use it"
+                require(value == field.default, field.name, expected, value)
+            else:
+                require(value is None or used.holds(value), field.name, used.text, value)
+        ordered = self.epsilon_high >= -self.epsilon_low
+        require(ordered, "epsilon_high", ">= -epsilon_low", self.epsilon_high)
         valid = self.log_ratio_clamp is None or self.log_ratio_clamp > 0
         require(valid, "log_ratio_clamp", "> 0", self.log_ratio_clamp)
+        require(math.isfinite(self.entropy_bonus), "entropy_bonus", "finite", self.entropy_bonus)
 
     @property
-    def is_sequence_level(self) -> bool:
+    def needs_sequences(self) -> bool:
         """Whether a token's gradient depends on the other tokens of its sequence."""
-        return self.kind in SEQUENCE_KINDS
+        return SURROGATES[self.kind].needs_sequences
 
-    def bounds(self) -> list[float]:
-        """The other fields, as an argument of a custom op: NaN for None, trailing None left out."""
-        fields = [self.epsilon_low, self.epsilon_high, self.dual_clip, self.log_ratio_clamp]
-        while fields[-1] is None:
-            fields.pop()
-        return [math.nan if field is None else field for field in fields]
+    def settings(self) -> list[float]:
+        """The other fields, as an argument of a custom op: NaN for None."""
+        values = [getattr(self, field.name) for field in fields(self)[1:]]
+        return [math.nan if value is None else float(value) for value in values]
 
     @classmethod
-    def from_bounds(cls, kind: str, bounds: list[float]) -> "PolicyLoss":
-        """The loss of which these are the `bounds`."""
-        low, high, *others = bounds
-        return cls(kind, low, high, *(None if math.isnan(field) else field for field in others))
+    def from_settings(cls, kind: str, settings: list[float]) -> "PolicyLoss":
+        """The loss of which these are the `settings`."""
+        names = [field.name for field in fields(cls)[1:]]
+        values = [None if math.isnan(value) else value for value in settings]
+        return cls(kind, **dict(zip(names, values, strict=True)))  # type: ignore[arg-type]
 
 
 def policy_loss(
@@ -99,14 +127,15 @@ def policy_loss(
     loss: PolicyLoss = PolicyLoss(),  # noqa: B008  (frozen)
     normalizer: float | Tensor,
     importance_weights: Tensor | None = None,
+    entropy: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Surrogate over flat tokens: a sum, divided once.
 
     r[n] = exp(logps[n] - old_logps[n])
-    loss = -(1/normalizer) sum_n w[n] surrogate[n] over unmasked tokens, surrogate as in PolicyLoss
-    A ratio on a bound is not clipped. Advantage or weight 0 adds exactly 0, whatever the ratio, and
-    whether or not the other of the two is infinite.
+    loss = -(1/normalizer) sum_n (w[n] surrogate[n] + entropy_bonus entropy[n]) over unmasked tokens
+    with the surrogate as in PolicyLoss. A ratio on a bound is not clipped. Advantage or weight 0
+    adds exactly 0, whatever the ratio, and whether or not the other of the two is infinite.
 
     Args:
         logps: [N] log-probabilities of the policy in training, nats; fp32, bf16, fp16 or fp64.
@@ -123,16 +152,19 @@ def policy_loss(
             prompts * G, with advantages A_i / |o_i|: the 1/|o_i| of Eq. 2 (GRPO), GSPO and GMPO, as
             every surrogate is positively homogeneous in A (|o_i|: unmasked tokens).
         importance_weights: [N] w, e.g. those of `importance_weights`. No gradient.
+        entropy: [N] of the policy in training, nats, as `linear_logps` returns it. Differentiable.
+            Needed by an entropy bonus.
         cu_seqlens: [S + 1]; tokens of sequence s are cu_seqlens[s] : cu_seqlens[s + 1]. Needed by
-            gspo and gmpo, where every sequence must be whole.
+            gspo, luspo, gmpo and vespo, where every sequence must be whole.
 
     Returns:
         loss, a scalar (fp32; fp64 for fp64 logps), and statistics over unmasked tokens, on the
         device of logps: `tokens`, `ratio_mean`, `ratio_max`, `clip_fraction_low` and `_high` (share
-        of tokens whose gradient a bound cuts; cispo: whose ratio is bounded; gspo: all tokens of a
-        clipped sequence), `approx_kl` (mean of r - 1 - log r, nats), `ess` (effective sample size,
-        (sum r)^2 / (tokens sum r^2), in (0, 1]) and detached `logps`. Without a token all are 0.
-        r is that before log_ratio_clamp; a token beyond it counts as cut (cispo: not).
+        of tokens whose gradient a bound cuts; cispo: whose ratio is bounded; gspo, luspo: all
+        tokens of a clipped sequence), `approx_kl` (mean of r - 1 - log r, nats), `ess` (effective
+        sample size, (sum r)^2 / (tokens sum r^2), in (0, 1]), detached `logps` and, where given,
+        `entropy`. Without a token all are 0. r is that before log_ratio_clamp; a token beyond it
+        counts as cut, except in kinds that weigh logp.
 
     Raises:
         ValueError: an argument has a wrong type, shape, dtype, device or value. The message names
@@ -143,78 +175,106 @@ def policy_loss(
     check_inputs(
         loss, logps, old_logps, advantages, mask, normalizer, importance_weights, cu_seqlens
     )
+    if loss.entropy_bonus:
+        require(entropy is not None, "entropy", "given with an entropy bonus", None)
+    if entropy is not None:
+        require_tensor("entropy", entropy, "logps", logps)
+        require_shape("entropy", entropy, tuple(logps.shape), "[N]")
     logps = logps if logps.dtype == torch.float64 else logps.float()
     keep = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask
+    log_ratio, tokens = prepare_tokens(
+        logps, old_logps, advantages, loss, importance_weights, keep, cu_seqlens
+    )
+    surrogate = surrogate_of(tokens, log_ratio, loss)
+    total = -(factors(tokens, loss) * surrogate.value).sum()
+    statistics = summarize(log_ratio.detach(), keep, surrogate.low, surrogate.high)
+    statistics["logps"] = logps.detach()
+    if entropy is not None:
+        entropy = entropy.to(logps.dtype)
+        statistics["entropy"] = entropy.detach()
+        if loss.entropy_bonus:
+            # Select before summing: NaN behind the mask must reach neither loss nor gradient.
+            total = total - loss.entropy_bonus * torch.where(keep, entropy, 0.0).sum()
+    return total / divisor(total, normalizer), statistics
+
+
+def prepare_tokens(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    loss: PolicyLoss,
+    weights: Tensor | None,
+    keep: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tokens]:
+    """The log-ratios [N] before the clamp, and what the surrogate is made of; 0 where masked."""
+    kind, dtype = SURROGATES[loss.kind], logps.dtype
     # Select before exp: NaN behind the mask must reach neither the loss nor its gradient.
-    log_ratio = torch.where(keep, log_ratios(logps, old_logps), 0.0)
-    terms = surrogate_terms(log_ratio, advantages, loss, importance_weights, keep, cu_seqlens)
-    objective = terms.weights * (terms.ratio * terms.advantages)
-    if loss.kind == "cispo":
-        factor = objective.detach()
-        objective = factor * torch.where(factor != 0, logps, 0.0)
-    statistics = summarize(log_ratio.detach(), keep, terms.low, terms.high)
-    total = -objective.sum()
-    return total / divisor(total, normalizer), statistics | {"logps": logps.detach()}
+    logps = torch.where(keep, logps, 0.0)
+    old_logps = logps if old_logps is None else torch.where(keep, old_logps.to(dtype), 0.0)
+    old_logps = old_logps.detach()
+    log_ratio = logps - old_logps
+    advantages = advantages.detach().to(dtype)
+    weights = torch.ones_like(logps) if weights is None else weights.detach().to(dtype)
+    weights = torch.where(keep, weights, 0.0)
+    if kind.is_of_sequence:
+        assert cu_seqlens is not None, loss.kind
+        counted = sequence_sums(keep.to(dtype), cu_seqlens) > 0
+        weights = sequence_sums(weights, cu_seqlens)
+    else:
+        counted = keep
+        if cu_seqlens is not None:
+            advantages = to_tokens(advantages, cu_seqlens, len(keep))
+    advantages = torch.where(counted, advantages, 0.0)
+    # Both 0 where one is, lest an infinite other one make it NaN. NaN itself is never hidden.
+    none = (advantages == 0) & ~weights.isnan() | (weights == 0) & ~advantages.isnan()
+    advantages, weights = (torch.where(none, 0.0, factor) for factor in (advantages, weights))
+    clamp = loss.log_ratio_clamp
+    clamped = log_ratio if clamp is None else log_ratio.clamp(-clamp, clamp)
+    return log_ratio, Tokens(clamped, logps, old_logps, keep, advantages, weights, cu_seqlens)
 
 
-def importance_weights(
-    trainer_logps: Tensor,
-    engine_logps: Tensor,
-    mask: Tensor | None = None,
+def surrogate_of(tokens: Tokens, log_ratio: Tensor, loss: PolicyLoss) -> Surrogate:
+    """Of the kind; masked tokens and those beyond log_ratio_clamp have slope 0."""
+    kind = SURROGATES[loss.kind]
+    value, slope, low, high = kind.surrogate(tokens, loss)
+    if loss.log_ratio_clamp is not None and kind.follows_ratio:
+        below, above = log_ratio < -loss.log_ratio_clamp, log_ratio > loss.log_ratio_clamp
+        low, high = low | below, high | above
+        slope = torch.where(below | above, 0.0, slope)
+    keep = tokens.keep
+    return Surrogate(value, torch.where(keep, slope, 0.0), keep & low, keep & high)
+
+
+def factors(tokens: Tokens, loss: PolicyLoss) -> Tensor:
+    """What the value is multiplied by: weight and advantage."""
+    if SURROGATES[loss.kind].has_own_weights:
+        return torch.where(tokens.weights.isnan(), torch.nan, tokens.advantages)
+    return tokens.weights * tokens.advantages
+
+
+def token_gradients(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    loss: PolicyLoss,
     *,
-    truncate: float | None = None,
-    drop: tuple[float, float] | None = None,
+    weights: Tensor | None = None,
+    keep: Tensor,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Weights that correct for an engine whose probabilities differ from the trainer's.
-
-    ratio[n] = exp(trainer_logps[n] - engine_logps[n])
-    out[n] = 0 if ratio[n] is outside `drop`, else min(ratio[n], truncate)
-
-    Args:
-        trainer_logps, engine_logps: [N] log-probabilities (nats) of the same tokens under the same
-            weights, as the trainer and as the engine computed them.
-        mask: [N] bool; where False the weight is 0, whatever the values are.
-        truncate: > 0, largest weight: truncated importance sampling (Yao et al. 2025). None: no
-            bound, and a ratio that overflows is inf.
-        drop: (low, high), 0 <= low <= high: a ratio outside has weight 0, on a bound it is kept
-            (masked importance sampling; token by token IcePop, Ling Team 2025). None: all stay.
-        cu_seqlens: [S + 1]; the ratio is that of the whole sequence, exp of the sum over its
-            unmasked tokens, and all its tokens have the same weight.
-
-    Returns:
-        [N] >= 0, detached, fp32 (fp64 for fp64 trainer_logps). NaN logps give NaN, never 0.
-
-    Raises:
-        ValueError: an argument has a wrong type, shape, dtype, device or value. The message names
-            it.
-
-    Definition: codistill_kernels.reference.importance_weights.
-    """
-    require_logps("trainer_logps", trainer_logps)
-    like = ("trainer_logps", trainer_logps)
-    require_tensor("engine_logps", engine_logps, *like)
-    require_shape("engine_logps", engine_logps, tuple(trainer_logps.shape), "[N]")
-    require_mask(mask, len(trainer_logps), *like)
-    require(truncate is None or truncate > 0, "truncate", "> 0", truncate)
-    low, high = (0.0, float("inf")) if drop is None else drop
-    require(0 <= low <= high, "drop", "(low, high) with 0 <= low <= high", drop)
-    dtype = torch.float64 if trainer_logps.dtype == torch.float64 else torch.float32
-    log_ratio = trainer_logps.detach().to(dtype) - engine_logps.detach().to(dtype)
-    keep = torch.ones_like(log_ratio, dtype=torch.bool) if mask is None else mask
-    log_ratio = torch.where(keep, log_ratio, 0.0)
-    if cu_seqlens is not None:
-        require_sequences(cu_seqlens, len(trainer_logps), *like)
-        log_ratio = to_tokens(sequence_sums(log_ratio, cu_seqlens), cu_seqlens, len(log_ratio))
-    ratio = log_ratio.exp()
-    ratio = torch.where(keep & ~((ratio < low) | (ratio > high)), ratio, 0.0)
-    return ratio if truncate is None else ratio.clamp(max=truncate)
-
-
-def log_ratios(logps: Tensor, old_logps: Tensor | None) -> Tensor:
-    """[N] in the dtype of logps; without old_logps 0, with the gradient of logps."""
-    old_logps = logps if old_logps is None else old_logps
-    return logps - old_logps.detach().to(logps.dtype)
+    """d(-sum of weight * surrogate) / d logp of each token, [N], from the closed slopes; arguments
+    as in `policy_loss`. The entropy bonus is not in it: its slope by the entropy is constant."""
+    log_ratio, tokens = prepare_tokens(
+        logps, old_logps, advantages, loss, weights, keep, cu_seqlens
+    )
+    slope = surrogate_of(tokens, log_ratio, loss).slope
+    factor = factors(tokens, loss)
+    if SURROGATES[loss.kind].is_of_sequence:
+        factor = tokens.spread(factor)
+    # A slope of 0 is 0 whatever stands before it; only NaN shows.
+    none = ~keep | (slope == 0) & ~factor.isnan()
+    return torch.where(none, 0.0, -factor * slope)
 
 
 def divisor(total: Tensor, normalizer: float | Tensor) -> float | Tensor:
@@ -229,141 +289,6 @@ def divisor(total: Tensor, normalizer: float | Tensor) -> float | Tensor:
         normalizer = torch.zeros_like(total)
     normalizer = normalizer.detach().to(total)
     return torch.where((normalizer == 0) & (total.detach() == 0), torch.inf, normalizer)
-
-
-class Terms(NamedTuple):
-    """Of each token [N] (gspo, gmpo: of each sequence [S]): sum of weights * ratio * advantages."""
-
-    ratio: Tensor  # differentiable in log_ratio where no bound cuts
-    low: Tensor  # [N] bool in every kind: cut by the low bound
-    high: Tensor
-    advantages: Tensor
-    weights: Tensor  # [S]: the sum over unmasked tokens
-
-
-def surrogate_terms(
-    log_ratio: Tensor,
-    advantages: Tensor,
-    loss: PolicyLoss,
-    weights: Tensor | None,
-    keep: Tensor,
-    cu_seqlens: Tensor | None,
-) -> Terms:
-    """log_ratio is 0 where not `keep`; the others may be anything there."""
-    dtype = log_ratio.dtype
-    advantages = advantages.detach().to(dtype)
-    weights = torch.ones_like(log_ratio) if weights is None else weights.detach().to(dtype)
-    weights = torch.where(keep, weights, 0.0)
-    clamp = loss.log_ratio_clamp
-    ratios = log_ratio if clamp is None else log_ratio.clamp(-clamp, clamp)
-    if loss.is_sequence_level:
-        assert cu_seqlens is not None, loss.kind
-        terms = sequence_terms(ratios, advantages, loss, weights, keep, cu_seqlens)
-    else:
-        if cu_seqlens is not None:
-            advantages = to_tokens(advantages, cu_seqlens, len(log_ratio))
-        advantages = torch.where(keep, advantages, 0.0)
-        terms = Terms(*bounded_ratio(ratios, advantages, weights, loss), advantages, weights)
-    if clamp is not None and loss.kind != "cispo":
-        low, high = terms.low | (log_ratio < -clamp), terms.high | (log_ratio > clamp)
-        terms = terms._replace(low=low, high=high)
-    # Both 0 where one is, lest an infinite other one make it NaN. NaN itself is never hidden.
-    advantages, weights = terms.advantages, terms.weights
-    none = (advantages == 0) & ~weights.isnan() | (weights == 0) & ~advantages.isnan()
-    advantages, weights = (torch.where(none, 0.0, factor) for factor in (advantages, weights))
-    return terms._replace(advantages=advantages, weights=weights)
-
-
-def sequence_terms(
-    log_ratio: Tensor,
-    advantages: Tensor,
-    loss: PolicyLoss,
-    weights: Tensor,
-    keep: Tensor,
-    cu_seqlens: Tensor,
-) -> Terms:
-    count = sequence_sums(keep.to(log_ratio.dtype), cu_seqlens)
-    advantages = torch.where(count > 0, advantages, 0.0)
-    weights = sequence_sums(weights, cu_seqlens)
-    if loss.kind == "gspo":
-        mean = sequence_sums(log_ratio, cu_seqlens) / count.clamp(min=1)
-        ratio, low, high = bounded_ratio(mean, advantages, weights, loss)
-        low, high = (keep & to_tokens(cut, cu_seqlens, len(keep)) for cut in (low, high))
-        return Terms(ratio, low, high, advantages, weights)
-    low, high, bound = cuts(log_ratio.detach(), to_tokens(advantages, cu_seqlens, len(keep)), loss)
-    log_ratio = torch.where(low | high, bound, log_ratio)
-    mean = sequence_sums(log_ratio, cu_seqlens) / count.clamp(min=1)
-    ratio = torch.where((advantages != 0) & (weights != 0), mean, 0.0).exp()
-    return Terms(ratio, low, high, advantages, weights)
-
-
-def bounded_ratio(
-    log_ratio: Tensor, advantages: Tensor, weights: Tensor, loss: PolicyLoss
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The ratio or the bound in its place, and where the low and the high bound cut."""
-    low, high, bound = cuts(log_ratio.detach(), advantages, loss)
-    # Chosen by comparison: torch.minimum would split the gradient of a tie. And before exp: a ratio
-    # that overflows where nothing depends on it would make the gradient 0 * inf.
-    free = ~(low | high)
-    needed = free & (advantages != 0) & (weights != 0)
-    ratio = torch.where(needed, log_ratio, 0.0).exp()
-    return torch.where(free, ratio, bound), low, high
-
-
-def cuts(log_ratio: Tensor, advantages: Tensor, loss: PolicyLoss) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the low and the high bound cut, and the ratio (gmpo: log-ratio) that stands there."""
-    if loss.kind == "gmpo":
-        value, floor, ceiling = log_ratio, -loss.epsilon_low, loss.epsilon_high
-    else:
-        value, floor, ceiling = log_ratio.exp(), 1 - loss.epsilon_low, 1 + loss.epsilon_high
-    low, high = value < floor, value > ceiling
-    if loss.kind != "cispo":
-        low, high = low & (advantages < 0), high & (advantages > 0)
-    bound = torch.where(low, floor, torch.full_like(value, ceiling))
-    if loss.dual_clip is not None:
-        far = (advantages < 0) & (value > loss.dual_clip)
-        bound, high = torch.where(far, loss.dual_clip, bound), high | far
-    return low, high, bound
-
-
-def token_gradients(
-    log_ratio: Tensor,
-    advantages: Tensor,
-    loss: PolicyLoss,
-    *,
-    weights: Tensor | None = None,
-    keep: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """d(-sum of weight * surrogate) / d logp of each token, [N]; arguments as in `policy_loss`.
-
-    clip: -w r A, cispo: -w c(r) A, gspo and gmpo: -(sum_sequence w) ratio A / L; 0 where a bound
-    cuts. Zero weights may stand for `keep` and weighted advantages for weights in clip and cispo.
-    """
-    keep = torch.ones_like(log_ratio, dtype=torch.bool) if keep is None else keep
-    log_ratio = torch.where(keep, log_ratio, 0.0)
-    terms = surrogate_terms(log_ratio, advantages, loss, weights, keep, cu_seqlens)
-    gradients = -terms.weights * (terms.ratio * terms.advantages)
-    if loss.is_sequence_level:
-        assert cu_seqlens is not None, loss.kind
-        count = sequence_sums(keep.to(gradients.dtype), cu_seqlens).clamp(min=1)
-        gradients = to_tokens(gradients / count, cu_seqlens, len(keep))
-    cut = terms.low | terms.high
-    return torch.where(keep if loss.kind == "cispo" else keep & ~cut, gradients, 0.0)
-
-
-def sequence_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[N] -> [S], in the order of the tokens: no atomics, so equal inputs give equal bits."""
-    # unsafe: lengths are not looked at, which would wait for a GPU.
-    sums = torch.segment_reduce(
-        values.double(), "sum", lengths=cu_seqlens.diff(), initial=0.0, unsafe=True
-    )
-    return sums.to(values.dtype)
-
-
-def to_tokens(values: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """[S] -> [N]"""
-    return values.repeat_interleave(cu_seqlens.diff(), output_size=tokens)
 
 
 def summarize(log_ratio: Tensor, keep: Tensor, low: Tensor, high: Tensor) -> dict[str, Tensor]:
@@ -408,15 +333,9 @@ def check_inputs(
     require_mask(mask, logps.shape[0], "logps", logps)
     require_tensor("advantages", advantages, "logps", logps)
     if cu_seqlens is None:
-        require(not loss.is_sequence_level, "cu_seqlens", f"given with {loss.kind!r}", None)
+        require(not loss.needs_sequences, "cu_seqlens", f"given with {loss.kind!r}", None)
         require_shape("advantages", advantages, tokens, "[N]")
     else:
         require_sequences(cu_seqlens, logps.shape[0], "logps", logps)
         require_shape("advantages", advantages, (cu_seqlens.shape[0] - 1,), "[S]")
     require_normalizer(normalizer)
-
-
-def require_logps(name: str, logps: Tensor) -> None:
-    require_tensor(name, logps)
-    require(logps.ndim == 1, name, "[N]", tuple(logps.shape))
-    require_float(name, logps)

@@ -9,13 +9,14 @@ from codistill_kernels._checks import (
     can_look,
     require,
     require_float,
+    require_logps,
     require_mask,
     require_sequences,
     require_shape,
     require_tensor,
 )
+from codistill_kernels._sequences import sequence_sums
 from codistill_kernels.linear_reverse_kl import linear_reverse_kl
-from codistill_kernels.policy_loss import require_logps, sequence_sums
 
 
 def kd_rewards(

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import itertools
 
 import pytest
 import torch
 import torch.distributed as dist
+from losses import LOSSES
 from numerics import BACKENDS, DTYPES, MatrixUnit, assert_as_accurate_as_eager, seeded
 from processes import spawn
 
@@ -18,7 +20,6 @@ from codistill_kernels import (
     reference,
 )
 from codistill_kernels._head import Plan
-from codistill_kernels.policy_loss import KINDS
 
 NAMES = ("hidden_states", "lm_head_weight", "bias")
 BOUNDS = dict(epsilon_low=0.1, epsilon_high=0.3, dual_clip=2.0)
@@ -44,7 +45,7 @@ def make_case(dtype=torch.float32, *, rows=60, hidden=48, vocab=509, seed=0):
     mask = torch.arange(rows) % 5 != 0
     ids[~mask] = -100
     terms = dict(
-        old_logps=logps + 0.3 * randn(rows),
+        old_logps=(logps + 0.3 * randn(rows)).clamp(max=-0.01),
         advantages=randn(rows),
         mask=mask,
         importance_weights=torch.rand(rows, generator=generator),
@@ -82,36 +83,35 @@ def way(request, monkeypatch):
     return request.param
 
 
-LOSSES = {
-    "clip": PolicyLoss(**BOUNDS),
-    "cispo": PolicyLoss("cispo", 0.1, 0.3),
-    "gspo": PolicyLoss("gspo", 0.01, 0.02),
-    "gmpo": PolicyLoss("gmpo", 0.2, 0.2),
-}
+# What differs in the passes is compared in each of them; kinds differ in their slopes alone.
+PASSES = ("clip", "cispo", "gspo", "clip with entropy", "gspo with entropy")
+COMPARED = [*itertools.product(PASSES, DTYPES, BACKENDS, WAYS)] + [
+    (name, torch.float32, BACKENDS[0], way)
+    for name in LOSSES.keys() - set(PASSES)
+    for way in ("chunks of rows", "two passes")
+]
 
 
-def test_every_kind_is_compared_below():
-    assert {loss.kind for loss in LOSSES.values()} == set(KINDS)
-
-
-@pytest.mark.parametrize("way", WAYS, indirect=True)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", LOSSES)
-def test_equals_fp64_as_well_as_eager(kind, dtype, backend, way):
+@pytest.mark.parametrize(
+    ("name", "dtype", "backend", "way"), sorted(COMPARED, key=str), indirect=["way"]
+)
+def test_equals_fp64_as_well_as_eager(name, dtype, backend, way):
     leaves, ids, terms, head = make_case(dtype, rows=200)
     if backend == "triton" and way != "two passes":
         head["bias"] = leaves.pop("bias")  # frozen: its gradient takes two passes
-    settings = dataclasses.asdict(LOSSES[kind])
-    if LOSSES[kind].is_sequence_level:
+    settings = dataclasses.asdict(LOSSES[name])
+    if LOSSES[name].needs_sequences:
         terms |= dict(cu_seqlens=torch.tensor([0, 25, 25, 90, 200]))
         terms["advantages"] = torch.tensor([1.0, 3.0, -2.0, 0.5])
     results = {}
     for label, precision in (("gold", torch.float64), ("eager", torch.float32)):
         copies = leaves_in(precision, leaves)
         with MatrixUnit(dtype) if label == "eager" else contextlib.nullcontext():
-            logps = reference.linear_logps(**copies, token_ids=ids, **head)
-            loss = reference.policy_loss(logps, **terms, **settings, normalizer=17.0)
+            logps, entropy = reference.linear_logps(
+                **copies, token_ids=ids, **head, return_entropy=True
+            )
+            outputs = dict(logps=logps, entropy=entropy)
+            loss = reference.policy_loss(**outputs, **terms, **settings, normalizer=17.0)
             results[label] = (loss, gradients(copies, loss))
     copies = leaves_in(None, leaves)
     loss, stats = linear_policy_loss(
@@ -119,7 +119,7 @@ def test_equals_fp64_as_well_as_eager(kind, dtype, backend, way):
         token_ids=ids,
         **terms,
         **head,
-        loss=LOSSES[kind],
+        loss=LOSSES[name],
         normalizer=17.0,
         workspace_mib=1,
         backend=backend,
@@ -128,14 +128,16 @@ def test_equals_fp64_as_well_as_eager(kind, dtype, backend, way):
     # One number, the sum of terms of both signs: its relative error is luck to some extent.
     losses = (loss, results["eager"][0], results["gold"][0])
     assert_as_accurate_as_eager("loss", *losses, floor=1e-5)
-    for name, gold in results["gold"][1].items():
-        eager = results["eager"][1][name].to(found[name].dtype)
-        assert_as_accurate_as_eager(f"d{name}", found[name], eager, gold)
-    logps = linear_logps(**leaves, token_ids=ids, **head)
-    torch.testing.assert_close(stats["logps"], logps, rtol=1e-5, atol=1e-5)
-    separate = policy_loss(logps, **terms, loss=LOSSES[kind], normalizer=1.0)[1]
-    for name in separate.keys() - {"logps"}:
-        torch.testing.assert_close(stats[name], separate[name], rtol=1e-4, atol=1e-5)
+    for leaf, gold in results["gold"][1].items():
+        eager = results["eager"][1][leaf].to(found[leaf].dtype)
+        assert_as_accurate_as_eager(f"d{leaf}", found[leaf], eager, gold)
+    logps, entropy = linear_logps(**leaves, token_ids=ids, **head, return_entropy=True)
+    outputs = dict(logps=logps, entropy=entropy)
+    separate = policy_loss(**outputs, **terms, loss=LOSSES[name], normalizer=1.0)[1]
+    assert stats.keys() == separate.keys()
+    for key, value in separate.items():
+        tolerance = 1e-5 if key in outputs else 1e-4
+        torch.testing.assert_close(stats[key], value, rtol=tolerance, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)
@@ -271,14 +273,15 @@ def test_compiles_as_one_graph_and_passes_opcheck():
     arguments = (leaves["hidden_states"], leaves["lm_head_weight"], None, ids, torch.ones(80), 0.0)
     arguments += (terms["old_logps"], terms["advantages"], None, terms["mask"])
     op = torch.ops.codistill.linear_policy_gradients
+    settings = PolicyLoss(entropy_bonus=0.1).settings()
     for needs in ([True, True, False], [False, True, False], [False, False, False]):
         for backend in BACKENDS:
-            options = (None, "clip", [0.2, 0.2], 509, 1, "", needs, backend)
+            options = (None, "clip", settings, 509, 1, "", needs, backend)
             torch.library.opcheck(op, (*arguments, *options))
             # Of 2**22 vocabulary rows 64 tokens fit, not 80: two passes. Gradients are not rounded
             # before they are scaled.
             halves = (t.to(DTYPES[-1]) for t in arguments[:2])
-            options = (None, "clip", [0.2, 0.2], 2**22, 1, "", needs, backend)
+            options = (None, "clip", settings, 2**22, 1, "", needs, backend)
             torch.library.opcheck(op, (*halves, *arguments[2:], *options))
 
 

@@ -5,36 +5,27 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from losses import LOSSES, every_loss, first_step_value, has_bounds
 
 from codistill_kernels import PolicyLoss, linear_logps, linear_policy_loss, policy_loss, reference
-from codistill_kernels.policy_loss import log_ratios, token_gradients
+from codistill_kernels._surrogates import SURROGATES, Surrogate
+from codistill_kernels.policy_loss import token_gradients
 
-BOUNDS = dict(epsilon_low=0.1, epsilon_high=0.3)
-LOSSES = {
-    "clip": PolicyLoss(**BOUNDS),
-    "dual clip": PolicyLoss(**BOUNDS, dual_clip=1.4),
-    "cispo": PolicyLoss("cispo", **BOUNDS),
-    "gspo": PolicyLoss("gspo", epsilon_low=0.05, epsilon_high=0.1),
-    "gmpo": PolicyLoss("gmpo", **BOUNDS),
-    "clamped clip": PolicyLoss(**BOUNDS, log_ratio_clamp=0.5),
-    "clamped cispo": PolicyLoss("cispo", 0.1, 0.9, log_ratio_clamp=0.5),
-    "clamped gspo": PolicyLoss("gspo", epsilon_low=0.05, epsilon_high=0.1, log_ratio_clamp=0.7),
-    "clamped gmpo": PolicyLoss("gmpo", **BOUNDS, log_ratio_clamp=0.5),
-}
 # Sequences 1 and 7 have no token; the mask takes all tokens of sequence 3.
 ENDS = torch.tensor([0, 7, 7, 20, 24, 25, 45, 60, 60])
-every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 
 
 def flat_case(tokens: int, seed: int = 0, dtype=torch.float64) -> dict:
     generator = torch.Generator().manual_seed(seed)
-    old = -torch.rand(tokens, generator=generator, dtype=dtype) * 5
+    old = -0.6 - torch.rand(tokens, generator=generator, dtype=dtype) * 5
+    logps = old + 0.4 * torch.randn(tokens, generator=generator, dtype=dtype)
     return dict(
-        logps=(old + 0.4 * torch.randn(tokens, generator=generator, dtype=dtype)).requires_grad_(),
+        logps=logps.clamp(max=-0.05).requires_grad_(),
         old_logps=old,
         advantages=torch.randn(tokens, generator=generator, dtype=dtype),
         mask=torch.rand(tokens, generator=generator) > 0.2,
         importance_weights=torch.rand(tokens, generator=generator, dtype=dtype),
+        entropy=torch.rand(tokens, generator=generator, dtype=dtype).requires_grad_(),
     )
 
 
@@ -70,35 +61,80 @@ def test_equals_reference(seed, loss):
     (gold_gradient,) = torch.autograd.grad(gold, case["logps"])
     torch.testing.assert_close(ours, gold.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, gold_gradient, rtol=1e-12, atol=0)
-    if loss.kind == "clip" and loss.log_ratio_clamp is None:
-        cut = (gradient == 0)[case["mask"]].double().mean()
-        fractions = stats["clip_fraction_low"] + stats["clip_fraction_high"]
-        torch.testing.assert_close(fractions, cut)
-    assert stats["clip_fraction_low"] > 0
-    assert stats["clip_fraction_high"] > 0 or loss == LOSSES["clamped cispo"]
+    fractions = stats["clip_fraction_low"] + stats["clip_fraction_high"]
+    if loss.kind in ("clip", "dppo_tv", "dppo_kl") and loss.log_ratio_clamp is None:
+        torch.testing.assert_close(fractions, (gradient == 0)[case["mask"]].double().mean())
+    if has_bounds(loss):
+        assert stats["clip_fraction_low"] > 0
+        assert stats["clip_fraction_high"] > 0 or loss == LOSSES["clamped cispo"]
+    elif loss.log_ratio_clamp is None:
+        assert fractions == 0
     assert (gradient != 0).sum() > 10
+    assert torch.equal(stats["entropy"], case["entropy"].detach())
 
 
 @every_loss
-def test_token_gradients_are_those_of_autograd(loss):
+def test_entropy_bonus(loss):
+    bonus, case = 0.25, sequence_case()
+    case["entropy"].data[~case["mask"]] = torch.nan  # behind the mask it reaches nothing
+    settings = asdict(loss) | {"entropy_bonus": bonus}
+    value, _ = policy_loss(**case, loss=PolicyLoss(**settings), normalizer=7.0)
+    gold = reference.policy_loss(**case, **settings, normalizer=7.0)
+    torch.testing.assert_close(value, gold, rtol=1e-12, atol=0)
+    (gradient,) = torch.autograd.grad(value, case["entropy"])
+    assert gradient.tolist() == [-bonus / 7 * keep for keep in case["mask"].tolist()]
+
+
+def test_entropy_bonus_needs_an_entropy():
+    with pytest.raises(ValueError, match="^entropy must be given"):
+        policy_loss(*torch.zeros(3, 2), loss=PolicyLoss(entropy_bonus=0.1), normalizer=1)
+
+
+def slopes_and_gradient(loss, seed):
+    """The closed form, and what autograd makes of the value."""
+    case = sequence_case(seed)
+    _, gradient, _ = with_gradient(**case, loss=loss, normalizer=1.0)
+    arguments = (case["logps"].detach(), case["old_logps"], case["advantages"], loss)
+    weights, keep = case["importance_weights"], case["mask"]
+    return token_gradients(*arguments, weights=weights, keep=keep, cu_seqlens=ENDS), gradient
+
+
+@every_loss
+def test_slopes_are_those_of_autograd(loss):
     for seed in range(3):
-        case = sequence_case(seed)
-        _, gradient, _ = with_gradient(**case, loss=loss, normalizer=1.0)
-        closed = token_gradients(
-            (case["logps"] - case["old_logps"]).detach(),
-            case["advantages"],
-            loss,
-            weights=case["importance_weights"],
-            keep=case["mask"],
-            cu_seqlens=ENDS,
-        )
-        torch.testing.assert_close(closed, gradient, rtol=1e-14, atol=0)
+        closed, gradient = slopes_and_gradient(loss, seed)
+        torch.testing.assert_close(closed, gradient, rtol=1e-14, atol=1e-18)
+
+
+@pytest.mark.parametrize("kind", SURROGATES)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda s: s._replace(slope=s.slope * 1.001),
+        lambda s: s._replace(slope=s.slope * (torch.arange(60) < 50)),
+        lambda s: s._replace(value=s.value + 1e-9 * s.value.detach().square() * s.value),
+    ],
+    ids=["slope", "slope of some tokens", "value"],
+)
+def test_a_wrong_line_of_the_table_is_found(kind, wrong, monkeypatch):
+    """A kind added without a right slope, or value, fails the comparisons above."""
+    line = SURROGATES[kind]
+
+    def mutant(*arguments) -> Surrogate:
+        return wrong(line.surrogate(*arguments))
+
+    monkeypatch.setitem(SURROGATES, kind, line._replace(surrogate=mutant))
+    with pytest.raises(AssertionError):
+        test_slopes_are_those_of_autograd(LOSSES[kind])
+        test_equals_reference(0, LOSSES[kind])
 
 
 @every_loss
 def test_gradients_are_those_of_finite_differences(loss):
     if loss.kind == "cispo":  # c is held fixed in its gradient; with both bounds at 1 it is fixed
         loss = PolicyLoss("cispo", epsilon_low=0.0, epsilon_high=0.0)
+    elif not SURROGATES[loss.kind].follows_ratio and loss.kind != "reinforce":
+        return  # the weight is held fixed
     case = sequence_case(3)
     logps = case.pop("logps")
     assert torch.autograd.gradcheck(
@@ -109,7 +145,7 @@ def test_gradients_are_those_of_finite_differences(loss):
 def test_cispo_in_linear_policy_loss():
     generator = torch.Generator().manual_seed(0)
     case = sequence_case() | {"token_ids": torch.randint(0, 11, (60,), generator=generator)}
-    del case["logps"]
+    del case["logps"], case["entropy"]
     case["old_logps"] = case["old_logps"] / 4 - 1.8  # near log(1/11): some ratios are within bounds
     hidden = torch.randn(60, 5, generator=generator, dtype=torch.float64).requires_grad_()
     weight = 0.3 * torch.randn(11, 5, generator=generator, dtype=torch.float64)
@@ -222,7 +258,8 @@ def test_nan_behind_the_mask_reaches_nothing(loss):
     for name in clean_stats.keys() - {"logps"}:
         assert torch.equal(stats[name], clean_stats[name]), name
     closed = token_gradients(
-        (dirty["logps"] - dirty["old_logps"]).detach(),
+        dirty["logps"].detach(),
+        dirty["old_logps"],
         dirty["advantages"],
         loss,
         weights=dirty["importance_weights"],
@@ -245,12 +282,20 @@ def test_ratio_that_overflows_reaches_no_gradient(reason, name):
         loss=LOSSES[name],
         normalizer=1,
         importance_weights=torch.tensor([float(reason != "no weight"), 1.0]),
+        entropy=torch.zeros(2),
         cu_seqlens=torch.tensor([0, 1, 2]),
     )
-    # cispo: the bounded weight times A
-    bounded = {"cispo": -1.3, "clamped cispo": -math.exp(0.5)}
+    # the weight is bounded
+    bounded = {
+        "cispo": -1.3,
+        "cispo below 1": -0.8,
+        "clamped cispo": -math.exp(0.5),
+        "clamped vespo": -math.exp(1.0 - 3 * math.expm1(0.5)),
+        "reinforce": -1.0,
+    }
     pushed = bounded.get(name, 0.0) if reason == "cut" else 0.0
-    assert loss.isfinite() and gradient.tolist() == pytest.approx([pushed, -1.0])
+    other = -0.8 if name == "cispo below 1" else -1.0
+    assert loss.isfinite() and gradient.tolist() == pytest.approx([pushed, other])
     assert stats["ess"].item() == pytest.approx(0.5)  # one token has all the weight
 
 
@@ -261,6 +306,7 @@ def test_0_times_an_infinite_factor_adds_0(infinite, loss):
     advantages, weights = torch.tensor([0.0, 1.0]), torch.tensor([torch.inf, 1.0])
     if infinite == "advantages":
         advantages, weights = weights, advantages
+    ends = torch.tensor([0, 1, 2])
     value, gradient, _ = with_gradient(
         leaf([-1.0, -1.0], torch.float32),
         torch.full((2,), -1.0),
@@ -268,11 +314,15 @@ def test_0_times_an_infinite_factor_adds_0(infinite, loss):
         loss=loss,
         normalizer=1,
         importance_weights=weights,
-        cu_seqlens=torch.tensor([0, 1, 2]),
+        entropy=torch.zeros(2),
+        cu_seqlens=ends,
     )
-    assert value == (1 if loss.kind == "cispo" else -1) and gradient.tolist() == [0, -1]
-    terms = dict(weights=weights, cu_seqlens=torch.tensor([0, 1, 2]))
-    assert token_gradients(torch.zeros(2), advantages, loss, **terms).tolist() == [0, -1]
+    slope = 1 + min(loss.epsilon_high, 0.0)  # a cispo bound below 1
+    assert value.item() == pytest.approx(-slope * first_step_value(loss, -1.0))
+    assert gradient.tolist() == pytest.approx([0, -slope])
+    logps, terms = torch.full((2,), -1.0), dict(weights=weights, keep=torch.ones(2).bool())
+    closed = token_gradients(logps, logps, advantages, loss, **terms, cu_seqlens=ends)
+    assert closed.tolist() == pytest.approx([0, -slope])
 
 
 @every_loss
@@ -280,6 +330,7 @@ def test_nan_is_not_hidden_by_0(loss):
     for factors in ((0.0, torch.nan), (torch.nan, 0.0)):
         advantages, weights = torch.tensor(factors)[:, None]
         terms = dict(cu_seqlens=torch.tensor([0, 1]), importance_weights=weights, normalizer=1)
+        terms |= dict(entropy=torch.zeros(1))
         assert policy_loss(torch.zeros(1), None, advantages, loss=loss, **terms)[0].isnan()
 
 
@@ -304,11 +355,11 @@ def test_nothing_to_train_on_is_0(name, normalizer, way):
 
 @pytest.mark.parametrize("ours", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("other", [torch.float32, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", ["clip", "cispo", "gspo", "gmpo"])
+@pytest.mark.parametrize("name", SURROGATES)
 def test_dtypes_mix_freely(name, other, ours):
     """Against the reference in fp64 of the very numbers that the dtypes hold."""
     case = {key: value.detach() for key, value in sequence_case().items()}
-    for key in ("old_logps", "advantages", "importance_weights"):
+    for key in ("old_logps", "advantages", "importance_weights", "entropy"):
         case[key] = case[key].to(other)
     case["logps"] = case["logps"].to(ours).requires_grad_()
     wide = {key: t.detach().double() if t.is_floating_point() else t for key, t in case.items()}
@@ -320,13 +371,12 @@ def test_dtypes_mix_freely(name, other, ours):
         assert value.item() == pytest.approx(gold.item(), rel=1e-5)
 
 
-def test_log_ratios_have_the_dtype_of_logps():
-    # What the fused op gives to token_gradients: its gradients have the dtype of the log-ratios.
-    old = torch.full((2,), -1.0, dtype=torch.float64)
-    found = log_ratios(torch.tensor([-0.5, -1.0]), old)
-    assert found.dtype == torch.float32 and found.tolist() == [0.5, 0.0]
-    gradients = token_gradients(found, torch.ones(2, dtype=torch.float64), PolicyLoss())
-    assert gradients.dtype == torch.float32
+def test_slopes_have_the_dtype_of_logps():
+    # What the fused op computes: its gradients have the dtype of the log-probabilities.
+    old, advantages = torch.full((2,), -1.0, dtype=torch.float64), torch.ones(2).double()
+    keep = torch.ones(2, dtype=torch.bool)
+    closed = token_gradients(torch.tensor([-0.9, -1]), old, advantages, PolicyLoss(), keep=keep)
+    assert closed.dtype == torch.float32 and closed.tolist() == pytest.approx([-(math.e**0.1), -1])
 
 
 @every_loss
@@ -337,7 +387,7 @@ def test_without_a_token_all_is_zero_and_finite(ends, loss):
     case |= {"advantages": torch.ones(len(ends) - 1), "cu_seqlens": torch.tensor(ends)}
     value, gradient, stats = with_gradient(**case, loss=loss, normalizer=2)
     assert value == 0 and gradient.shape == (tokens,) and not gradient.any()
-    assert all(not stats[name].any() for name in stats.keys() - {"logps"})
+    assert all(not stats[name].any() for name in stats.keys() - {"logps", "entropy"})
 
 
 # --- promises ----------------------------------------------------------------------------------
@@ -347,7 +397,8 @@ def test_without_a_token_all_is_zero_and_finite(ends, loss):
 def test_without_old_logps_it_is_the_policy_gradient(loss):
     case = sequence_case() | {"old_logps": None, "mask": None, "importance_weights": None}
     _, gradient, stats = with_gradient(**case, loss=loss, normalizer=5)
-    expected = -case["advantages"].repeat_interleave(ENDS.diff()) / 5
+    slope = 1 + min(loss.epsilon_high, 0.0)  # a cispo bound below 1
+    expected = -slope * case["advantages"].repeat_interleave(ENDS.diff()) / 5
     torch.testing.assert_close(gradient, expected)
     assert stats["ratio_max"] == stats["ess"] == 1 and stats["approx_kl"] == 0
 

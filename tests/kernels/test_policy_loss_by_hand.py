@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from losses import LOSSES
 
 from codistill_kernels import PolicyLoss, policy_loss
 
@@ -156,21 +157,16 @@ def test_log_ratio_clamp_bounds_the_weight_of_cispo():
 
 
 def test_settings_survive_a_custom_op():
-    for loss in (
-        PolicyLoss(),
-        PolicyLoss(dual_clip=3.0),
-        PolicyLoss("gspo", 0.1, 0.3, log_ratio_clamp=20.0),
-        PolicyLoss(dual_clip=3.0, log_ratio_clamp=20.0),
-    ):
-        bounds = loss.bounds()
-        assert all(isinstance(bound, float) for bound in bounds)
-        assert PolicyLoss.from_bounds(loss.kind, bounds) == loss
+    for loss in LOSSES.values():
+        settings = loss.settings()
+        assert all(isinstance(value, float) for value in settings)
+        assert PolicyLoss.from_settings(loss.kind, settings) == loss
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        dict(kind="reinforce"),
+        dict(kind="ppo"),
         dict(epsilon_low=1.0),
         dict(epsilon_low=1.5, kind="cispo"),
         dict(epsilon_low=1.0, kind="gspo"),
@@ -179,7 +175,17 @@ def test_settings_survive_a_custom_op():
         dict(epsilon_high=math.nan),
         dict(dual_clip=0.5),
         dict(dual_clip=3.0, kind="cispo"),
-        dict(dual_clip=3.0, kind="gspo"),
+        dict(dual_clip=3.0, kind="sapo"),
+        dict(epsilon_high=-0.3, kind="cispo"),
+        dict(epsilon_low=0.3, kind="sapo"),
+        dict(epsilon_high=0.3, kind="reinforce"),
+        dict(truncate=2.0),
+        dict(truncate=0.0, kind="dppo_tv"),
+        dict(sapo_temperature_positive=2.0),
+        dict(sapo_temperature_negative=0.0, kind="sapo"),
+        dict(vespo_k_negative=-1.0, kind="vespo"),
+        dict(vespo_lambda_positive=2.0, kind="gspo"),
+        dict(entropy_bonus=math.inf),
         dict(dual_clip=3.0, kind="gmpo"),
         dict(log_ratio_clamp=0.0),
         dict(log_ratio_clamp=math.nan),
@@ -192,6 +198,6 @@ def test_settings_are_checked(change):
 
 
 def test_settings_may_be_open():
-    assert PolicyLoss("cispo", epsilon_low=1.0).bounds() == [1.0, 0.2]  # no lower bound
-    assert PolicyLoss("gmpo", epsilon_low=1.5).is_sequence_level  # nats
-    assert PolicyLoss("gspo").is_sequence_level and not PolicyLoss("cispo").is_sequence_level
+    assert PolicyLoss("cispo", epsilon_low=1.0).epsilon_low == 1  # no lower bound
+    assert PolicyLoss("gmpo", epsilon_low=1.5).needs_sequences  # nats
+    assert PolicyLoss("gspo").needs_sequences and not PolicyLoss("cispo").needs_sequences
