@@ -25,7 +25,7 @@ DTYPE, ITEM = torch.bfloat16, 2  # of operands: what the ceilings are of; its by
 # linear_logps' forward and backward pass (with kept exponentials; by columns); of policy_loss
 # around it; of one chunk; of the divergence; of selective_logps' passes.
 LOGPS, KEPT_BACKWARD, COLUMNS_BACKWARD = 20, 32, 15
-LOSS, LOSS_BACKWARD = 60, 15
+LOSS, LOSS_BACKWARD = 66, 15
 CHUNK, DIVERGENCE, SELECTIVE, SELECTIVE_BACKWARD = 75, 41, 14, 6
 
 
@@ -85,6 +85,7 @@ class Head:
     rows: int
     hidden: int
     vocab: int
+    has_entropy: bool = False
 
     @property
     def states(self) -> int:
@@ -128,7 +129,8 @@ def slabs(run: Run, head: Head, width: int) -> Iterator[int]:
 def linear_states(run: Run, head: Head, columns: int, *, keeps: bool) -> None:
     for segment in pieces(columns, _slabs.SEGMENT):
         for rows in slabs(run, head, length(segment)):
-            each = instructions("segment_states", *(("bf16", "KEEP") if keeps else ("", "")))
+            flags = " ".join(["HAS_ENTROPY"] * head.has_entropy + ["KEEP"] * keeps)
+            each = instructions("segment_states", "bf16" if keeps else "", flags)
             run.logits(rows, length(segment), 4 + ITEM * keeps, each)
 
 
@@ -202,7 +204,7 @@ def round_gradient(run: Run, tokens: int, head: Head) -> None:
 
 
 def linear_logps(run: Run, case: Case, hidden: int) -> Iterator[None]:
-    head = Head(case.active, hidden, case.vocab)
+    head = Head(case.active, hidden, case.vocab, case.operation != "linear_logps")
     run.small(LOGPS, waits=1)
     gathered = ITEM * head.states if case.inactive else 0
     if gathered:
@@ -264,7 +266,7 @@ def by_columns(run: Run, case: Case, head: Head) -> None:
 
 def linear_policy_loss(run: Run, case: Case, hidden: int) -> Iterator[None]:
     if case.mode != "forward" and case.plan(case.active).way == "chunks":
-        yield from policy_chunks(run, case, Head(case.active, hidden, case.vocab))
+        yield from policy_chunks(run, case, Head(case.active, hidden, case.vocab, has_entropy=True))
         return
     steps = linear_logps(run, case, hidden)
     next(steps, None)

@@ -105,7 +105,7 @@ class TritonChunks:
     def hold(self, rows: Tensor) -> Tensor:
         """Keep the exponentials of these rows; their statistics [4, R]."""
         head, ids = self.head.of_rows(rows), self.token_ids[rows]
-        self.held = Exponentials(self.x[rows], head, ids, memory=self.memory)
+        self.held = Exponentials(self.x[rows], head, ids, has_entropy=True, memory=self.memory)
         self.memory = self.held.memory
         return self.held.statistics
 

@@ -154,7 +154,7 @@ def divided(total: Tensor, normalizer: float) -> Tensor:
     return total if total == 0 and normalizer == 0 else total / normalizer
 
 
-def clipped(ratio, advantage, *, epsilon_low, epsilon_high, dual_clip, **_):
+def clipped(ratio, advantage, *, epsilon_low=0.2, epsilon_high=0.2, dual_clip=None, **_):
     unclipped = ratio * advantage
     bounded = ratio.clamp(1 - epsilon_low, 1 + epsilon_high).detach() * advantage
     surrogate = unclipped if unclipped <= bounded else bounded
