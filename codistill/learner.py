@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +39,8 @@ class Penalty:
 
     name: str
     coefficient: float
-    estimator: Literal["k2", "k3"]
+    estimator: str
+    """One of `kl_penalty`."""
     logps: Tensor
     """[N] of the other model."""
 

@@ -9,6 +9,8 @@ from codistill.data import Problem
 from codistill.learner import clamp_log_ratio, learning_rate_factor
 from codistill.rollout import Completion
 from codistill.scoring import Rollouts, alpha_at, score
+from codistill_kernels import kd_rewards
+from codistill_kernels._estimators import OF_REWARDS
 
 PROBLEM = Problem("1+1", ("2",), "1+1=", [3, 12, 3, 13])
 GAIN = [0.2, -0.4, 0.0, 0.6, -0.2, -1.0]  # log-ratio large/small of a rollout's first token
@@ -82,6 +84,15 @@ def test_kd_term(hand, kd, expected):
     assert scored.kd_rewards.tolist() == pytest.approx(expected, abs=1e-6)
     sums = torch.tensor(ACCURACY) + torch.tensor(expected)
     assert scored.effective_rewards.tolist() == pytest.approx(sums.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("estimator", OF_REWARDS)
+def test_each_estimator_is_the_one_asked_for(hand, estimator):
+    scored = hand({"kd": {"estimator": estimator}})
+    large, small = torch.tensor(GAIN), torch.zeros(6)  # the other tokens are alike
+    terms = dict(alpha=4.0, max_completion_tokens=8, estimator=estimator)
+    expected = kd_rewards(torch.zeros(6), large, small, torch.arange(7), **terms)
+    torch.testing.assert_close(scored.kd_rewards, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_exact_kd_reward_is_the_divergence_itself(hand):
