@@ -179,8 +179,8 @@ class LossConfig(Section):
     large_log_ratio_clamp: float | None = Field(
         None,
         gt=0,
-        description="large model: log-ratios beyond +-this (nats) count as this, without gradient; "
-        "off by default, as in Eq. 10",
+        description="large model: log-ratios beyond +-this (nats) count as this, without gradient "
+        "(cispo: only the weight is bounded); off by default, as in Eq. 10",
     )
 
     @model_validator(mode="after")

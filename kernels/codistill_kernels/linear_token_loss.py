@@ -84,8 +84,8 @@ def by_autograd(
     if torch.compiler.is_compiling():  # of no known number of rows: fn gets all
         logps, entropy = LinearLogps.apply(*inputs.tensors, keep, options)
         every = torch.arange(keep.shape[0], device=keep.device)
-        # Where fn has an infinite slope at a masked row's 0, 0 times it is NaN: LinearLogps looks at
-        # no gradient of a row that is not active.
+        # 0 times an infinite slope of fn at a masked row's 0 is NaN; LinearLogps looks at no
+        # gradient of such a row.
         return torch.where(keep, fn(logps, entropy, every), 0.0), logps, entropy
     rows = keep.nonzero().squeeze(1)
     options = replace(options, rows=rows)  # known: a GPU is not waited for again

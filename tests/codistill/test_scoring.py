@@ -6,7 +6,7 @@ import torch
 from codistill.advantages import beta_scales
 from codistill.config import Config, OptimizerConfig
 from codistill.data import Problem
-from codistill.learner import clamp_log_ratio, learning_rate_factor
+from codistill.learner import learning_rate_factor
 from codistill.rollout import Completion
 from codistill.scoring import Rollouts, alpha_at, score
 from codistill_kernels import kd_rewards
@@ -239,15 +239,6 @@ def test_beta_scales_what_was_given_as_accuracy(hand, monkeypatch):
     changes = {"advantage": {"scale": "beta"}, "rollout": {"truncated": "zero_reward"}}
     large = hand(changes | {"downsample": {"method": "none"}}).advantages["large"]
     assert large.tolist() == pytest.approx([1.0] * 3 + [-1.0] * 3)
-
-
-def test_clamped_log_ratios_have_no_gradient():
-    logps = torch.tensor([-1.0, -1.0, -4.0], requires_grad=True)
-    old = torch.tensor([-1.5, -3.0, -1.0])  # log-ratios 0.5, 2 and -3
-    clamped = clamp_log_ratio(logps, old, 1.0)
-    assert clamped.tolist() == [-1.0, -2.0, -2.0]
-    assert torch.autograd.grad(clamped.sum(), logps)[0].tolist() == [1, 0, 0]
-    assert clamp_log_ratio(logps, old, None) is logps
 
 
 @pytest.mark.parametrize(
