@@ -1,6 +1,6 @@
 """Sections of the configuration that say what is computed: equations, not machinery."""
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -32,6 +32,12 @@ class HintConfig(Section):
     )
 
 
+# Names of codistill_kernels, which imports torch; a test compares them with the kernels' tables.
+RewardEstimator = Literal["k1", "k3", "exact"]
+ObjectiveEstimator = Literal["k2", "k3", "abs"]
+DownsampleMethod = Literal["top_bottom", "top", "max_variance", "random"]
+
+
 class KDConfig(Section):
     alpha: float = Field(1.0, ge=0, description="weight of the KD term (Eq. 6)")
     alpha_end: float | None = Field(
@@ -46,12 +52,12 @@ class KDConfig(Section):
         "objective: subtracted from the small model's objective token by token, as beta's term is "
         "in Eq. 2 (section 3.1, Discussion)",
     )
-    estimator: Literal["k1", "k2", "k3", "exact"] | None = Field(
+    estimator: Literal[RewardEstimator, ObjectiveEstimator] | None = Field(
         None,
         description="of KL(small || large). reward: k1 (Eq. 6, default), k3 (Eq. 4, Figure 9) or "
         "exact, the divergence over the whole vocabulary at each sampled prefix. objective: k3 "
-        "(Eq. 4, default) or k2, whose gradient is that of this very divergence; the gradient of "
-        "k1 would not depend on the large model",
+        "(Eq. 4, default), k2, whose gradient is that of this very divergence, or abs, that of "
+        "sum |p - q|; the gradient of k1 would not depend on the large model",
     )
 
     @property
@@ -61,7 +67,8 @@ class KDConfig(Section):
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        allowed = {"reward": ("k1", "k3", "exact"), "objective": ("k2", "k3")}[self.placement]
+        names = {"reward": RewardEstimator, "objective": ObjectiveEstimator}[self.placement]
+        allowed = get_args(names)
         require(
             self.chosen_estimator in allowed,
             "estimator",
@@ -75,7 +82,7 @@ class DownsampleConfig(Section):
     keep: int = Field(
         8, gt=0, description="G: rollouts a prompt kept (Table 3: 8); without use for method none"
     )
-    method: Literal["top_bottom", "top", "random", "max_variance", "none"] = Field(
+    method: Literal[DownsampleMethod, "none"] = Field(
         "top_bottom",
         description="top_bottom: G/2 best and G/2 worst (section 3.3); top: G best; random; "
         "max_variance: the G of largest variance (PODS); none: all M, so that G = M",
@@ -172,8 +179,8 @@ class LossConfig(Section):
     large_log_ratio_clamp: float | None = Field(
         None,
         gt=0,
-        description="large model: log-ratios beyond +-this (nats) count as this, without gradient; "
-        "off by default, as in Eq. 10",
+        description="large model: log-ratios beyond +-this (nats) count as this, without gradient "
+        "(cispo: only the weight is bounded); off by default, as in Eq. 10",
     )
 
     @model_validator(mode="after")

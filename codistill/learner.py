@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +39,8 @@ class Penalty:
 
     name: str
     coefficient: float
-    estimator: Literal["k2", "k3"]
+    estimator: str
+    """One of `kl_penalty`."""
     logps: Tensor
     """[N] of the other model."""
 
@@ -59,11 +59,10 @@ class Learner:
         learning_rate: float,
         total_steps: int,
         inner_epochs: int = 1,
-        log_ratio_clamp: float | None = None,
     ) -> None:
         """total_steps: of the run, each with `inner_epochs` optimizer steps."""
         self.name, self.policy, self.loss = name, policy, loss
-        self.inner_epochs, self.log_ratio_clamp = inner_epochs, log_ratio_clamp
+        self.inner_epochs = inner_epochs
         self.max_grad_norm = config.max_grad_norm
         self.optimizer = torch.optim.AdamW(
             policy.parameters(), lr=learning_rate, weight_decay=config.weight_decay
@@ -94,11 +93,10 @@ class Learner:
         self, batch: MicroBatch, metrics: StepMetrics, normalizer: float, temperature: float
     ) -> Tensor:
         logps = self.policy(batch.tokens, temperature)
-        ratio_logps = clamp_log_ratio(logps, batch.old_logps, self.log_ratio_clamp)
         advantages, cu_seqlens = batch.advantages, batch.tokens.cu_seqlens
         # Every surrogate is positively homogeneous in the advantage: a weight may go there.
         loss, stats = policy_loss(
-            ratio_logps,
+            logps,
             batch.old_logps,
             advantages if batch.weights is None else advantages * batch.weights,
             batch.mask,
@@ -149,15 +147,6 @@ class Learner:
         metrics.mean(f"{prefix}_clip_fraction", (low + high) * tokens, tokens)
         metrics.mean(f"{prefix}_kl", stats["approx_kl"] * tokens, tokens)
         metrics.maximum(f"{prefix}_max", stats["ratio_max"])
-
-
-def clamp_log_ratio(logps: Tensor, old_logps: Tensor, limit: float | None) -> Tensor:
-    """logps, moved to old_logps +- limit where they are further away: no gradient from there."""
-    if limit is None:
-        return logps
-    log_ratio = (logps - old_logps).detach()
-    bound = old_logps + log_ratio.clamp(-limit, limit)
-    return torch.where(log_ratio.abs() > limit, bound, logps)
 
 
 def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:

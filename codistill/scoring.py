@@ -185,9 +185,11 @@ def effective_rewards(
         return rewards
     lengths = torch.tensor([0] + [len(part) for part in small])
     student, teacher = torch.cat(small), torch.cat(large)
-    if kl is not None:
+    estimator = config.kd.chosen_estimator
+    if estimator == "exact":
+        assert kl is not None, "of `divergences`"
         # k1 sums log-ratios, whose expectation is minus the divergence: here it is itself.
-        student, teacher = torch.zeros_like(student), -torch.cat(kl)
+        student, teacher, estimator = torch.zeros_like(student), -torch.cat(kl), "k1"
     return kd_rewards(
         rewards,
         teacher,
@@ -195,7 +197,7 @@ def effective_rewards(
         lengths.cumsum(0).to(rewards.device),
         alpha=alpha,
         max_completion_tokens=config.rollout.max_completion_tokens,
-        estimator="k3" if config.kd.chosen_estimator == "k3" else "k1",
+        estimator=estimator,
     )
 
 

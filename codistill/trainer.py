@@ -111,12 +111,12 @@ class Trainer:
                 epsilon_low=options.epsilon_low,
                 epsilon_high=options.epsilon_high,
                 dual_clip=options.large_dual_clip if large else None,
+                log_ratio_clamp=options.large_log_ratio_clamp if large else None,
             ),
             self.config.optimizer,
             learning_rate=self.config.model(name).learning_rate,
             total_steps=self.total_steps,
             inner_epochs=self.config.training.inner_epochs,
-            log_ratio_clamp=options.large_log_ratio_clamp if large else None,
         )
 
     def step(self, step: int) -> tuple[dict[str, float], Rollouts, Scored]:

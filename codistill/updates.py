@@ -1,7 +1,6 @@
 """From scored rollouts to what the update of one model trains on."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -109,9 +108,8 @@ def penalties(
         found.append(Penalty("reference", config.loss.beta, "k3", reference))
     in_objective = config.kd.placement == "objective"
     if name == "small" and scored.teacher_logps is not None and in_objective:
-        estimator: Literal["k2", "k3"] = "k2" if config.kd.chosen_estimator == "k2" else "k3"
         teacher = torch.cat([scored.teacher_logps[row] for row in scored.kept[part].tolist()])
-        found.append(Penalty("kd", alpha, estimator, teacher))
+        found.append(Penalty("kd", alpha, config.kd.chosen_estimator, teacher))
     return tuple(found)
 
 

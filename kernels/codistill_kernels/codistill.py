@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from codistill_kernels._checks import require, require_logps, require_shape, require_tensor
+from codistill_kernels._estimators import OF_REWARDS
 from codistill_kernels.linear_policy_loss import linear_policy_loss
 from codistill_kernels.policy_loss import PolicyLoss
 from codistill_kernels.rewards import downsample, group_advantages, kd_rewards
@@ -36,10 +37,10 @@ def codistill_scores(
     alpha: float,
     max_completion_tokens: int,
     mask: Tensor | None = None,
-    estimator: Literal["k1", "k3"] = "k1",
+    estimator: str = "k1",
     scale: Literal["std"] | None = None,
     eps: float = 0.0,
-    method: Literal["top_bottom", "top", "max_variance", "random"] = "top_bottom",
+    method: str = "top_bottom",
     seed: int | None = None,
 ) -> Scores:
     """From the scored rollouts of the small model to what both models are trained on.
@@ -68,7 +69,8 @@ def codistill_scores(
 
     Source: Eq. 6, section 3.3, Eq. 7. Definition: codistill_kernels.reference.codistill_scores.
     """
-    require(estimator in ("k1", "k3"), "estimator", "k1 or k3", repr(estimator))
+    expected = f"one of {', '.join(OF_REWARDS)}"
+    require(estimator in OF_REWARDS, "estimator", expected, repr(estimator))
     require_tensor("rewards", rewards)
     for name, logps in (("small_logps", small_logps), ("large_logps", large_logps)):
         require_tensor(name, logps, "rewards", rewards)

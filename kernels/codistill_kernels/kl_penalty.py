@@ -1,7 +1,5 @@
 """A KL divergence in the objective, from log-probabilities of sampled tokens."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -14,6 +12,7 @@ from codistill_kernels._checks import (
     require_shape,
     require_tensor,
 )
+from codistill_kernels._estimators import ESTIMATORS, OF_OBJECTIVES, Estimate
 from codistill_kernels._sequences import to_tokens
 from codistill_kernels.policy_loss import divisor
 
@@ -23,7 +22,7 @@ def kl_penalty(
     reference_logps: Tensor,
     mask: Tensor | None = None,
     *,
-    estimator: Literal["k2", "k3"] = "k3",
+    estimator: str = "k3",
     normalizer: float | Tensor,
     weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -34,6 +33,7 @@ def kl_penalty(
     d[n] = reference_logps[n] - logps[n]
     k2[n] = d[n]^2 / 2
     k3[n] = exp(d[n]) - 1 - d[n]
+    abs[n] = |d[n]|
     loss = (1/normalizer) sum_n w[n] k[n] over unmasked tokens
 
     Args:
@@ -43,8 +43,11 @@ def kl_penalty(
         mask: [N] bool; False takes a token out of everything, whatever its other values are.
         estimator: "k3" is Eq. 4: unbiased in value; its gradient is that of the forward divergence
             KL(reference || policy) in expectation. "k2" has the gradient d log p, which is that of
-            the reverse divergence KL(policy || reference) in expectation. There is no "k1": the
-            gradient of -d is that of log p alone, zero in expectation, whatever the reference is.
+            the reverse divergence KL(policy || reference) in expectation. "abs", as verl has it, is
+            no estimate of a divergence but a bound on it; its gradient -sign(d) d log p is that of
+            the distance sum_v |policy - reference| in expectation, and no token pulls harder than
+            another. There is no "k1": the gradient of -d is that of log p alone, zero in
+            expectation, whatever the reference is.
         normalizer: >= 0; the count that the sum is divided by, over all processes and
             micro-batches. A sum of 0 over 0, where nothing is unmasked, is 0 with gradient 0.
         weights: w, [N], or [S] with `cu_seqlens`: 1/|o_i| for Eq. 2. None: 1. Weight 0 adds exactly
@@ -60,15 +63,15 @@ def kl_penalty(
             it. Values of tensors are looked at on the CPU outside torch.compile only.
 
     One token that the reference likes far better weighs exp(d) with k3 (fp32: inf from d = 89).
-    Source: Eq. 2, Eq. 4; Schulman 2020, "Approximating KL divergence". Definition:
-    codistill_kernels.reference.kl_penalty.
+    Source: Eq. 2, Eq. 4; Schulman 2020, "Approximating KL divergence"; "abs": kl_penalty of verl.
+    Definition: codistill_kernels.reference.kl_penalty.
     """
     require_logps("logps", logps)
     require_tensor("reference_logps", reference_logps, "logps", logps)
     require_shape("reference_logps", reference_logps, tuple(logps.shape), "[N]")
     require_mask(mask, len(logps), "logps", logps)
-    expected = "k2 or k3 (the gradient of k1 does not depend on the reference)"
-    require(estimator in ("k2", "k3"), "estimator", expected, repr(estimator))
+    expected = f"one of {', '.join(OF_OBJECTIVES)} (the gradient of k1 ignores the reference)"
+    require(estimator in OF_OBJECTIVES, "estimator", expected, repr(estimator))
     require_normalizer(normalizer)
     logps = logps if logps.dtype == torch.float64 else logps.float()
     keep = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask
@@ -76,14 +79,10 @@ def kl_penalty(
     # Select before exp: NaN behind the mask, or an overflow under weight 0, must reach neither the
     # loss nor its gradient.
     d = torch.where(keep, reference_logps.detach().to(logps.dtype) - logps, 0.0)
-    total = (factors * estimate(torch.where(factors != 0, d, 0.0), estimator)).sum()
+    total = (factors * Estimate.apply(torch.where(factors != 0, d, 0.0), estimator)).sum()
     tokens = keep.sum().to(logps.dtype)
-    mean = estimate(d.detach(), estimator).sum() / tokens.clamp(min=1)
+    mean = ESTIMATORS[estimator].value(d.detach()).sum() / tokens.clamp(min=1)
     return total / divisor(total, normalizer), {"tokens": tokens, "kl": mean}
-
-
-def estimate(d: Tensor, estimator: str) -> Tensor:
-    return d.square() / 2 if estimator == "k2" else d.expm1() - d
 
 
 def token_weights(

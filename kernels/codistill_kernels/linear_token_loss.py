@@ -30,7 +30,8 @@ def evaluate(
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (logps, entropy)]
         losses = fn(leaves[0], leaves[1], rows)
-        check_losses(losses, rows, leaves)
+        require_losses(losses, rows)
+        require_no_other_gradient(losses, leaves)
         if not losses.requires_grad:  # of neither: a constant
             return losses.detach(), torch.zeros_like(logps), None
         slopes = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
@@ -38,10 +39,13 @@ def evaluate(
     return losses.detach(), torch.zeros_like(logps) if dlogps is None else dlogps, dentropy
 
 
-def check_losses(losses: Tensor, rows: Tensor, leaves: list[Tensor]) -> None:
+def require_losses(losses: Tensor, rows: Tensor) -> None:
     expected = f"[R] = ({len(rows)},) losses, one for each of `rows`"
     require(isinstance(losses, Tensor), "fn's result", expected, type(losses).__name__)
     require(losses.shape == rows.shape, "fn's result", expected, tuple(losses.shape))
+
+
+def require_no_other_gradient(losses: Tensor, leaves: list[Tensor]) -> None:
     seen, ahead = set(), [losses.grad_fn]
     while ahead:
         node = ahead.pop()
@@ -71,6 +75,24 @@ class WithSlopes(torch.autograd.Function):
 
 
 # --- the ways through the logits ---------------------------------------------------------------
+
+
+def by_autograd(
+    inputs: LinearInputs, fn: TokenLoss, keep: Tensor, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [N], 0 where not `keep`, logps and entropy [N]; autograd goes through fn."""
+    if torch.compiler.is_compiling():  # of no known number of rows: fn gets all
+        logps, entropy = LinearLogps.apply(*inputs.tensors, keep, options)
+        every = torch.arange(keep.shape[0], device=keep.device)
+        # 0 times an infinite slope of fn at a masked row's 0 is NaN; LinearLogps looks at no
+        # gradient of such a row.
+        return torch.where(keep, fn(logps, entropy, every), 0.0), logps, entropy
+    rows = keep.nonzero().squeeze(1)
+    options = replace(options, rows=rows)  # known: a GPU is not waited for again
+    logps, entropy = LinearLogps.apply(*inputs.tensors, keep, options)
+    losses = fn(logps[rows], entropy[rows], rows)
+    require_losses(losses, rows)
+    return losses.new_zeros(keep.shape).index_put((rows,), losses), logps, entropy
 
 
 def by_log_probabilities(
@@ -158,8 +180,8 @@ def linear_token_loss(
 
     Returns:
         (loss, {"logps": [N], "entropy": [N], "tokens": scalar}), the last three detached. Under
-        torch.compile fn is traced, called on all tokens (0 and 0 where masked), and logits are
-        computed twice.
+        torch.compile fn is traced, called on all tokens (0 and 0 where masked, whatever it gives
+        there counts for nothing), and logits are computed twice.
 
     Raises:
         ValueError: an argument, or what fn returns, is wrong. The message names it.
@@ -191,13 +213,9 @@ def linear_token_loss(
     needs = [has_gradient and t is not None and t.requires_grad for t in inputs.tensors[:3]]
     options = Options(inputs.vocab, softcap or 0.0, group, backend, any(needs), True, workspace_mib)
     if torch.compiler.is_compiling() or reduction == "none":
-        logps, entropy = LinearLogps.apply(*inputs.tensors, keep, options)
-        every = torch.arange(keep.shape[0], device=keep.device)
-        losses = torch.where(keep, fn(logps, entropy, every), 0.0)
-        if reduction == "none":
-            loss = losses
-        else:
-            loss = losses.sum()
+        loss, logps, entropy = by_autograd(inputs, fn, keep, options)
+        if reduction == "sum":
+            loss = loss.sum()
             loss = loss / divisor(loss, normalizer)
     else:
         rows = keep.nonzero().squeeze(1)

@@ -252,6 +252,14 @@ def importance_weights(
     return weights
 
 
+KL_ESTIMATES = {  # of KL(pi || pi_ref), from log pi_ref / pi of Eq. 4
+    "k1": lambda log_ratio: -log_ratio,
+    "k2": lambda log_ratio: log_ratio**2 / 2,
+    "k3": lambda log_ratio: log_ratio.exp() - log_ratio - 1,
+    "abs": lambda log_ratio: log_ratio.abs(),
+}
+
+
 def kl_penalty(
     logps: Tensor,
     reference_logps: Tensor,
@@ -268,8 +276,7 @@ def kl_penalty(
     for s, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
         for n in range(start, end):
             if (mask is None or mask[n]) and (weights is None or weights[s] != 0):
-                log_ratio = reference_logps[n] - logps[n]  # log pi_ref / pi of Eq. 4
-                kl = log_ratio**2 / 2 if estimator == "k2" else log_ratio.exp() - log_ratio - 1
+                kl = KL_ESTIMATES[estimator](reference_logps[n] - logps[n])
                 loss = loss + (1.0 if weights is None else weights[s]) * kl
     return divided(loss, normalizer)
 
@@ -294,8 +301,7 @@ def kd_rewards(
         kl = linear_reverse_kl(student, teacher, temperature=temperature, vocab_size=vocab_size)
     else:
         assert student_logps is not None and teacher_logps is not None
-        log_ratio = teacher_logps - student_logps  # log pi_ref / pi of Eq. 4
-        kl = -log_ratio if estimator == "k1" else log_ratio.exp() - log_ratio - 1
+        kl = KL_ESTIMATES[estimator](teacher_logps - student_logps)
     kl = kl if mask is None else torch.where(mask, kl, 0.0)
     ends = cu_seqlens.tolist()
     out = []
@@ -318,6 +324,18 @@ def group_advantages(
     return out
 
 
+def widest(splits: list[list[int]], group: list[float]) -> list[int]:
+    return max(splits, key=lambda rows: statistics.pvariance([group[i] for i in rows]))
+
+
+SPLITS = {  # splits[j]: the rows of the j lowest scores and the keep - j highest
+    "top_bottom": lambda splits, group: splits[len(splits) // 2],
+    "top": lambda splits, group: splits[0],
+    "max_variance": widest,
+    "random": lambda splits, group: splits[0],
+}
+
+
 def downsample(
     scores: Tensor,
     group_size: int,
@@ -337,12 +355,7 @@ def downsample(
         group = scores[start : start + group_size].tolist()
         order = sorted(range(group_size), key=lambda i: (-group[i], i))
         splits = [order[:k] + order[group_size - (keep - k) :] for k in range(keep, -1, -1)]
-        if method == "top_bottom":
-            chosen = splits[keep // 2]
-        elif method == "max_variance":
-            chosen = max(splits, key=lambda rows: statistics.pvariance([group[i] for i in rows]))
-        else:
-            chosen = splits[0]
+        chosen = SPLITS[method](splits, group)
         rows += [start + i for i in sorted(chosen)]
     return torch.tensor(rows, dtype=torch.long, device=scores.device)
 

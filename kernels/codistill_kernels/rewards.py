@@ -1,6 +1,7 @@
 """From rewards to advantages: the KD reward, down-sampling, the group baseline."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from codistill_kernels._checks import (
     require_shape,
     require_tensor,
 )
+from codistill_kernels._estimators import ESTIMATORS, OF_REWARDS
 from codistill_kernels._sequences import sequence_sums
 from codistill_kernels.linear_reverse_kl import linear_reverse_kl
 
@@ -28,7 +30,7 @@ def kd_rewards(
     alpha: float,
     max_completion_tokens: int,
     mask: Tensor | None = None,
-    estimator: Literal["k1", "k3", "exact"] = "k1",
+    estimator: str = "k1",
     teacher: tuple[Tensor, Tensor] | None = None,
     student: tuple[Tensor, Tensor] | None = None,
     temperature: float | Tensor = 1.0,
@@ -56,7 +58,9 @@ def kd_rewards(
         estimator: of KL(student || teacher), token by token. "k1", minus the log-ratio, is Eq. 6.
             "k3" is Eq. 4, as in Figure 9, where it trains less robustly: it is never negative, but
             one token that the teacher likes far better weighs exp(d) (fp32: -inf from d = 89).
-            "exact" is what both estimate: the divergence over the whole vocabulary.
+            "exact" is what both estimate: the divergence over the whole vocabulary. There is no
+            "k2" nor "abs": as with "k3", a token that the teacher likes better counts against the
+            rollout, too, so that the reward leads away from the teacher there.
         teacher, student: "exact" only: (hidden states [N, H], lm_head weight [V, H]) of each.
         temperature, vocab_size, backend: "exact" only, as in `linear_reverse_kl`. A temperature of
             sampled tokens is already in their log-probabilities.
@@ -74,7 +78,8 @@ def kd_rewards(
     require_tensor("rewards", rewards)
     require(rewards.ndim == 1, "rewards", "[S]", tuple(rewards.shape))
     require_float("rewards", rewards)
-    require(estimator in ("k1", "k3", "exact"), "estimator", "k1, k3 or exact", repr(estimator))
+    names = (*OF_REWARDS, "exact")
+    require(estimator in names, "estimator", f"one of {', '.join(names)}", repr(estimator))
     require(alpha >= 0, "alpha", ">= 0", alpha)
     require(max_completion_tokens > 0, "max_completion_tokens", "> 0", max_completion_tokens)
     if estimator == "exact":
@@ -128,7 +133,7 @@ def sampled_kd(
     require_shape("student_logps", student_logps, tuple(teacher_logps.shape), "[N]")
     require_float("student_logps", student_logps)
     log_ratio = teacher_logps.detach().double() - student_logps.detach().double()
-    return log_ratio if estimator == "k1" else log_ratio - log_ratio.expm1()
+    return -ESTIMATORS[estimator].value(log_ratio)
 
 
 def group_advantages(
@@ -168,12 +173,48 @@ def group_advantages(
     return centred.reshape(-1).to(rewards.dtype)
 
 
+def widest_split(falling: Tensor, keep: int) -> Tensor:
+    """[P, M] falling scores -> [P, 1]: how many of the highest are among the `keep` of largest
+    variance."""
+    # Moved by the lowest, in fp64: offsets do not cancel badly, and whole numbers stay exact, so
+    # that equal variances are found equal.
+    moved = falling.double() - falling[:, -1:].double()
+    highest = torch.arange(keep, -1, -1, device=falling.device)
+    sums = []
+    for values in (moved, moved.square()):
+        prefix = torch.nn.functional.pad(values.cumsum(dim=1), (1, 0))  # [P, M + 1]
+        lowest = prefix[:, -1:] - prefix[:, falling.shape[1] - keep + highest]
+        sums.append(prefix[:, highest] + lowest)
+    return highest[(keep * sums[1] - sums[0].square()).argmax(dim=1, keepdim=True)]
+
+
+class Method(NamedTuple):
+    """How `downsample` keeps the highest and the lowest of a group."""
+
+    highest: Callable[[Tensor, int], int | Tensor]
+    """falling scores [P, M], keep -> how many of the highest, for all groups or [P, 1] for each;
+    the others are the lowest."""
+    divisor: int = 1
+    """Of keep."""
+    is_random: bool = False
+    """Scores are drawn, by a seed."""
+    needs_finite: bool = False
+
+
+METHODS = {
+    "top_bottom": Method(lambda falling, keep: keep // 2, divisor=2),
+    "top": Method(lambda falling, keep: keep),
+    "max_variance": Method(widest_split, needs_finite=True),
+    "random": Method(lambda falling, keep: keep, is_random=True),
+}
+
+
 def downsample(
     scores: Tensor,
     group_size: int,
     keep: int,
     *,
-    method: Literal["top_bottom", "top", "max_variance", "random"] = "top_bottom",
+    method: str = "top_bottom",
     seed: int | None = None,
 ) -> Tensor:
     """Rows to keep of each group: those of highest score, of lowest score, or any.
@@ -201,56 +242,36 @@ def downsample(
     Source: section 3.3, after Xu et al. 2025 (arXiv:2504.13818). Definition:
     codistill_kernels.reference.downsample.
     """
-    methods = ("top_bottom", "top", "max_variance", "random")
-    require(method in methods, "method", f"one of {', '.join(methods)}", repr(method))
+    require(method in METHODS, "method", f"one of {', '.join(METHODS)}", repr(method))
+    highest, divisor, is_random, needs_finite = METHODS[method]
     groups = in_groups("scores", scores, group_size).detach()
     require(0 < keep <= group_size, "keep", "in 1 .. group_size", keep)
-    require(method != "top_bottom" or keep % 2 == 0, "keep", "even with 'top_bottom'", keep)
-    if method == "random":
+    require(keep % divisor == 0, "keep", f"a multiple of {divisor} with {method!r}", keep)
+    if is_random:
         valid = seed is not None and 0 <= seed < 2**63
-        require(valid, "seed", "in [0, 2**63) with 'random'", seed)
+        require(valid, "seed", f"in [0, 2**63) with {method!r}", seed)
     else:
         require(seed is None, "seed", f"None with {method!r}", seed)
     if can_look(scores):
         require(not scores.isnan().any(), "scores", "numbers", "NaN")
-        infinite = method == "max_variance" and scores.isinf().any()
-        require(not infinite, "scores", "finite with 'max_variance'", "inf")
-    order, highest = ranking(groups, keep, method, seed)
+        infinite = needs_finite and scores.isinf().any()
+        require(not infinite, "scores", f"finite with {method!r}", "inf")
+    if seed is not None:
+        groups = drawn_like(groups, seed)
+    falling, order = groups.sort(dim=1, descending=True, stable=True)
     # Place j is the j-th highest; from `highest` on they count from the other end.
     places = torch.arange(keep, device=scores.device)
-    places = torch.where(places < highest, places, places + group_size - keep)
+    places = torch.where(places < highest(falling, keep), places, places + group_size - keep)
     chosen = order.gather(1, places.expand(len(groups), keep)).sort(dim=1).values
     first = torch.arange(len(groups), device=scores.device)[:, None] * group_size
     return (chosen + first).reshape(-1)
 
 
-def ranking(
-    groups: Tensor, keep: int, method: str, seed: int | None
-) -> tuple[Tensor, int | Tensor]:
-    """The rows of each group in falling order, [P, M], and how many to keep from its beginning."""
-    if method == "random":
-        generator = torch.Generator().manual_seed(seed)
-        # Drawn on the CPU: the same on every device.
-        draws = torch.rand(groups.shape, dtype=torch.float64, generator=generator, device="cpu")
-        return draws.argsort(dim=1, stable=True).to(groups.device), keep
-    order = groups.argsort(dim=1, descending=True, stable=True)
-    if method == "max_variance":
-        return order, widest_split(groups.gather(1, order), keep)[:, None]
-    return order, keep if method == "top" else keep // 2
-
-
-def widest_split(falling: Tensor, keep: int) -> Tensor:
-    """[P, M] falling scores -> [P]: how many of the highest the `keep` of largest variance have."""
-    # Moved by the lowest, in fp64: offsets do not cancel badly, and whole numbers stay exact, so
-    # that equal variances are found equal.
-    moved = falling.double() - falling[:, -1:].double()
-    highest = torch.arange(keep, -1, -1, device=falling.device)
-    sums = []
-    for values in (moved, moved.square()):
-        prefix = torch.nn.functional.pad(values.cumsum(dim=1), (1, 0))  # [P, M + 1]
-        lowest = prefix[:, -1:] - prefix[:, falling.shape[1] - keep + highest]
-        sums.append(prefix[:, highest] + lowest)
-    return highest[(keep * sums[1] - sums[0].square()).argmax(dim=1)]
+def drawn_like(groups: Tensor, seed: int) -> Tensor:
+    """Random scores of this shape, drawn on the CPU: the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(groups.shape, dtype=torch.float64, generator=generator, device="cpu")
+    return -draws.to(groups.device)
 
 
 def in_groups(name: str, values: Tensor, group_size: int) -> Tensor:

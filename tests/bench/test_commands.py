@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import plan, results
+from bench import bench_kernels, plan, results
 from bench.cases import cases, in_order
 from bench.check import CheckFailed
 from bench.operations import OURS
@@ -62,6 +62,10 @@ def test_no_number_without_a_passed_check(monkeypatch, tmp_path):
     row = made.measure(first, benchmark=None)
     assert row.status == "inaccurate: result 0 is 1e+00 off" and row.median_ms is None
     assert results.read(path) == [row]
+    each = {measured.implementation: measured for measured in made.measurements()}
+    with pytest.raises(AssertionError, match="inaccurate"):
+        bench_kernels.test_operation(None, made, each[OURS])
+    bench_kernels.test_operation(None, made, each["eager"])  # of a peer the row says enough
 
 
 def test_cases_of_a_gpu():

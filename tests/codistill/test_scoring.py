@@ -6,9 +6,11 @@ import torch
 from codistill.advantages import beta_scales
 from codistill.config import Config, OptimizerConfig
 from codistill.data import Problem
-from codistill.learner import clamp_log_ratio, learning_rate_factor
+from codistill.learner import learning_rate_factor
 from codistill.rollout import Completion
 from codistill.scoring import Rollouts, alpha_at, score
+from codistill_kernels import kd_rewards
+from codistill_kernels._estimators import OF_REWARDS
 
 PROBLEM = Problem("1+1", ("2",), "1+1=", [3, 12, 3, 13])
 GAIN = [0.2, -0.4, 0.0, 0.6, -0.2, -1.0]  # log-ratio large/small of a rollout's first token
@@ -82,6 +84,15 @@ def test_kd_term(hand, kd, expected):
     assert scored.kd_rewards.tolist() == pytest.approx(expected, abs=1e-6)
     sums = torch.tensor(ACCURACY) + torch.tensor(expected)
     assert scored.effective_rewards.tolist() == pytest.approx(sums.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("estimator", OF_REWARDS)
+def test_each_estimator_is_the_one_asked_for(hand, estimator):
+    scored = hand({"kd": {"estimator": estimator}})
+    large, small = torch.tensor(GAIN), torch.zeros(6)  # the other tokens are alike
+    terms = dict(alpha=4.0, max_completion_tokens=8, estimator=estimator)
+    expected = kd_rewards(torch.zeros(6), large, small, torch.arange(7), **terms)
+    torch.testing.assert_close(scored.kd_rewards, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_exact_kd_reward_is_the_divergence_itself(hand):
@@ -228,15 +239,6 @@ def test_beta_scales_what_was_given_as_accuracy(hand, monkeypatch):
     changes = {"advantage": {"scale": "beta"}, "rollout": {"truncated": "zero_reward"}}
     large = hand(changes | {"downsample": {"method": "none"}}).advantages["large"]
     assert large.tolist() == pytest.approx([1.0] * 3 + [-1.0] * 3)
-
-
-def test_clamped_log_ratios_have_no_gradient():
-    logps = torch.tensor([-1.0, -1.0, -4.0], requires_grad=True)
-    old = torch.tensor([-1.5, -3.0, -1.0])  # log-ratios 0.5, 2 and -3
-    clamped = clamp_log_ratio(logps, old, 1.0)
-    assert clamped.tolist() == [-1.0, -2.0, -2.0]
-    assert torch.autograd.grad(clamped.sum(), logps)[0].tolist() == [1, 0, 0]
-    assert clamp_log_ratio(logps, old, None) is logps
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from codistill.rollout import Completion
 from codistill.scoring import Rollouts, Scored, engine_weights
 from codistill.updates import make_update
 from codistill_kernels import kl_penalty, policy_loss
+from codistill_kernels._estimators import OF_OBJECTIVES
 
 PROBLEM = Problem("1+1", ("2",), "1+1=", [3, 12, 3, 13])
 LENGTHS = (3, 1, 2)
@@ -143,7 +144,7 @@ def test_kl_to_the_start_of_each_model(hand, name):
     assert kl.item() == pytest.approx(math.exp(-0.5) + 0.5 - 1)
 
 
-@pytest.mark.parametrize("estimator", [None, "k2", "k3"])
+@pytest.mark.parametrize("estimator", [None, *OF_OBJECTIVES])
 def test_kd_term_in_the_objective_is_the_small_models(hand, estimator):
     kd = {"kd": {"placement": "objective", "estimator": estimator}}
     (penalty,) = hand("small", kd, alpha=0.7)[0].penalties

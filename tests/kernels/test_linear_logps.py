@@ -284,6 +284,7 @@ def test_equal_inputs_give_equal_bits(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.skipif(INTERPRETED, reason="products are a CPU library's there: no promise")
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
 def test_row_does_not_depend_on_other_rows_or_threads(backend, dtype):
     case = make_case(rows=130, hidden=96, vocab=2003, dtype=dtype)

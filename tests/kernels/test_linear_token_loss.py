@@ -187,6 +187,47 @@ def test_rows_without_a_slope_and_masked_ones_do_not_matter(backend, way):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("run", ["sum", "none", "compiled sum", "compiled none"])
+def test_masked_rows_do_not_reach_a_loss_that_is_infinite_at_0(run, backend):
+    """A masked row has log-probability and entropy 0: log(0) = -inf with an infinite slope."""
+    leaves, ids, mask, _, head = make_case()
+
+    def fn(logps, entropy, rows):
+        return (-logps).log() + 1 / entropy + entropy.sqrt()
+
+    def loss(reduction, **leaves):
+        options = dict(token_ids=ids, fn=fn, mask=mask, backend=backend, reduction=reduction)
+        return linear_token_loss(**leaves, **options, **head)[0].sum()
+
+    gold, ours = as_leaves(leaves, torch.float64), as_leaves(leaves)
+    expected = reference.linear_token_loss(**gold, token_ids=ids, fn=fn, mask=mask, **head)
+    torch._dynamo.reset()
+    call = torch.compile(loss, fullgraph=True, backend="aot_eager") if "compiled" in run else loss
+    found = call(run.split()[-1], **ours)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    wanted = gradients(expected, gold)
+    for one, other in zip(gradients(found, ours), wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_fn_sees_unmasked_rows_alone(reduction):
+    leaves, ids, mask, *_ = make_case()
+    seen = []
+
+    def fn(logps, entropy, rows):
+        seen.append(rows)
+        return logps
+
+    losses, _ = linear_token_loss(
+        **leaves, token_ids=ids, fn=fn, mask=mask, reduction=reduction, vocab_size=500
+    )
+    assert torch.equal(torch.cat(seen), mask.nonzero().squeeze(1))
+    if reduction == "none":
+        assert losses.shape == mask.shape and not losses[~mask].any() and losses[mask].all()
+
+
 @pytest.mark.parametrize("frozen", NAMES)
 def test_frozen_input_gets_nothing(frozen):
     leaves, ids, mask, numbers, head = make_case()
@@ -254,6 +295,10 @@ def test_sharded_vocabulary_equals_whole(tmp_path):
         (
             dict(fn=lambda logps, e, rows: logps * torch.ones(4, requires_grad=True)[rows]),
             "fn must use no gradient but",
+        ),
+        (
+            dict(fn=lambda logps, entropy, rows: logps.sum(), reduction="none"),
+            r"fn's result must be \[R\]",
         ),
         (dict(reduction="mean"), "reduction must be"),
         (dict(workspace_mib=0), "workspace_mib must be"),

@@ -1,16 +1,13 @@
-"""Eq. 6, Eq. 4, Eq. 7, Eq. 3 and section 3.3 by hand."""
+"""Eq. 6, Eq. 4, Eq. 7 and Eq. 3 by hand."""
 
 import math
-import sys
-from itertools import combinations
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from codistill_kernels import downsample, group_advantages, kd_rewards, reference
-
-METHODS = ("top_bottom", "top", "max_variance", "random")
+from codistill_kernels import group_advantages, kd_rewards, reference
+from codistill_kernels._estimators import OF_REWARDS
 
 
 def test_kd_rewards_by_hand():
@@ -34,18 +31,6 @@ def test_kd_rewards_k3_by_hand():
     arguments = (torch.tensor([1.0, 0.25, 0.0]), teacher, student, torch.tensor([0, 2, 2, 3]))
     terms = dict(alpha=2.0, max_completion_tokens=10, estimator="k3")
     assert kd_rewards(*arguments, **terms).tolist() == pytest.approx([0.9, 0.25, 0.0])
-
-
-@pytest.mark.parametrize("estimator", ["k1", "k3"])
-def test_kd_rewards_equal_reference(estimator):
-    generator = torch.Generator().manual_seed(0)
-    ends = torch.tensor([0, 5, 5, 30, 50])
-    tokens = torch.randn(2, 50, generator=generator, dtype=torch.float64)
-    rewards = torch.rand(4, generator=generator, dtype=torch.float64)
-    terms = dict(alpha=0.7, max_completion_tokens=32, estimator=estimator)
-    ours = kd_rewards(rewards, *tokens, ends, **terms)
-    gold = reference.kd_rewards(rewards, *tokens, ends, **terms)
-    torch.testing.assert_close(ours, gold, rtol=1e-12, atol=0)
 
 
 def test_kd_rewards_k3_of_close_models_keeps_its_digits():
@@ -119,7 +104,7 @@ def test_the_definition_divides_by_a_number_as_it_is():
     assert out.item() == pytest.approx(expected, rel=1e-13)
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k3", "exact"])
+@pytest.mark.parametrize("estimator", [*OF_REWARDS, "exact"])
 def test_kd_rewards_without_a_rollout(estimator):
     none, ends = torch.zeros(0), torch.tensor([0])
     terms = dict(alpha=1.0, max_completion_tokens=9, estimator=estimator)
@@ -177,119 +162,20 @@ def test_equal_rewards_have_no_advantage(scale):
     assert not group_advantages(torch.full((2,), 0.1), 1, scale=scale).any()
 
 
-def test_downsample_by_hand():
-    # group 0: best are 1 (0.9) and 4 (0.7), worst 2 (0.0) and 5 (0.1); group 1 starts at 6
-    scores = torch.tensor([0.5, 0.9, 0.0, 0.4, 0.7, 0.1] + [3.0, 1.0, 2.0, 6.0, 5.0, 4.0])
-    assert downsample(scores, 6, 4).tolist() == [1, 2, 4, 5, 6 + 1, 6 + 2, 6 + 3, 6 + 4]
-    assert downsample(scores, 6, 2).tolist() == [1, 2, 6 + 1, 6 + 3]
-    assert downsample(scores, 6, 6).tolist() == list(range(12))
+def test_lengths_share_a_graph():
+    def call(rewards):
+        return group_advantages(rewards, 2, scale="std")
 
-
-def test_downsample_breaks_ties_by_place():
-    assert downsample(torch.zeros(5), 5, 4).tolist() == [0, 1, 3, 4]
-    scores = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
-    assert downsample(scores, 6, 2).tolist() == [0, 5]
-
-
-def test_downsample_top_by_hand():
-    scores = torch.tensor([0.5, 0.9, 0.0, 0.4, 0.9, 0.1] + [3.0, 1.0, 2.0, 6.0, 5.0, 4.0])
-    assert downsample(scores, 6, 3, method="top").tolist() == [0, 1, 4, 6 + 3, 6 + 4, 6 + 5]
-    assert downsample(scores, 6, 1, method="top").tolist() == [1, 6 + 3]  # the first of the 0.9
-
-
-def test_downsample_max_variance_by_hand():
-    # one failure among six: two successes (k = 2, the first) and the failure
-    scores = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, 1.0])
-    assert downsample(scores, 6, 3, method="max_variance").tolist() == [0, 1, 3]
-    # three of 10, 9, 8, 0: variance 20.2 for {10, 9, 0} (k = 2), 18.7 for {10, 8, 0}
-    # (k = 1), 16.2 for {9, 8, 0} (k = 0) and 0.7 for {10, 9, 8} (k = 3)
-    scores = torch.tensor([8.0, 0.0, 10.0, 9.0])
-    assert downsample(scores, 4, 2, method="max_variance").tolist() == [1, 2]
-    assert downsample(scores, 4, 3, method="max_variance").tolist() == [1, 2, 3]
-    # one row has no variance, nor have equal scores: the largest k, so the first rows
-    assert downsample(scores, 4, 1, method="max_variance").tolist() == [2]
-    assert downsample(torch.ones(5), 5, 3, method="max_variance").tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize("offset", [0.0, 1e6], ids=["", "far from 0"])
-def test_downsample_max_variance_finds_the_best_of_all_subsets(offset):
-    generator = torch.Generator().manual_seed(0)
-    groups = torch.rand(40, 7, generator=generator, dtype=torch.float64) ** 3 + offset
-    for keep in range(1, 8):
-        rows = downsample(groups.reshape(-1), 7, keep, method="max_variance").view(40, keep)
-        found = groups.view(-1)[rows].var(dim=1, correction=0)
-        subsets = torch.tensor(list(combinations(range(7), keep)))
-        best = groups[:, subsets].var(dim=2, correction=0).max(dim=1).values
-        torch.testing.assert_close(found, best, rtol=1e-6, atol=1e-12)
-
-
-def test_downsample_at_random():
-    scores = torch.zeros(400 * 6)
-    rows = downsample(scores, 6, 3, method="random", seed=5)
-    assert torch.equal(rows, downsample(scores - 1, 6, 3, method="random", seed=5))
-    assert not torch.equal(rows, downsample(scores, 6, 3, method="random", seed=6))
-    within = rows.view(400, 3) - torch.arange(400)[:, None] * 6
-    assert len(within.unique(dim=0)) == 20  # all subsets of 3 of 6 come: groups differ
-    # each row is kept in half of the groups, within 5 deviations of 200
-    assert (within.flatten().bincount() - 200).abs().max() < 5 * 10
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_downsample_equals_reference(method):
-    generator = torch.Generator().manual_seed(0)
-    ties = torch.randint(0, 4, (14 * 20,), generator=generator).float()
-    for scores in (ties, torch.randn(14 * 20, generator=generator)):
-        for keep in (2, 8, 14) if method == "top_bottom" else (1, 2, 5, 8, 14):
-            terms = dict(method=method, seed=3 if method == "random" else None)
-            rows = downsample(scores, 14, keep, **terms)
-            assert torch.equal(rows, reference.downsample(scores, 14, keep, **terms))
-            groups = rows.view(20, keep)
-            assert (groups.diff(dim=1) > 0).all() and torch.equal(rows, rows.unique())
-            assert (groups // 14 == torch.arange(20)[:, None]).all()
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_downsample_of_nothing_and_in_one_graph(method):
-    def rows(scores):
-        return downsample(scores, 6, 2, method=method)
-
-    if method == "random":
-        assert downsample(torch.zeros(0), 6, 2, method=method, seed=0).shape == (0,)
-        return  # a torch.Generator breaks the graph
-    assert rows(torch.zeros(0)).shape == (0,)
     torch._dynamo.reset()
-    scores = torch.arange(12).roll(5).float()
-    compiled = torch.compile(rows, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(scores), rows(scores))
-
-
-@pytest.mark.parametrize("bad", [-math.inf, math.inf, math.nan])
-def test_unseen_scores_that_are_not_finite_keep_the_highest(bad, monkeypatch):
-    # As on a GPU, where values are not looked at.
-    monkeypatch.setattr(sys.modules["codistill_kernels.rewards"], "can_look", lambda _: False)
-    scores = torch.tensor([1.0, bad, 3.0, 2.0])
-    highest = downsample(scores, 4, 2, method="top")
-    assert torch.equal(downsample(scores, 4, 2, method="max_variance"), highest)
-
-
-@pytest.mark.parametrize("method", ["top_bottom", "top", "max_variance"])
-def test_lengths_share_a_graph(method):
-    calls = {
-        "group_advantages": lambda rewards: group_advantages(rewards, 2, scale="std"),
-        "downsample": lambda rewards: downsample(rewards, 2, 2, method=method),
-    }
-    for name, call in calls.items():
-        torch._dynamo.reset()
-        count = CompileCounterWithBackend("eager")
-        compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=count)
-        for length in range(10, 32, 2):
-            rewards = torch.arange(length).roll(5).float()
-            assert torch.equal(compiled(rewards), call(rewards))
-        assert count.frame_count <= 2, name
+    count = CompileCounterWithBackend("eager")
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=count)
+    for length in range(10, 32, 2):
+        rewards = torch.arange(length).roll(5).float()
+        assert torch.equal(compiled(rewards), call(rewards))
+    assert count.frame_count <= 2
 
 
 TOKENS, ENDS = torch.zeros(4), torch.tensor([0, 1, 4])
-INFINITE = torch.tensor([1.0, math.inf])
 NO_LOGPS = dict(teacher_logps=None, student_logps=None)
 
 
@@ -299,16 +185,6 @@ NO_LOGPS = dict(teacher_logps=None, student_logps=None)
         (lambda: group_advantages(torch.zeros(5), 2), "group_size"),
         (lambda: group_advantages(torch.tensor([1, 0]), 2), "rewards"),
         (lambda: group_advantages(torch.zeros(4), 2, scale="max"), "scale"),
-        (lambda: downsample(torch.zeros(4), 4, 3), "keep"),
-        (lambda: downsample(torch.zeros(4), 4, 6), "keep"),
-        (lambda: downsample(torch.tensor([1.0, torch.nan]), 2, 2), "scores"),
-        (lambda: downsample(torch.zeros(4), 4, 0, method="top"), "keep"),
-        (lambda: downsample(torch.zeros(4), 4, 5, method="max_variance"), "keep"),
-        (lambda: downsample(torch.zeros(4), 4, 2, method="best"), "method"),
-        (lambda: downsample(torch.zeros(4), 4, 2, method="random"), "seed"),
-        (lambda: downsample(torch.zeros(4), 4, 2, method="random", seed=-1), "seed"),
-        (lambda: downsample(INFINITE, 2, 1, method="max_variance"), "scores"),
-        (lambda: downsample(-INFINITE, 2, 1, method="max_variance"), "scores"),
         (lambda: eq6(cu_seqlens=torch.tensor([0, 1, 5])), "cu_seqlens"),
         (lambda: eq6(rewards=torch.zeros(3)), "cu_seqlens"),
         (lambda: eq6(teacher_logps=torch.zeros(4, 1)), "teacher_logps"),
@@ -319,8 +195,6 @@ NO_LOGPS = dict(teacher_logps=None, student_logps=None)
         (lambda: group_advantages(torch.zeros(4).numpy(), 2), "rewards"),
         (lambda: group_advantages(torch.zeros(4), 2, eps=1e-4), "eps"),
         (lambda: group_advantages(torch.zeros(4), 2, scale="std", eps=-1.0), "eps"),
-        (lambda: downsample(torch.zeros(4).numpy(), 4, 2), "scores"),
-        (lambda: downsample(torch.zeros(4), 4, 2, seed=3), "seed"),
         (lambda: eq6(rewards=torch.zeros(2).numpy()), "rewards"),
         (lambda: eq6(rewards=0.5), "rewards"),
         (lambda: eq6(teacher_logps=TOKENS.numpy()), "teacher_logps"),

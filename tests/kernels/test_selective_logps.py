@@ -4,7 +4,8 @@ import pytest
 import torch
 from numerics import BACKENDS, DTYPES, INTERPRETED, assert_as_accurate_as_eager, seeded
 
-from codistill_kernels import linear_logps, reference, selective_logps
+from codistill_kernels import _slabs, _softmax_triton, linear_logps, reference, selective_logps
+from codistill_kernels._softmax_torch import normalizers
 
 
 def make_case(dtype=torch.float32, *, rows=20, columns=1021, std=4.0):
@@ -112,6 +113,40 @@ def test_layouts(backend, inplace):
         plain = logits.clone().requires_grad_()
         selective_logps(plain, ids, backend=backend).sum().backward()
         torch.testing.assert_close(cut.grad.reshape(12, 1021), plain.grad, **exact)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="runs in test_triton.py")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_triton_passes_over_a_row_do_not_depend_on_other_rows(softcap, dtype):
+    """States, exponentials, statistics and gradients, of the same products and numbers: bit for
+    bit. Products are a library's; slabs of fixed shapes are tested in test_linear_logps.py."""
+    generator = seeded(0)
+    logits = 3 * torch.randn(40, 1100, generator=generator)
+    ids = torch.randint(0, 1100, (40,), generator=generator)
+    temperature, coefficients = torch.linspace(0.5, 2, 40), torch.rand(3, 40, generator=generator)
+
+    def statistics(rows):
+        token = (ids[rows], temperature[rows], softcap)
+        states = torch.zeros(-(-1100 // _slabs.SEGMENT), _softmax_triton.STATES, len(rows))
+        e = torch.zeros(len(rows), 1152, dtype=dtype)
+        _softmax_triton.segment_states(logits[rows], None, *token, 1100, 0, states, True, e)
+        return states.permute(2, 0, 1), e, _softmax_triton.merge_states(states, ids[rows], 1100).T
+
+    def gradients_of(rows, log_softmax):
+        token = (ids[rows], temperature[rows], softcap)
+        dz = torch.empty(len(rows), 1100)
+        numbers = (t[:, rows].contiguous() for t in (coefficients, log_softmax))
+        _softmax_triton.logit_gradients(logits[rows], dz, None, *token, 1100, 0, *numbers)
+        return dz
+
+    all_rows, some = torch.arange(40), torch.tensor([39, 3, 17, 18, 5])
+    every = statistics(all_rows)
+    for whole, few in zip(every, statistics(some), strict=True):
+        assert whole.any() and torch.equal(whole[some], few)
+    log_softmax = normalizers(every[2].T)
+    dz = gradients_of(all_rows, log_softmax)
+    assert dz.any() and torch.equal(dz[some], gradients_of(some, log_softmax))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
