@@ -125,24 +125,41 @@ class AdvantageConfig(Section):
         return self
 
 
+LossKind = Literal[
+    "clip", "cispo", "gspo", "luspo", "gmpo", "sapo", "vespo", "reinforce", "dppo_tv", "dppo_kl"
+]
+
+
 class LossConfig(Section):
-    kind: Literal["clip", "cispo", "gspo", "gmpo"] = Field(
+    kind: LossKind = Field(
         "clip",
-        description="surrogate: clip (Eq. 2, 5, 10), cispo (MiniMax-M1), gspo (ratio of the whole "
-        "rollout), gmpo (geometric mean of a rollout's ratios)",
+        description="surrogate: clip (Eq. 2, 5, 10), cispo (MiniMax-M1), gspo and luspo (ratio of "
+        "the whole rollout), gmpo (geometric mean of a rollout's ratios), sapo (soft gate), vespo "
+        "(weight of the whole rollout), reinforce (no ratio), dppo_tv and dppo_kl (cut by how far "
+        "the token's probability moved)",
     )
     epsilon_low: float = Field(
         0.2,
         ge=0,
-        description="ratio is clipped at 1 - epsilon_low, gmpo: log-ratio at -epsilon_low; the "
-        "paper names no value, 0.2 is PPO's",
+        description="ratio is clipped at 1 - epsilon_low, gmpo: log-ratio at -epsilon_low, dppo: "
+        "distance; the paper names no value, 0.2 is PPO's",
     )
     epsilon_high: float = Field(
         0.2,
-        ge=0,
-        description="ratio is clipped at 1 + epsilon_high, gmpo: log-ratio at epsilon_high; DAPO's "
-        "clip-higher is 0.28",
+        description="ratio is clipped at 1 + epsilon_high, gmpo: log-ratio at epsilon_high, dppo: "
+        "distance; DAPO's clip-higher is 0.28",
     )
+    truncate: float | None = Field(None, gt=0, description="dppo: largest ratio, none by default")
+    sapo_temperature_positive: float = Field(
+        1.0, gt=0, description="sapo: steepness of the gate where A > 0"
+    )
+    sapo_temperature_negative: float = Field(1.05, gt=0, description="and elsewhere")
+    vespo_k_positive: float = Field(
+        2.0, ge=0, description="vespo: weight W^k exp(lambda (1 - W)), where A >= 0"
+    )
+    vespo_lambda_positive: float = Field(3.0, ge=0, description="the lambda there")
+    vespo_k_negative: float = Field(3.0, ge=0, description="the k where A < 0")
+    vespo_lambda_negative: float = Field(2.0, ge=0, description="the lambda there")
     normalization: Literal["constant", "sequence", "tokens"] = Field(
         "constant",
         description="a token counts 1/N with N = rollout.max_completion_tokens (Eq. 5, Dr. GRPO), "
@@ -185,15 +202,37 @@ class LossConfig(Section):
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        kind, low = self.kind, self.epsilon_low
-        bound, expected = {
-            "cispo": (low <= 1, "at most 1"),
-            "gmpo": (True, ""),
-        }.get(kind, (low < 1, "less than 1"))
-        require(bound, "epsilon_low", low, f"{expected} with loss.kind = {kind!r}")
-        dual = self.large_dual_clip is None or kind == "clip"
-        require(dual, "large_dual_clip", self.large_dual_clip, "no value unless loss.kind = 'clip'")
+        self.check_bounds()
+        kind = self.kind
+        for key, field in type(self).model_fields.items():
+            owner = key.split("_")[0]
+            if owner in ("sapo", "vespo"):
+                expected = f"{field.default} unless loss.kind = {owner!r}"
+                value = getattr(self, key)
+                require(value == field.default or kind == owner, key, value, expected)
+        used = self.truncate is None or kind in ("dppo_tv", "dppo_kl")
+        require(used, "truncate", self.truncate, "no value unless loss.kind is a dppo")
+        dual = self.large_dual_clip is None or kind in ("clip", "gspo", "luspo")
+        expected = "no value unless loss.kind is clip, gspo or luspo"
+        require(dual, "large_dual_clip", self.large_dual_clip, expected)
         corrected = self.importance_cap is None or self.old_logps == "trainer"
         expected = "no value with loss.old_logps = 'engine', where no mismatch is left"
         require(corrected, "importance_cap", self.importance_cap, expected)
         return self
+
+    def check_bounds(self) -> None:
+        """What each kind makes of the two bounds."""
+        kind, low, high = self.kind, self.epsilon_low, self.epsilon_high
+        if kind in ("sapo", "vespo", "reinforce"):
+            for key, value in (("epsilon_low", low), ("epsilon_high", high)):
+                require(value == 0.2, key, value, f"0.2 with loss.kind = {kind!r}, which has none")
+            return
+        bound, expected = {
+            "cispo": (low <= 1, "at most 1"),
+            "gmpo": (True, ""),
+            "dppo_tv": (True, ""),
+            "dppo_kl": (True, ""),
+        }.get(kind, (low < 1, "less than 1"))
+        require(bound, "epsilon_low", low, f"{expected} with loss.kind = {kind!r}")
+        least = -low if kind == "cispo" else 0
+        require(high >= least, "epsilon_high", high, f"at least {least} with loss.kind = {kind!r}")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -103,13 +103,12 @@ class Trainer:
 
     def make_learner(self, name: str) -> Learner:
         options, large = self.config.loss, name == "large"
+        names = {field.name for field in fields(PolicyLoss)} & set(type(options).model_fields)
         return Learner(
             name,
             self.load_policy(name),
             PolicyLoss(
-                kind=options.kind,
-                epsilon_low=options.epsilon_low,
-                epsilon_high=options.epsilon_high,
+                **{name: getattr(options, name) for name in names},
                 dual_clip=options.large_dual_clip if large else None,
                 log_ratio_clamp=options.large_log_ratio_clamp if large else None,
             ),

@@ -87,7 +87,7 @@ def test_defaults_are_those_of_table_3():
             "loss.epsilon_low = 2.0: expected at most 1",
         ),
         (
-            ["--loss.kind", "gspo", "--loss.large_dual_clip", "3"],
+            ["--loss.kind", "gmpo", "--loss.large_dual_clip", "3"],
             "loss.large_dual_clip = 3.0: expec",
         ),
         (

@@ -11,11 +11,14 @@ from codistill.config_algorithm import (
     DownsampleConfig,
     DownsampleMethod,
     KDConfig,
+    LossConfig,
+    LossKind,
     ObjectiveEstimator,
     RewardEstimator,
 )
-from codistill_kernels import downsample, kd_rewards, kl_penalty
+from codistill_kernels import PolicyLoss, downsample, kd_rewards, kl_penalty, policy_loss
 from codistill_kernels._estimators import ESTIMATORS, OF_OBJECTIVES, OF_REWARDS
+from codistill_kernels._surrogates import SURROGATES
 from codistill_kernels.rewards import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +44,25 @@ def test_names_are_the_kernels():
     assert get_args(RewardEstimator) == PLACES["reward"]
     assert get_args(ObjectiveEstimator) == PLACES["objective"]
     assert get_args(DownsampleMethod) == tuple(METHODS)
+    assert get_args(LossKind) == tuple(SURROGATES)
+
+
+SETTINGS = {field for kind in SURROGATES.values() for field in kind.settings} - {"dual_clip"}
+
+
+@pytest.mark.parametrize("kind", SURROGATES)
+def test_settings_of_a_loss_are_allowed_where_the_kernels_use_them(kind):
+    for setting in SETTINGS:
+        for value in (-1.5, -0.15, 0.0, 0.5, 1.0, 1.5):
+            settings = {"kind": kind, setting: value}
+            try:
+                PolicyLoss(**settings)
+            except ValueError:
+                assert not is_valid(LossConfig, **settings), settings
+            else:
+                assert is_valid(LossConfig, **settings), settings
+    dual = is_valid(LossConfig, kind=kind, large_dual_clip=2.0)
+    assert dual == ("dual_clip" in SURROGATES[kind].settings)
 
 
 @pytest.mark.parametrize("placement", PLACES)
@@ -65,12 +87,14 @@ def test_rules_of_a_method(method):
         (kd_rewards, PLACES["reward"]),
         (kl_penalty, PLACES["objective"]),
         (downsample, METHODS),
+        (policy_loss, SURROGATES),
     ],
-    ids=["kd_rewards", "kl_penalty", "downsample"],
+    ids=["kd_rewards", "kl_penalty", "downsample", "policy_loss"],
 )
 def test_all_are_documented(function, names):
+    text = PolicyLoss.__doc__ if function is policy_loss else function.__doc__
     for name in names:
-        assert f'"{name}"' in function.__doc__, name
+        assert f'"{name}"' in text, name
         assert f"`{name}`" in row_of(function.__name__), name
 
 
