@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,21 @@ def test_kernels_folder_does_not_shadow_hugging_face_kernels(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_first_call_imports_no_compiler():
+    """A process that compiles nothing does not wait for torch's compiler, triton or sympy."""
+    code = textwrap.dedent("""
+        import sys, torch, codistill_kernels as kernels
+        x, weight, ids = torch.randn(4, 8), torch.randn(9, 8), torch.arange(4)
+        x.requires_grad_()
+        kernels.linear_logps(x, weight, ids).sum().backward()
+        terms = (None, torch.ones(4))
+        kernels.linear_policy_loss(x, weight, ids, *terms, normalizer=1.0)[0].backward()
+        kernels.linear_reverse_kl((x, weight), (x, weight))
+        kernels.selective_logps(torch.randn(4, 9).requires_grad_(), ids).sum().backward()
+        print([name for name in ("torch._dynamo", "sympy", "triton") if name in sys.modules])
+    """)
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert output.stdout.strip() == "[]", output.stdout

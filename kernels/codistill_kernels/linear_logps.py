@@ -17,12 +17,13 @@ from codistill_kernels._linear import (
     workspace_bytes,
 )
 from codistill_kernels._linear_inputs import cut, prepare, require_plain, require_workspace
+from codistill_kernels._ops import custom_op, fake_of
 from codistill_kernels._softmax_torch import normalizers
 
 # --- custom ops --------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("codistill::linear_statistics", mutates_args=())
+@custom_op()
 def linear_statistics(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -39,12 +40,12 @@ def linear_statistics(
     return make_chunks(hidden_states, head, token_ids, backend).statistics(has_entropy)
 
 
-@linear_statistics.register_fake
+@fake_of(linear_statistics)
 def _(hidden_states, lm_head_weight, bias, token_ids, temperature, softcap, has_entropy, backend):
     return temperature.new_empty((4, hidden_states.shape[0]))
 
 
-@torch.library.custom_op("codistill::linear_gradients", mutates_args=())
+@custom_op()
 def linear_gradients(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -82,7 +83,7 @@ def linear_gradients(
     return dx, dw, db if bias is None else db.to(bias.dtype)
 
 
-@linear_gradients.register_fake
+@fake_of(linear_gradients)
 def _(
     hidden_states,
     lm_head_weight,

@@ -27,6 +27,7 @@ from codistill_kernels._linear import (
     workspace_bytes,
 )
 from codistill_kernels._linear_inputs import prepare, require_plain, require_workspace
+from codistill_kernels._ops import custom_op, fake_of
 from codistill_kernels._scaling import with_gradients
 from codistill_kernels._sequences import to_tokens
 from codistill_kernels.linear_logps import LinearLogps, Options, log_probabilities
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 # --- custom op ---------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("codistill::linear_policy_gradients", mutates_args=())
+@custom_op()
 def linear_policy_gradients(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -86,7 +87,7 @@ def linear_policy_gradients(
     return single_pass(*arguments, plan.rows)
 
 
-@linear_policy_gradients.register_fake
+@fake_of(linear_policy_gradients)
 def _(
     hidden_states,
     lm_head_weight,

@@ -16,6 +16,7 @@ from codistill_kernels._head import compute_dtype
 from codistill_kernels._linear_cpu import ROWS as CPU_ROWS
 from codistill_kernels._linear_cpu import operand, operand_dtype
 from codistill_kernels._linear_torch import matmul
+from codistill_kernels._ops import custom_op, fake_of
 from codistill_kernels._softmax_torch import statistics
 
 ROWS = {"cpu": CPU_ROWS, "torch": 128}  # at once; torch holds the logits of both models
@@ -23,7 +24,7 @@ ROWS = {"cpu": CPU_ROWS, "torch": 128}  # at once; torch holds the logits of bot
 # --- custom op ---------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("codistill::reverse_kl", mutates_args=())
+@custom_op()
 def reverse_kl(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -63,7 +64,7 @@ def reverse_kl(
     return out
 
 
-@reverse_kl.register_fake
+@fake_of(reverse_kl)
 def _(student_hidden, student_weight, teacher_hidden, teacher_weight, temperature, backend):
     return torch.empty_like(temperature)
 

@@ -16,6 +16,7 @@ from codistill_kernels._checks import (
     require_token_ids,
 )
 from codistill_kernels._head import compute_dtype
+from codistill_kernels._ops import custom_op, fake_of
 from codistill_kernels.linear_logps import logps_and_entropy, row_coefficients
 
 ROWS = 256  # that the torch backend works on at once, in fp32; chosen, untested
@@ -23,7 +24,7 @@ ROWS = 256  # that the torch backend works on at once, in fp32; chosen, untested
 # --- custom ops --------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("codistill::logits_statistics", mutates_args=())
+@custom_op()
 def logits_statistics(
     logits: Tensor,
     token_ids: Tensor,
@@ -55,12 +56,12 @@ def logits_statistics(
     return out
 
 
-@logits_statistics.register_fake
+@fake_of(logits_statistics)
 def _(logits, token_ids, temperature, softcap, vocab_size, has_entropy, backend):
     return temperature.new_empty((4, logits.shape[0]))
 
 
-@torch.library.custom_op("codistill::write_logits_gradients", mutates_args=("out",))
+@custom_op(mutates=("out",))
 def write_logits_gradients(
     out: Tensor,
     logits: Tensor | None,
@@ -107,7 +108,7 @@ def write_logits_gradients(
         out[rows, vocab_size:] = 0
 
 
-@write_logits_gradients.register_fake
+@fake_of(write_logits_gradients)
 def _(
     out,
     logits,
