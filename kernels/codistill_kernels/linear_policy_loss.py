@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from codistill_kernels._autograd import refuse_transforms
-from codistill_kernels._checks import require, require_mask
+from codistill_kernels._checks import require_mask
 from codistill_kernels._chunk_gradients import as_coefficients, gradients_by_chunks
 from codistill_kernels._head import Head
 from codistill_kernels._linear import (
@@ -28,6 +28,7 @@ from codistill_kernels._linear import (
 )
 from codistill_kernels._linear_inputs import prepare, require_plain, require_workspace
 from codistill_kernels._scaling import with_gradients
+from codistill_kernels._tokens import TokenShape
 from codistill_kernels.linear_logps import LinearLogps, Options, log_probabilities
 from codistill_kernels.policy_loss import (
     PolicyLoss,
@@ -245,6 +246,8 @@ def linear_policy_loss(
 
     Losses of sequences take two passes, 8 N H V, except where triton keeps exponentials.
 
+    Tokens are flat, or rows of sequences, [B, T], as in `policy_loss`; hidden states [B, T, H].
+
     Args:
         hidden_states: [N, H], fp32, bf16, fp16 or fp64. Differentiable.
         lm_head_weight: [V, H]. Differentiable; its gradient is summed in fp32 and rounded once.
@@ -271,7 +274,16 @@ def linear_policy_loss(
     """
     require_plain("hidden_states", hidden_states)
     require_plain("token_ids", token_ids)
-    require(hidden_states.ndim == 2, "hidden_states", "[N, H]", tuple(hidden_states.shape))
+    tokens = TokenShape.of("token_ids", token_ids)
+    hidden_states = tokens.flat_states("hidden_states", hidden_states)
+    token_ids, old_logps, mask, importance_weights, temperature = tokens.flat(
+        token_ids=token_ids,
+        old_logps=old_logps,
+        mask=mask,
+        importance_weights=importance_weights,
+        temperature=temperature,
+    )
+    advantages, cu_seqlens = tokens.sequences("advantages", advantages, cu_seqlens)
     require_workspace(workspace_mib)
     refuse_transforms("linear_policy_loss", hidden_states, lm_head_weight, bias)
     require_mask(mask, len(hidden_states), "hidden_states", hidden_states)
@@ -322,9 +334,10 @@ def linear_policy_loss(
             rows=rows,
         )
         logps, _ = LinearLogps.apply(*inputs.tensors, keep, options)
-        return policy_loss(
+        loss_of_logps = policy_loss(
             logps, old_logps, advantages, keep, loss=loss, normalizer=normalizer, **terms
         )
+        return tokens.restored(*loss_of_logps)
     with torch.no_grad():
         logps, *gradients = linear_policy_gradients(
             *inputs.cut(),
@@ -348,4 +361,4 @@ def linear_policy_loss(
     if any(needs):
         scale_by = divisor(value, normalizer)
         value = with_gradients(differentiable, value, gradients, scale_by, group)
-    return value, statistics
+    return tokens.restored(value, statistics)

@@ -15,6 +15,7 @@ from codistill_kernels._head import Head
 from codistill_kernels._linear import make_chunks, plan_of_call
 from codistill_kernels._linear_inputs import LinearInputs, prepare, require_plain, require_workspace
 from codistill_kernels._scaling import with_gradients
+from codistill_kernels._tokens import TokenShape
 from codistill_kernels.linear_logps import LinearLogps, Options
 from codistill_kernels.policy_loss import divisor
 
@@ -141,6 +142,9 @@ def linear_token_loss(
 
     loss = (1/normalizer) sum over unmasked tokens n of fn(logps[n], entropy[n], n)
 
+    Tokens are flat, [N], or rows of sequences, [B, T], with hidden states [B, T, H]. What fn takes
+    is flat either way: its `rows` number the tokens of x.reshape(-1).
+
     On a CPU 6 N H V operations: fn is called on chunks of tokens while their logits are there. On a
     GPU fn is called once: 6 N H V where the exponentials of the logits fit into the workspace and
     fn does not use the entropy, else 8.
@@ -157,7 +161,8 @@ def linear_token_loss(
         workspace_mib, backend: as in `linear_policy_loss`.
 
     Returns:
-        (loss, {"logps": [N], "entropy": [N], "tokens": scalar}), the last three detached. Under
+        (loss, {"logps": [N], "entropy": [N], "tokens": scalar}), the last three detached ([B, T]
+        where [N], for tokens [B, T], the losses of "none" too). Under
         torch.compile fn is traced, called on all tokens (0 and 0 where masked), and logits are
         computed twice.
 
@@ -168,7 +173,11 @@ def linear_token_loss(
     """
     require_plain("hidden_states", hidden_states)
     require_plain("token_ids", token_ids)
-    require(hidden_states.ndim == 2, "hidden_states", "[N, H]", tuple(hidden_states.shape))
+    shape = TokenShape.of("token_ids", token_ids)
+    hidden_states = shape.flat_states("hidden_states", hidden_states)
+    token_ids, mask, temperature = shape.flat(
+        token_ids=token_ids, mask=mask, temperature=temperature
+    )
     require_workspace(workspace_mib)
     refuse_transforms("linear_token_loss", hidden_states, lm_head_weight, bias)
     require_normalizer(normalizer)
@@ -211,4 +220,5 @@ def linear_token_loss(
             loss, logps, entropy = by_log_probabilities(inputs, fn, rows, options)
         loss = loss / divisor(loss, normalizer)
     tokens = keep.sum().to(logps.dtype)
-    return loss, dict(logps=logps.detach(), entropy=entropy.detach(), tokens=tokens)
+    statistics = dict(logps=logps.detach(), entropy=entropy.detach(), tokens=tokens)
+    return shape.restored(loss, statistics)

@@ -20,6 +20,7 @@ from codistill_kernels._checks import (
     require_shape,
     require_tensor,
 )
+from codistill_kernels._tokens import TokenShape
 
 SEQUENCE_KINDS = ("gspo", "gmpo")
 KINDS = ("clip", "cispo", *SEQUENCE_KINDS)
@@ -101,19 +102,22 @@ def policy_loss(
     importance_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Surrogate over flat tokens: a sum, divided once.
+    """Surrogate over tokens: a sum, divided once.
 
     r[n] = exp(logps[n] - old_logps[n])
     loss = -(1/normalizer) sum_n w[n] surrogate[n] over unmasked tokens, surrogate as in PolicyLoss
     A ratio on a bound is not clipped. Advantage or weight 0 adds exactly 0, whatever the ratio, and
     whether or not the other of the two is infinite.
 
+    Tokens are flat, [N], or rows of sequences: every [N] below is then [B, T], S is B, and
+    `cu_seqlens` is left out; padding is for `mask`.
+
     Args:
         logps: [N] log-probabilities of the policy in training, nats; fp32, bf16, fp16 or fp64.
             Differentiable. All else is brought to its precision, fp32 or fp64, whatever its own is.
         old_logps: [N] those of the policy that wrote the tokens; in Eq. 5 and Eq. 10 alike the
             small model's. None: the policy itself, so r = 1, and the gradient is that of r.
-        advantages: [N], or [S] with `cu_seqlens`. No gradient flows into it.
+        advantages: [N], or [S] with `cu_seqlens` or tokens [B, T]. No gradient flows into it.
         mask: [N] bool; False takes a token out of everything, whatever its other values are.
         loss: which surrogate.
         normalizer: >= 0; the count that the sum is divided by, over all processes and
@@ -124,7 +128,7 @@ def policy_loss(
             every surrogate is positively homogeneous in A (|o_i|: unmasked tokens).
         importance_weights: [N] w, e.g. those of `importance_weights`. No gradient.
         cu_seqlens: [S + 1]; tokens of sequence s are cu_seqlens[s] : cu_seqlens[s + 1]. Needed by
-            gspo and gmpo, where every sequence must be whole.
+            gspo and gmpo, where every sequence must be whole, unless tokens are [B, T].
 
     Returns:
         loss, a scalar (fp32; fp64 for fp64 logps), and statistics over unmasked tokens, on the
@@ -140,6 +144,11 @@ def policy_loss(
 
     Source: Eq. 2, Eq. 5, Eq. 10. Definition: codistill_kernels.reference.policy_loss.
     """
+    tokens = TokenShape.of("logps", logps)
+    logps, old_logps, mask, importance_weights = tokens.flat(
+        logps=logps, old_logps=old_logps, mask=mask, importance_weights=importance_weights
+    )
+    advantages, cu_seqlens = tokens.sequences("advantages", advantages, cu_seqlens)
     check_inputs(
         loss, logps, old_logps, advantages, mask, normalizer, importance_weights, cu_seqlens
     )
@@ -154,7 +163,8 @@ def policy_loss(
         objective = factor * torch.where(factor != 0, logps, 0.0)
     statistics = summarize(log_ratio.detach(), keep, terms.low, terms.high)
     total = -objective.sum()
-    return total / divisor(total, normalizer), statistics | {"logps": logps.detach()}
+    statistics |= {"logps": logps.detach()}
+    return tokens.restored(total / divisor(total, normalizer), statistics)
 
 
 def importance_weights(
@@ -172,18 +182,19 @@ def importance_weights(
     out[n] = 0 if ratio[n] is outside `drop`, else min(ratio[n], truncate)
 
     Args:
-        trainer_logps, engine_logps: [N] log-probabilities (nats) of the same tokens under the same
-            weights, as the trainer and as the engine computed them.
-        mask: [N] bool; where False the weight is 0, whatever the values are.
+        trainer_logps, engine_logps: [N] or [B, T] log-probabilities (nats) of the same tokens under
+            the same weights, as the trainer and as the engine computed them.
+        mask: [N] or [B, T] bool; where False the weight is 0, whatever the values are.
         truncate: > 0, largest weight: truncated importance sampling (Yao et al. 2025). None: no
             bound, and a ratio that overflows is inf.
         drop: (low, high), 0 <= low <= high: a ratio outside has weight 0, on a bound it is kept
             (masked importance sampling; token by token IcePop, Ling Team 2025). None: all stay.
         cu_seqlens: [S + 1]; the ratio is that of the whole sequence, exp of the sum over its
-            unmasked tokens, and all its tokens have the same weight.
+            unmasked tokens, and all its tokens have the same weight. For flat tokens [N] only.
 
     Returns:
-        [N] >= 0, detached, fp32 (fp64 for fp64 trainer_logps). NaN logps give NaN, never 0.
+        [N] or [B, T] >= 0, detached, fp32 (fp64 for fp64 trainer_logps). NaN logps give NaN, never
+        0.
 
     Raises:
         ValueError: an argument has a wrong type, shape, dtype, device or value. The message names
@@ -191,6 +202,12 @@ def importance_weights(
 
     Definition: codistill_kernels.reference.importance_weights.
     """
+    shape = TokenShape.of("trainer_logps", trainer_logps)
+    trainer_logps, engine_logps, mask = shape.flat(
+        trainer_logps=trainer_logps, engine_logps=engine_logps, mask=mask
+    )
+    expected = "None: a ratio of tokens [B, T] is one of tokens"
+    require(shape.is_flat or cu_seqlens is None, "cu_seqlens", expected, "one")
     require_logps("trainer_logps", trainer_logps)
     like = ("trainer_logps", trainer_logps)
     require_tensor("engine_logps", engine_logps, *like)
@@ -208,7 +225,7 @@ def importance_weights(
         log_ratio = to_tokens(sequence_sums(log_ratio, cu_seqlens), cu_seqlens, len(log_ratio))
     ratio = log_ratio.exp()
     ratio = torch.where(keep & ~((ratio < low) | (ratio > high)), ratio, 0.0)
-    return ratio if truncate is None else ratio.clamp(max=truncate)
+    return shape.rows(ratio if truncate is None else ratio.clamp(max=truncate))
 
 
 def log_ratios(logps: Tensor, old_logps: Tensor | None) -> Tensor:
@@ -408,7 +425,8 @@ def check_inputs(
     require_mask(mask, logps.shape[0], "logps", logps)
     require_tensor("advantages", advantages, "logps", logps)
     if cu_seqlens is None:
-        require(not loss.is_sequence_level, "cu_seqlens", f"given with {loss.kind!r}", None)
+        expected = f"given with {loss.kind!r}, or tokens [B, T] with advantages [B]"
+        require(not loss.is_sequence_level, "cu_seqlens", expected, None)
         require_shape("advantages", advantages, tokens, "[N]")
     else:
         require_sequences(cu_seqlens, logps.shape[0], "logps", logps)
