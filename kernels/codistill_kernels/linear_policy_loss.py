@@ -26,8 +26,9 @@ from codistill_kernels._linear import (
     recomputed_gradients,
     workspace_bytes,
 )
-from codistill_kernels._linear_inputs import prepare, require_plain, require_workspace
+from codistill_kernels._linear_inputs import prepare, require_workspace
 from codistill_kernels._scaling import with_gradients
+from codistill_kernels._shards import require_plain
 from codistill_kernels._tokens import TokenShape
 from codistill_kernels.linear_logps import LinearLogps, Options, log_probabilities
 from codistill_kernels.policy_loss import (
@@ -69,7 +70,7 @@ def linear_policy_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logps [N], and the gradients of -sum of the surrogate: empty tensors where not needed.
 
-    kind, bounds: of the loss. shard_rows: of a whole shard of the weight, this one may be cut: all
+    kind, bounds: of the loss. shard_rows: of the largest shard of the weight, not cut: all
     processes must make the same chunks.
     """
     loss = PolicyLoss.from_bounds(kind, bounds)
@@ -250,7 +251,8 @@ def linear_policy_loss(
 
     Args:
         hidden_states: [N, H], fp32, bf16, fp16 or fp64. Differentiable.
-        lm_head_weight: [V, H]. Differentiable; its gradient is summed in fp32 and rounded once.
+        lm_head_weight: [V, H], or a DTensor as in `linear_logps`. Differentiable; its gradient is
+            summed in fp32 and rounded once.
         token_ids: [N] int64. Only those under the mask need be in the vocabulary.
         old_logps, advantages, mask, loss, normalizer, importance_weights, cu_seqlens: as in
             `policy_loss`.
@@ -299,6 +301,7 @@ def linear_policy_loss(
         vocab_size=vocab_size,
         group=group,
     )
+    group = inputs.shard.group
     differentiable = inputs.cut()[:3]
     needs = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
@@ -319,9 +322,7 @@ def linear_policy_loss(
         rows, in_chunks = None, True  # one op, whatever it does inside
     else:
         rows = keep.nonzero().squeeze(1)
-        kind, plan = plan_of_call(
-            hidden_states, lm_head_weight, len(rows), workspace_mib, group, backend
-        )
+        kind, plan = plan_of_call(inputs, len(rows), workspace_mib, backend)
         in_chunks = plan.way == "chunks" and not takes_two_passes(kind, loss, needs)
     if not in_chunks:
         options = Options(
@@ -349,7 +350,7 @@ def linear_policy_loss(
             cu_seqlens,
             loss.kind,
             loss.bounds(),
-            len(lm_head_weight),
+            inputs.shard.most_rows,
             workspace_mib,
             "" if group is None else group.group_name,
             needs,

@@ -11,11 +11,13 @@ from codistill_kernels._checks import (
     require_mask,
     require_scaling,
     require_shape,
+    require_tensor,
 )
 from codistill_kernels._head import compute_dtype
 from codistill_kernels._linear_cpu import ROWS as CPU_ROWS
 from codistill_kernels._linear_cpu import operand, operand_dtype
 from codistill_kernels._linear_torch import matmul
+from codistill_kernels._shards import require_plain, whole_head
 from codistill_kernels._softmax_torch import statistics
 from codistill_kernels._tokens import TokenShape
 
@@ -99,7 +101,7 @@ def linear_reverse_kl(
 
     Args:
         student, teacher: (hidden states [N, H] or [B, T, H], lm_head weight [V, H]), each with its
-            own H and V; fp32, bf16, fp16 or fp64.
+            own H and V; fp32, bf16, fp16 or fp64. A weight may be a DTensor that is replicated.
         mask: [N] or [B, T] bool; where False the result is 0, whatever the hidden states hold.
         temperature: divides the logits of both, > 0: a number, or a tensor [N] or [B, T].
         vocab_size: the vocabulary both have; weight rows from here on are outside both softmaxes.
@@ -117,13 +119,16 @@ def linear_reverse_kl(
     Source: the divergence that Eq. 6 estimates from sampled tokens. Definition:
     codistill_kernels.reference.linear_reverse_kl.
     """
+    for name, model in (("student", student), ("teacher", teacher)):
+        require_plain(name, model[0])
+        require_tensor(name, model[1])
     student_hidden = student[0]
     is_known = student_hidden.ndim in (2, 3)
     expected = "([N, H] or [B, T, H], [V, H])"
     require(is_known, "student", expected, tuple(student_hidden.shape))
     shape = TokenShape(student_hidden.shape[:-1])
     student, teacher = (
-        (shape.flat_states(name, hidden), weight)
+        (shape.flat_states(name, hidden), whole_head(name, weight))
         for name, (hidden, weight) in (("student", student), ("teacher", teacher))
     )
     mask, temperature = shape.flat(mask=mask, temperature=temperature)

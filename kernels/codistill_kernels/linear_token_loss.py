@@ -13,8 +13,9 @@ from codistill_kernels._checks import require, require_mask, require_normalizer
 from codistill_kernels._chunk_gradients import gradients_by_chunks
 from codistill_kernels._head import Head
 from codistill_kernels._linear import make_chunks, plan_of_call
-from codistill_kernels._linear_inputs import LinearInputs, prepare, require_plain, require_workspace
+from codistill_kernels._linear_inputs import LinearInputs, prepare, require_workspace
 from codistill_kernels._scaling import with_gradients
+from codistill_kernels._shards import require_plain
 from codistill_kernels._tokens import TokenShape
 from codistill_kernels.linear_logps import LinearLogps, Options
 from codistill_kernels.policy_loss import divisor
@@ -198,7 +199,9 @@ def linear_token_loss(
     )
     has_gradient = torch.is_grad_enabled()
     needs = [has_gradient and t is not None and t.requires_grad for t in inputs.tensors[:3]]
-    options = Options(inputs.vocab, softcap or 0.0, group, backend, any(needs), True, workspace_mib)
+    options = Options(
+        inputs.vocab, softcap or 0.0, inputs.shard.group, backend, any(needs), True, workspace_mib
+    )
     if torch.compiler.is_compiling() or reduction == "none":
         logps, entropy = LinearLogps.apply(*inputs.tensors, keep, options)
         every = torch.arange(keep.shape[0], device=keep.device)
@@ -210,9 +213,7 @@ def linear_token_loss(
             loss = loss / divisor(loss, normalizer)
     else:
         rows = keep.nonzero().squeeze(1)
-        kind, plan = plan_of_call(
-            hidden_states, lm_head_weight, len(rows), workspace_mib, group, backend
-        )
+        kind, plan = plan_of_call(inputs, len(rows), workspace_mib, backend)
         # Chunks of exponentials, as on a GPU, have no gradient of an entropy nor of a bias.
         if plan.way == "chunks" and kind.HAS_BIAS_GRADIENT and any(needs):
             loss, logps, entropy = by_chunks(inputs, fn, rows, options, needs, plan.rows)
