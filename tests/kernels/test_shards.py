@@ -133,6 +133,28 @@ def sharded_head(rank: int, folder: str) -> None:
     leave()
 
 
+def same_chunks(rank: int, folder: str) -> None:
+    """Shards of 21 and 20 rows: both processes plan for 21, or their chunks would not match."""
+    mesh = join(rank, folder)
+    hidden, *head, ids, advantages = make_case(41)
+    head = [distribute_tensor(part, mesh, [Shard(0)]).requires_grad_() for part in head]
+    planned = []
+
+    def plan(rows, vocab, *_):
+        planned.append(vocab)
+        return Plan("chunks", 5)
+
+    _linear.CpuChunks.plan = plan
+    policy(hidden, *head, ids, advantages)
+    token(hidden, *head, ids, advantages)
+    assert planned == [21, 21, 21]  # the policy loss plans twice
+    leave()
+
+
+def test_shards_of_one_head_make_the_same_chunks(tmp_path):
+    spawn(same_chunks, str(tmp_path), processes=2)
+
+
 def test_sharded_dtensor_equals_whole(tmp_path):
     spawn(sharded_head, str(tmp_path), processes=2)
 
