@@ -40,8 +40,8 @@ class TokenShape:
 
     def flat_states(self, name: str, hidden_states: Tensor) -> Tensor:
         """[..., H] as [N, H]"""
-        letters = "[N, H]" if self.is_flat else "[B, T, H]"
-        expected = f"{letters} with {letters[:-4]}] = {tuple(self.shape)}"
+        letters = "[N" if self.is_flat else "[B, T"
+        expected = f"{letters}, H] with {letters}] = {tuple(self.shape)}"
         require(hidden_states.shape[:-1] == self.shape, name, expected, tuple(hidden_states.shape))
         return hidden_states if self.is_flat else hidden_states.flatten(0, 1)
 

@@ -123,9 +123,11 @@ def codistill_losses(
 
     ratio of either model = exp(its logps - small_old_logps)
 
+    Tokens are flat, or rows of sequences, [B, T], as in `linear_policy_loss`.
+
     Args:
         small, large: (hidden states [N, H], lm_head weight [V, H]), or with the head's bias [V] or
-            None as the third, each with its own H and V. Differentiable.
+            None as the third, each with its own H and V. Differentiable. Heads may be DTensors.
         token_ids: [N] int64.
         small_old_logps: [N] under the small model that wrote the tokens: the denominator of both
             importance ratios.

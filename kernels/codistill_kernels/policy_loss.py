@@ -206,7 +206,7 @@ def importance_weights(
     trainer_logps, engine_logps, mask = shape.flat(
         trainer_logps=trainer_logps, engine_logps=engine_logps, mask=mask
     )
-    expected = "None: a ratio of tokens [B, T] is one of tokens"
+    expected = "None with tokens [B, T]: flatten them for ratios of sequences"
     require(shape.is_flat or cu_seqlens is None, "cu_seqlens", expected, "one")
     require_logps("trainer_logps", trainer_logps)
     like = ("trainer_logps", trainer_logps)

@@ -396,7 +396,7 @@ def test_mistakes_are_named(change, message):
         ),
         (
             lambda: importance_weights(ROWS, ROWS, cu_seqlens=torch.tensor([0, 3, 6])),
-            "cu_seqlens must be None",
+            "cu_seqlens must be None with tokens",
         ),
         (lambda: kl_penalty(ROWS, FLAT, normalizer=1.0), r"reference_logps must be \[B, T\]"),
         (
