@@ -56,7 +56,7 @@ def require_mask(
     if mask is not None:
         require_tensor("mask", mask, like_name, like)
         require_shape("mask", mask, (tokens,), "[N]")
-        require(mask.dtype == torch.bool, "mask", "bool", mask.dtype)
+        require(mask.dtype == torch.bool, "mask", "bool (mask.bool() of 0 and 1)", mask.dtype)
 
 
 def require_sequences(cu_seqlens: Tensor, tokens: int, like_name: str, like: Tensor) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from codistill_kernels import _backends, _slabs
@@ -19,6 +18,7 @@ from codistill_kernels._softmax_torch import normalizers
 
 if TYPE_CHECKING:
     from codistill_kernels._exponentials_triton import Exponentials
+    from codistill_kernels._linear_inputs import LinearInputs
     from codistill_kernels._linear_triton import TritonChunks
 
     Chunks: TypeAlias = TorchChunks | CpuChunks | TritonChunks
@@ -282,16 +282,11 @@ def plan_for(
 
 
 def plan_of_call(
-    hidden_states: Tensor,
-    weight: Tensor,
-    rows: int,
-    workspace_mib: int | None,
-    group: dist.ProcessGroup | None,
-    backend: str,
+    inputs: "LinearInputs", rows: int, workspace_mib: int | None, backend: str
 ) -> "tuple[type[Chunks], Plan]":
-    """Of so many of the rows that count, over a whole shard of the weight: all processes alike."""
-    vocab = len(weight)
-    is_shard = group is not None
+    """Of so many of the rows that count, over the largest shard: all processes alike."""
+    hidden_states, weight, *_ = inputs.tensors
+    vocab, is_shard = inputs.shard.most_rows, inputs.shard.group is not None
     workspace = workspace_bytes(workspace_mib, hidden_states.device, vocab, is_shard=is_shard)
     kind = kind_of_chunks(hidden_states, backend)
     return kind, plan_for(kind, hidden_states, weight, vocab, workspace, rows)

@@ -14,10 +14,10 @@ from codistill_kernels._checks import (
     require_in_vocabulary,
     require_scaling,
     require_shape,
-    require_tensor,
     require_token_ids,
 )
 from codistill_kernels._head import compute_dtype
+from codistill_kernels._shards import Shard, local_head, nan_where_apart, require_plain
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class LinearInputs:
     """[N] bool"""
     vocab: int
     """Rows of weight and bias that belong to the vocabulary."""
+    shard: Shard
+    """Where they are in the whole head."""
 
     def cut(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         """tensors, weight and bias without the other rows."""
@@ -57,25 +59,25 @@ def prepare(
     group: dist.ProcessGroup | None,
 ) -> LinearInputs:
     """active: [...] bool, tokens that count; only their ids and hidden states need make sense."""
+    lm_head_weight, bias, shard = local_head(lm_head_weight, bias, group)
     check_inputs(hidden_states, lm_head_weight, token_ids, bias, temperature, softcap)
-    shards, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
-    local_rows = lm_head_weight.shape[0]
-    all_rows = local_rows * shards
-    vocab_size = all_rows if vocab_size is None else vocab_size
-    require(0 < vocab_size <= all_rows, "vocab_size", f"in 1 .. {all_rows}", vocab_size)
     flat_ids, active = token_ids.reshape(-1), active.reshape(-1)
-    require_in_vocabulary(flat_ids, active, vocab_size)
-    first_row = rank * local_rows
-    rows = min(max(vocab_size - first_row, 0), local_rows)
     per_token = temperatures(temperature, token_ids.shape, hidden_states).reshape(-1)
+    if shard.group is not None:  # before what one process alone may refuse
+        per_token = nan_where_apart(per_token, torch.where(active, flat_ids, -1), shard)
+    vocab_size = shard.all_rows if vocab_size is None else vocab_size
+    expected = f"in 1 .. {shard.all_rows}"
+    require(0 < vocab_size <= shard.all_rows, "vocab_size", expected, vocab_size)
+    require_in_vocabulary(flat_ids, active, vocab_size)
+    rows = min(max(vocab_size - shard.first_row, 0), lm_head_weight.shape[0])
     tensors = (
         hidden_states.reshape(-1, hidden_states.shape[-1]),
         lm_head_weight,
         bias,
-        torch.where(active, flat_ids - first_row, -1),
+        torch.where(active, flat_ids - shard.first_row, -1),
         nan_where_outside(per_token, flat_ids, active, vocab_size),
     )
-    return LinearInputs(tensors, active, rows)
+    return LinearInputs(tensors, active, rows, shard)
 
 
 def temperatures(
@@ -93,13 +95,6 @@ def require_workspace(workspace_mib: int | None) -> None:
     require(is_valid, "workspace_mib", "a whole number > 0, or None", workspace_mib)
 
 
-def require_plain(name: str, tensor: object) -> None:
-    """A tensor of one process: what a DTensor holds here is for the caller to say."""
-    require_tensor(name, tensor)
-    expected = "a plain tensor: .full_tensor(), or .to_local() with `group`"
-    require(type(tensor).__name__ != "DTensor", name, expected, "a DTensor")
-
-
 def check_inputs(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -108,6 +103,7 @@ def check_inputs(
     temperature: float | Tensor,
     softcap: float | None,
 ) -> None:
+    """Of the local parts of weight [V, H] and bias."""
     tensors: dict[str, object] = dict(hidden_states=hidden_states, lm_head_weight=lm_head_weight)
     tensors |= dict(token_ids=token_ids) | ({} if bias is None else dict(bias=bias))
     tensors |= dict(temperature=temperature) if isinstance(temperature, Tensor) else {}
@@ -116,7 +112,6 @@ def check_inputs(
     require(hidden_states.ndim >= 1, "hidden_states", "[..., H]", tuple(hidden_states.shape))
     require_float("hidden_states", hidden_states)
     require_float("lm_head_weight", lm_head_weight)
-    require(lm_head_weight.ndim == 2, "lm_head_weight", "[V, H]", tuple(lm_head_weight.shape))
     vocab, hidden = lm_head_weight.shape
     require(hidden > 0, "lm_head_weight", "[V, H] with H > 0", tuple(lm_head_weight.shape))
     require_shape("lm_head_weight", lm_head_weight, (vocab, hidden_states.shape[-1]), "[V, H]")

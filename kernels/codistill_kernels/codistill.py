@@ -1,7 +1,8 @@
 """Both models of CoDistill-GRPO at once: their advantages, and their losses."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
+import torch.distributed as dist
 from torch import Tensor
 
 from codistill_kernels._checks import require, require_logps, require_shape, require_tensor
@@ -9,6 +10,8 @@ from codistill_kernels._estimators import OF_REWARDS
 from codistill_kernels.linear_policy_loss import linear_policy_loss
 from codistill_kernels.policy_loss import PolicyLoss
 from codistill_kernels.rewards import downsample, group_advantages, kd_rewards
+
+Model: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
 
 
 class Scores(NamedTuple):
@@ -98,8 +101,8 @@ def codistill_scores(
 
 
 def codistill_losses(
-    small: tuple[Tensor, Tensor],
-    large: tuple[Tensor, Tensor],
+    small: Model,
+    large: Model,
     token_ids: Tensor,
     small_old_logps: Tensor,
     small_advantages: Tensor,
@@ -114,6 +117,7 @@ def codistill_losses(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
+    group: dist.ProcessGroup | None = None,
     workspace_mib: int | None = None,
     backend: str = "auto",
 ) -> tuple[tuple[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]:
@@ -121,15 +125,18 @@ def codistill_losses(
 
     ratio of either model = exp(its logps - small_old_logps)
 
+    Tokens are flat, or rows of sequences, [B, T], as in `linear_policy_loss`.
+
     Args:
-        small, large: (hidden states [N, H], lm_head weight [V, H]), each with its own H and V.
-            Differentiable.
+        small, large: (hidden states [N, H], lm_head weight [V, H]), or with the head's bias [V] or
+            None as the third, each with its own H and V. Differentiable. Heads may be DTensors.
         token_ids: [N] int64.
         small_old_logps: [N] under the small model that wrote the tokens: the denominator of both
             importance ratios.
         small_advantages, large_advantages: [N], or [S] with `cu_seqlens`.
         large_loss: of the large model; None: `loss`, as for the small one.
-        The others: as in `linear_policy_loss`, the same for both models.
+        The others: as in `linear_policy_loss`, the same for both models; `group` holds shards of
+            both heads.
 
     Returns:
         (loss, statistics) of the small model and (loss, statistics) of the large one, each as
@@ -142,13 +149,8 @@ def codistill_losses(
     Source: Eq. 5 (small), Eq. 10 (large). Definition: codistill_kernels.reference.codistill_losses.
     """
     require_tensor("token_ids", token_ids)
-    for name, pair in (("small", small), ("large", large)):
-        is_pair = isinstance(pair, tuple | list) and len(pair) == 2
-        require(is_pair, name, "([N, H], [V, H])", type(pair).__name__)
-        for tensor in pair:
-            require_tensor(name, tensor, "token_ids", token_ids)
-        shape = (token_ids.shape[0], pair[1].shape[-1])
-        require_shape(name, pair[0], shape, "([N, H], [V, H])")
+    for name, model in (("small", small), ("large", large)):
+        check_model(name, model, token_ids)
     # By the names they have here; and without small_old_logps the large model's ratio would be 1.
     for name, tensor in (
         ("small_old_logps", small_old_logps),
@@ -162,11 +164,14 @@ def codistill_losses(
     )
     first, second = (
         linear_policy_loss(
-            *model,
+            hidden_states,
+            lm_head_weight,
             token_ids,
             small_old_logps,
             advantages,
             mask,
+            bias=bias[0] if bias else None,
+            group=group,
             loss=model_loss,
             normalizer=normalizer,
             importance_weights=importance_weights,
@@ -177,6 +182,20 @@ def codistill_losses(
             workspace_mib=workspace_mib,
             backend=backend,
         )
-        for model, advantages, model_loss in models
+        for (hidden_states, lm_head_weight, *bias), advantages, model_loss in models
     )
     return first, second
+
+
+def check_model(name: str, model: Model, token_ids: Tensor) -> None:
+    letters = "([N, H], [V, H]) or ([N, H], [V, H], [V] or None)"
+    is_model = isinstance(model, tuple | list) and len(model) in (2, 3)
+    require(is_model, name, letters, type(model).__name__)
+    hidden_states, lm_head_weight, *bias = model
+    for tensor in (hidden_states, lm_head_weight, *bias):
+        if tensor is not None:
+            require_tensor(name, tensor, "token_ids", token_ids)
+    expected = (*token_ids.shape, lm_head_weight.shape[-1])
+    require_shape(name, hidden_states, expected, letters)
+    if bias and bias[0] is not None:
+        require_shape(name, bias[0], tuple(lm_head_weight.shape[:1]), letters)

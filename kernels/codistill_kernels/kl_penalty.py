@@ -14,6 +14,7 @@ from codistill_kernels._checks import (
 )
 from codistill_kernels._estimators import ESTIMATORS, OF_OBJECTIVES, Estimate
 from codistill_kernels._sequences import to_tokens
+from codistill_kernels._tokens import TokenShape
 from codistill_kernels.policy_loss import divisor
 
 
@@ -27,14 +28,16 @@ def kl_penalty(
     weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Estimate of KL(policy || reference) over flat tokens that the policy sampled: a sum, divided
-    once.
+    """Estimate of KL(policy || reference) over tokens that the policy sampled: a sum, divided once.
 
     d[n] = reference_logps[n] - logps[n]
     k2[n] = d[n]^2 / 2
     k3[n] = exp(d[n]) - 1 - d[n]
     abs[n] = |d[n]|
     loss = (1/normalizer) sum_n w[n] k[n] over unmasked tokens
+
+    Tokens are flat, [N], or rows of sequences: every [N] below is then [B, T], S is B, and
+    `cu_seqlens` is left out.
 
     Args:
         logps: [N] log-probabilities of the policy in training, nats; fp32, bf16, fp16 or fp64.
@@ -50,8 +53,8 @@ def kl_penalty(
             expectation, whatever the reference is.
         normalizer: >= 0; the count that the sum is divided by, over all processes and
             micro-batches. A sum of 0 over 0, where nothing is unmasked, is 0 with gradient 0.
-        weights: w, [N], or [S] with `cu_seqlens`: 1/|o_i| for Eq. 2. None: 1. Weight 0 adds exactly
-            0, whatever d is.
+        weights: w, [N], or [S] with `cu_seqlens` or tokens [B, T]: 1/|o_i| for Eq. 2. None: 1.
+            Weight 0 adds exactly 0, whatever d is.
         cu_seqlens: [S + 1]; tokens of sequence s are cu_seqlens[s] : cu_seqlens[s + 1].
 
     Returns:
@@ -66,6 +69,11 @@ def kl_penalty(
     Source: Eq. 2, Eq. 4; Schulman 2020, "Approximating KL divergence"; "abs": kl_penalty of verl.
     Definition: codistill_kernels.reference.kl_penalty.
     """
+    shape = TokenShape.of("logps", logps)
+    logps, reference_logps, mask = shape.flat(
+        logps=logps, reference_logps=reference_logps, mask=mask
+    )
+    weights, cu_seqlens = shape.sequences("weights", weights, cu_seqlens)
     require_logps("logps", logps)
     require_tensor("reference_logps", reference_logps, "logps", logps)
     require_shape("reference_logps", reference_logps, tuple(logps.shape), "[N]")

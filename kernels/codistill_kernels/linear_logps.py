@@ -16,8 +16,9 @@ from codistill_kernels._linear import (
     recomputed_gradients,
     workspace_bytes,
 )
-from codistill_kernels._linear_inputs import cut, prepare, require_plain, require_workspace
+from codistill_kernels._linear_inputs import cut, prepare, require_workspace
 from codistill_kernels._ops import custom_op, fake_of
+from codistill_kernels._shards import require_plain
 from codistill_kernels._softmax_torch import normalizers
 
 # --- custom ops --------------------------------------------------------------------------------
@@ -306,7 +307,12 @@ def linear_logps(
     Args:
         hidden_states: [..., H], fp32, bf16, fp16 or fp64. Differentiable.
         lm_head_weight: [V, H], same device, any of these dtypes. Differentiable; its gradient is
-            summed in fp32 and rounded once.
+            summed in fp32 and rounded once. A DTensor (and so the bias) on a mesh of one dimension:
+            Replicate: each process brings tokens of its own, and the gradient, which is Partial, is
+            the sum over processes; with the same tokens everywhere pass .to_local() instead.
+            Shard(0): as `group`, the mesh's processes, with shards as by torch.chunk; all bring the
+            same tokens. FSDP shards its head too, but there tokens differ: .full_tensor() or
+            unshard() it first.
         token_ids: [...], int64, in [0, vocab_size) or `ignore_index`. On a GPU and under
             torch.compile, where values are not looked at, an id outside gives NaN.
         bias: [V], added to the logits. Differentiable.
@@ -317,9 +323,10 @@ def linear_logps(
         ignore_index: such tokens get log-probability 0, entropy 0 and no gradient, whatever their
             hidden states hold.
         return_entropy: also return the entropy, differentiable like the log-probabilities.
-        group: processes that each hold V rows of the weight (and of the bias), in rank order; ids
-            and vocab_size then count over all of them. Every process gets the whole result, and
-            in the backward pass the whole gradient of hidden_states.
+        group: processes that each hold V rows of the weight (and of the bias), all as many, in rank
+            order; ids and vocab_size then count over all of them. All bring the same tokens, and
+            each gets the whole result, and in the backward pass the whole gradient of
+            hidden_states.
         workspace_mib: bound of the logits held at once, or of their exponentials until the backward
             pass (MiB). None: 128 on a CPU, on a GPU 2560 or half of what is free: give a number
             where bits must not depend on that.
@@ -329,7 +336,9 @@ def linear_logps(
         [...] fp32, nats, <= 0; with `return_entropy` (logps, entropy). fp64 for fp64 hidden states.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype, device or value. The message names it.
+        ValueError: an argument has a wrong shape, dtype, device or value, or processes that share a
+            head bring other tokens or unequal shards (under torch.compile all results are NaN
+            then). The message names it.
 
     Logits are fp32 sums, never rounded. Memory besides the inputs, and the gradients, of
     hidden_states in fp32: the forward pass holds a tile of logits a thread (cpu), a slab of 128 MiB
@@ -358,7 +367,7 @@ def linear_logps(
     options = Options(
         inputs.vocab,
         softcap or 0.0,
-        group,
+        inputs.shard.group,
         backend,
         torch.is_grad_enabled(),
         return_entropy,

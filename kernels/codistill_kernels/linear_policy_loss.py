@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from codistill_kernels._autograd import refuse_transforms
-from codistill_kernels._checks import require, require_mask
+from codistill_kernels._checks import require_mask
 from codistill_kernels._chunk_gradients import as_coefficients, gradients_by_chunks
 from codistill_kernels._head import Head
 from codistill_kernels._linear import (
@@ -26,10 +26,12 @@ from codistill_kernels._linear import (
     recomputed_gradients,
     workspace_bytes,
 )
-from codistill_kernels._linear_inputs import prepare, require_plain, require_workspace
+from codistill_kernels._linear_inputs import prepare, require_workspace
 from codistill_kernels._ops import custom_op, fake_of
 from codistill_kernels._scaling import with_gradients
 from codistill_kernels._sequences import to_tokens
+from codistill_kernels._shards import require_plain
+from codistill_kernels._tokens import TokenShape
 from codistill_kernels.linear_logps import LinearLogps, Options, log_probabilities
 from codistill_kernels.policy_loss import (
     PolicyLoss,
@@ -69,8 +71,8 @@ def linear_policy_gradients(
     """logps and entropy [N], and the gradients of the sum before the normalizer, each an empty
     tensor where it is not needed.
 
-    kind, settings: of the loss. shard_rows: of a whole shard of the weight, this one may be cut:
-    all processes must make the same chunks.
+    kind, settings: of the loss. shard_rows: of the largest shard of the weight, not cut: all
+    processes must make the same chunks.
     """
     loss = PolicyLoss.from_settings(kind, settings)
     group = dist.distributed_c10d._resolve_process_group(group_name) if group_name else None
@@ -256,9 +258,12 @@ def linear_policy_loss(
     The entropy, in the statistics, and the gradient of an entropy bonus come from the same pass.
     Losses of sequences take two passes, 8 N H V, except where exponentials are kept (triton).
 
+    Tokens are flat, or rows of sequences, [B, T], as in `policy_loss`; hidden states [B, T, H].
+
     Args:
         hidden_states: [N, H], fp32, bf16, fp16 or fp64. Differentiable.
-        lm_head_weight: [V, H]. Differentiable; its gradient is summed in fp32 and rounded once.
+        lm_head_weight: [V, H], or a DTensor as in `linear_logps`. Differentiable; its gradient is
+            summed in fp32 and rounded once.
         token_ids: [N] int64. Only those under the mask need be in the vocabulary.
         old_logps, advantages, mask, loss, normalizer, importance_weights, cu_seqlens: as in
             `policy_loss`.
@@ -282,7 +287,16 @@ def linear_policy_loss(
     """
     require_plain("hidden_states", hidden_states)
     require_plain("token_ids", token_ids)
-    require(hidden_states.ndim == 2, "hidden_states", "[N, H]", tuple(hidden_states.shape))
+    tokens = TokenShape.of("token_ids", token_ids)
+    hidden_states = tokens.flat_states("hidden_states", hidden_states)
+    token_ids, old_logps, mask, importance_weights, temperature = tokens.flat(
+        token_ids=token_ids,
+        old_logps=old_logps,
+        mask=mask,
+        importance_weights=importance_weights,
+        temperature=temperature,
+    )
+    advantages, cu_seqlens = tokens.sequences("advantages", advantages, cu_seqlens)
     require_workspace(workspace_mib)
     refuse_transforms("linear_policy_loss", hidden_states, lm_head_weight, bias)
     require_mask(mask, len(hidden_states), "hidden_states", hidden_states)
@@ -298,6 +312,7 @@ def linear_policy_loss(
         vocab_size=vocab_size,
         group=group,
     )
+    group = inputs.shard.group
     differentiable = inputs.cut()[:3]
     needs = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
@@ -318,9 +333,7 @@ def linear_policy_loss(
         rows, in_chunks = None, True  # one op, whatever it does inside
     else:
         rows = keep.nonzero().squeeze(1)
-        kind, plan = plan_of_call(
-            hidden_states, lm_head_weight, len(rows), workspace_mib, group, backend
-        )
+        kind, plan = plan_of_call(inputs, len(rows), workspace_mib, backend)
         in_chunks = plan.way == "chunks" and not takes_two_passes(kind, loss, needs)
     if not in_chunks:
         options = Options(
@@ -335,7 +348,8 @@ def linear_policy_loss(
         )
         logps, entropy = LinearLogps.apply(*inputs.tensors, keep, options)
         terms |= dict(normalizer=normalizer, entropy=entropy)
-        return policy_loss(logps, old_logps, advantages, keep, loss=loss, **terms)
+        loss_of_logps = policy_loss(logps, old_logps, advantages, keep, loss=loss, **terms)
+        return tokens.restored(*loss_of_logps)
     with torch.no_grad():
         logps, entropy, *gradients = linear_policy_gradients(
             *inputs.cut(),
@@ -347,7 +361,7 @@ def linear_policy_loss(
             cu_seqlens,
             loss.kind,
             loss.settings(),
-            len(lm_head_weight),
+            inputs.shard.most_rows,
             workspace_mib,
             "" if group is None else group.group_name,
             needs,
@@ -358,4 +372,4 @@ def linear_policy_loss(
     if any(needs):
         scale_by = divisor(value, normalizer)
         value = with_gradients(differentiable, value, gradients, scale_by, group)
-    return value, statistics
+    return tokens.restored(value, statistics)

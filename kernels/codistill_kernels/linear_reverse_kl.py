@@ -11,13 +11,16 @@ from codistill_kernels._checks import (
     require_mask,
     require_scaling,
     require_shape,
+    require_tensor,
 )
 from codistill_kernels._head import compute_dtype
 from codistill_kernels._linear_cpu import ROWS as CPU_ROWS
 from codistill_kernels._linear_cpu import operand, operand_dtype
 from codistill_kernels._linear_torch import matmul
 from codistill_kernels._ops import custom_op, fake_of
+from codistill_kernels._shards import require_plain, whole_head
 from codistill_kernels._softmax_torch import statistics
+from codistill_kernels._tokens import TokenShape
 
 ROWS = {"cpu": CPU_ROWS, "torch": 128}  # at once; torch holds the logits of both models
 
@@ -98,16 +101,16 @@ def linear_reverse_kl(
     p = softmax_v(student_hidden @ student_weight.T / temperature), q likewise of the teacher
 
     Args:
-        student, teacher: (hidden states [N, H], lm_head weight [V, H]), each with its own H and V;
-            fp32, bf16, fp16 or fp64.
-        mask: [N] bool; where False the result is 0, whatever the hidden states hold.
-        temperature: divides the logits of both, > 0: a number, or a tensor [N].
+        student, teacher: (hidden states [N, H] or [B, T, H], lm_head weight [V, H]), each with its
+            own H and V; fp32, bf16, fp16 or fp64. A weight may be a DTensor that is replicated.
+        mask: [N] or [B, T] bool; where False the result is 0, whatever the hidden states hold.
+        temperature: divides the logits of both, > 0: a number, or a tensor [N] or [B, T].
         vocab_size: the vocabulary both have; weight rows from here on are outside both softmaxes.
             None: as many rows as both weights have.
         backend: "auto", "triton", "cpu" (C++) or "torch". auto: triton on a GPU, cpu on the CPU.
 
     Returns:
-        [N] fp32 (fp64 for fp64 students), nats, >= 0, detached: it is a reward.
+        [N] or [B, T] fp32 (fp64 for fp64 students), nats, >= 0, detached: it is a reward.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value. The message names it.
@@ -117,6 +120,19 @@ def linear_reverse_kl(
     Source: the divergence that Eq. 6 estimates from sampled tokens. Definition:
     codistill_kernels.reference.linear_reverse_kl.
     """
+    for name, model in (("student", student), ("teacher", teacher)):
+        require_plain(name, model[0])
+        require_tensor(name, model[1])
+    student_hidden = student[0]
+    is_known = student_hidden.ndim in (2, 3)
+    expected = "([N, H] or [B, T, H], [V, H])"
+    require(is_known, "student", expected, tuple(student_hidden.shape))
+    shape = TokenShape(student_hidden.shape[:-1])
+    student, teacher = (
+        (shape.flat_states(name, hidden), whole_head(name, weight))
+        for name, (hidden, weight) in (("student", student), ("teacher", teacher))
+    )
+    mask, temperature = shape.flat(mask=mask, temperature=temperature)
     vocab_size = check_inputs(student, teacher, mask, temperature, vocab_size)
     (student_hidden, student_weight), (teacher_hidden, teacher_weight) = (
         (hidden.detach(), weight.detach()[:vocab_size]) for hidden, weight in (student, teacher)
@@ -132,7 +148,7 @@ def linear_reverse_kl(
         per_token.expand(len(student_hidden)).contiguous(),
         backend,
     )
-    return out if mask is None else torch.where(mask, out, 0.0)
+    return shape.rows(out if mask is None else torch.where(mask, out, 0.0))
 
 
 def check_inputs(

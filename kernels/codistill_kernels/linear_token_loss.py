@@ -13,8 +13,10 @@ from codistill_kernels._checks import require, require_mask, require_normalizer
 from codistill_kernels._chunk_gradients import gradients_by_chunks
 from codistill_kernels._head import Head
 from codistill_kernels._linear import make_chunks, plan_of_call
-from codistill_kernels._linear_inputs import LinearInputs, prepare, require_plain, require_workspace
+from codistill_kernels._linear_inputs import LinearInputs, prepare, require_workspace
 from codistill_kernels._scaling import with_gradients
+from codistill_kernels._shards import require_plain
+from codistill_kernels._tokens import TokenShape
 from codistill_kernels.linear_logps import LinearLogps, Options
 from codistill_kernels.policy_loss import divisor
 
@@ -163,6 +165,9 @@ def linear_token_loss(
 
     loss = (1/normalizer) sum over unmasked tokens n of fn(logps[n], entropy[n], n)
 
+    Tokens are flat, [N], or rows of sequences, [B, T], with hidden states [B, T, H]. What fn takes
+    is flat either way: its `rows` number the tokens of x.reshape(-1).
+
     On a CPU 6 N H V operations: fn is called on chunks of tokens while their logits are there. On a
     GPU fn is called once: 6 N H V where the exponentials of the logits fit into the workspace and
     fn does not use the entropy, else 8.
@@ -179,9 +184,10 @@ def linear_token_loss(
         workspace_mib, backend: as in `linear_policy_loss`.
 
     Returns:
-        (loss, {"logps": [N], "entropy": [N], "tokens": scalar}), the last three detached. Under
-        torch.compile fn is traced, called on all tokens (0 and 0 where masked, whatever it gives
-        there counts for nothing), and logits are computed twice.
+        (loss, {"logps": [N], "entropy": [N], "tokens": scalar}), the last three detached ([B, T]
+        where [N], for tokens [B, T], the losses of "none" too). Under torch.compile fn is traced,
+        called on all tokens (0 and 0 where masked, whatever it gives there counts for nothing), and
+        logits are computed twice.
 
     Raises:
         ValueError: an argument, or what fn returns, is wrong. The message names it.
@@ -190,7 +196,11 @@ def linear_token_loss(
     """
     require_plain("hidden_states", hidden_states)
     require_plain("token_ids", token_ids)
-    require(hidden_states.ndim == 2, "hidden_states", "[N, H]", tuple(hidden_states.shape))
+    shape = TokenShape.of("token_ids", token_ids)
+    hidden_states = shape.flat_states("hidden_states", hidden_states)
+    token_ids, mask, temperature = shape.flat(
+        token_ids=token_ids, mask=mask, temperature=temperature
+    )
     require_workspace(workspace_mib)
     refuse_transforms("linear_token_loss", hidden_states, lm_head_weight, bias)
     require_normalizer(normalizer)
@@ -211,7 +221,9 @@ def linear_token_loss(
     )
     has_gradient = torch.is_grad_enabled()
     needs = [has_gradient and t is not None and t.requires_grad for t in inputs.tensors[:3]]
-    options = Options(inputs.vocab, softcap or 0.0, group, backend, any(needs), True, workspace_mib)
+    options = Options(
+        inputs.vocab, softcap or 0.0, inputs.shard.group, backend, any(needs), True, workspace_mib
+    )
     if torch.compiler.is_compiling() or reduction == "none":
         loss, logps, entropy = by_autograd(inputs, fn, keep, options)
         if reduction == "sum":
@@ -219,9 +231,7 @@ def linear_token_loss(
             loss = loss / divisor(loss, normalizer)
     else:
         rows = keep.nonzero().squeeze(1)
-        kind, plan = plan_of_call(
-            hidden_states, lm_head_weight, len(rows), workspace_mib, group, backend
-        )
+        kind, plan = plan_of_call(inputs, len(rows), workspace_mib, backend)
         # Chunks of exponentials, as on a GPU, have no gradient of an entropy nor of a bias.
         if plan.way == "chunks" and kind.HAS_BIAS_GRADIENT and any(needs):
             loss, logps, entropy = by_chunks(inputs, fn, rows, options, needs, plan.rows)
@@ -229,4 +239,5 @@ def linear_token_loss(
             loss, logps, entropy = by_log_probabilities(inputs, fn, rows, options)
         loss = loss / divisor(loss, normalizer)
     tokens = keep.sum().to(logps.dtype)
-    return loss, dict(logps=logps.detach(), entropy=entropy.detach(), tokens=tokens)
+    statistics = dict(logps=logps.detach(), entropy=entropy.detach(), tokens=tokens)
+    return shape.restored(loss, statistics)

@@ -20,6 +20,7 @@ from codistill_kernels._checks import (
 )
 from codistill_kernels._sequences import sequence_sums, to_tokens
 from codistill_kernels._surrogates import SURROGATES, Surrogate, Tokens
+from codistill_kernels._tokens import TokenShape
 
 
 @dataclass(frozen=True)
@@ -130,19 +131,22 @@ def policy_loss(
     entropy: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Surrogate over flat tokens: a sum, divided once.
+    """Surrogate over tokens: a sum, divided once.
 
     r[n] = exp(logps[n] - old_logps[n])
     loss = -(1/normalizer) sum_n (w[n] surrogate[n] + entropy_bonus entropy[n]) over unmasked tokens
     with the surrogate as in PolicyLoss. A ratio on a bound is not clipped. Advantage or weight 0
     adds exactly 0, whatever the ratio, and whether or not the other of the two is infinite.
 
+    Tokens are flat, [N], or rows of sequences: every [N] below is then [B, T], S is B, and
+    `cu_seqlens` is left out; padding is for `mask`.
+
     Args:
         logps: [N] log-probabilities of the policy in training, nats; fp32, bf16, fp16 or fp64.
             Differentiable. All else is brought to its precision, fp32 or fp64, whatever its own is.
         old_logps: [N] those of the policy that wrote the tokens; in Eq. 5 and Eq. 10 alike the
             small model's. None: the policy itself, so r = 1, and the gradient is that of r.
-        advantages: [N], or [S] with `cu_seqlens`. No gradient flows into it.
+        advantages: [N], or [S] with `cu_seqlens` or tokens [B, T]. No gradient flows into it.
         mask: [N] bool; False takes a token out of everything, whatever its other values are.
         loss: which surrogate.
         normalizer: >= 0; the count that the sum is divided by, over all processes and
@@ -155,7 +159,8 @@ def policy_loss(
         entropy: [N] of the policy in training, nats, as `linear_logps` returns it. Differentiable.
             Needed by an entropy bonus.
         cu_seqlens: [S + 1]; tokens of sequence s are cu_seqlens[s] : cu_seqlens[s + 1]. Needed by
-            gspo, luspo, gmpo and vespo, where every sequence must be whole.
+            gspo, luspo, gmpo and vespo, where every sequence must be whole, unless tokens are
+            [B, T].
 
     Returns:
         loss, a scalar (fp32; fp64 for fp64 logps), and statistics over unmasked tokens, on the
@@ -172,6 +177,15 @@ def policy_loss(
 
     Source: Eq. 2, Eq. 5, Eq. 10. Definition: codistill_kernels.reference.policy_loss.
     """
+    shape = TokenShape.of("logps", logps)
+    logps, old_logps, mask, importance_weights, entropy = shape.flat(
+        logps=logps,
+        old_logps=old_logps,
+        mask=mask,
+        importance_weights=importance_weights,
+        entropy=entropy,
+    )
+    advantages, cu_seqlens = shape.sequences("advantages", advantages, cu_seqlens)
     check_inputs(
         loss, logps, old_logps, advantages, mask, normalizer, importance_weights, cu_seqlens
     )
@@ -195,7 +209,7 @@ def policy_loss(
         if loss.entropy_bonus:
             # Select before summing: NaN behind the mask must reach neither loss nor gradient.
             total = total - loss.entropy_bonus * torch.where(keep, entropy, 0.0).sum()
-    return total / divisor(total, normalizer), statistics
+    return shape.restored(total / divisor(total, normalizer), statistics)
 
 
 def prepare_tokens(
@@ -333,7 +347,8 @@ def check_inputs(
     require_mask(mask, logps.shape[0], "logps", logps)
     require_tensor("advantages", advantages, "logps", logps)
     if cu_seqlens is None:
-        require(not loss.needs_sequences, "cu_seqlens", f"given with {loss.kind!r}", None)
+        expected = f"given with {loss.kind!r}, or tokens [B, T] with advantages [B]"
+        require(not loss.needs_sequences, "cu_seqlens", expected, None)
         require_shape("advantages", advantages, tokens, "[N]")
     else:
         require_sequences(cu_seqlens, logps.shape[0], "logps", logps)

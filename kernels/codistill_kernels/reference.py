@@ -389,8 +389,8 @@ def codistill_scores(
 
 
 def codistill_losses(
-    small: tuple[Tensor, Tensor],
-    large: tuple[Tensor, Tensor],
+    small: tuple[Tensor, ...],
+    large: tuple[Tensor, ...],
     token_ids: Tensor,
     small_old_logps: Tensor,
     small_advantages: Tensor,
@@ -399,15 +399,19 @@ def codistill_losses(
     *,
     normalizer: float,
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 5 and Eq. 10: both ratios are over the small model's old policy."""
+    """Eq. 5 and Eq. 10: both ratios are over the small model's old policy. A model: hidden states,
+    weight and, where its head has one, bias."""
     small_loss, large_loss = (
         policy_loss(
-            linear_logps(*model, token_ids),
+            linear_logps(hidden_states, weight, token_ids, bias=bias[0] if bias else None),
             small_old_logps,
             advantages,
             mask,
             normalizer=normalizer,
         )
-        for model, advantages in ((small, small_advantages), (large, large_advantages))
+        for (hidden_states, weight, *bias), advantages in (
+            (small, small_advantages),
+            (large, large_advantages),
+        )
     )
     return small_loss, large_loss

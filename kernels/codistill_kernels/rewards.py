@@ -89,6 +89,7 @@ def kd_rewards(
             require(is_pair, name, "(hidden states, weight)", type(model).__name__)
             for tensor in model or ():
                 require_tensor(name, tensor, "rewards", rewards)
+                require(tensor.ndim == 2, name, "([N, H], [V, H])", tuple(tensor.shape))
         assert teacher is not None and student is not None
         kl = linear_reverse_kl(
             student, teacher, temperature=temperature, vocab_size=vocab_size, backend=backend

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from processes import spawn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from codistill_kernels import (
@@ -123,6 +125,65 @@ def test_losses_are_eq_5_and_eq_10(backend):
     assert large_stats["ess"] < stats["ess"]  # it did not write the tokens
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("biased", ["both", "small", "large"])
+def test_heads_with_bias(backend, biased):
+    """Each model's own; None is no bias. Against the definition in fp64."""
+    small, large, ids = make_models()
+    bias, large_bias = (torch.linspace(-2, 2, v).sin().requires_grad_() for v in (300, 310))
+    small = (*small, None if biased == "large" else bias)
+    large = large if biased == "small" else (*large, large_bias)
+    numbers = torch.arange(40.0)
+    terms = (ids, torch.full((40,), -6.0), torch.cos(numbers), torch.sin(3 * numbers))
+    first, second = codistill_losses(small, large, *terms, normalizer=9.0, backend=backend)
+    losses = torch.stack((first[0], second[0]))
+    losses.sum().backward()
+    copies = [
+        tuple(None if t is None else t.detach().double().requires_grad_() for t in model)
+        for model in (small, large)
+    ]
+    expected = torch.stack(reference.codistill_losses(*copies, *terms, normalizer=9.0))
+    expected.sum().backward()
+    torch.testing.assert_close(losses, expected.float())
+    for ours, gold in zip((*small, *large), (*copies[0], *copies[1]), strict=True):
+        if ours is not None:
+            torch.testing.assert_close(ours.grad, gold.grad.float(), rtol=1e-4, atol=1e-5)
+
+
+def losses_and_gradients(models, terms, **options):
+    """Both losses, and the gradients of their sum by every tensor of the models."""
+    leaves = [[t.detach().clone().requires_grad_() for t in model] for model in models]
+    (first, _), (second, _) = codistill_losses(*leaves, *terms, normalizer=9.0, **options)
+    (first + second).backward()
+    grads = [[leaf.grad for leaf in model] for model in leaves]
+    return [first.detach(), second.detach()], grads
+
+
+def halves_of_both(rank: int, folder: str) -> None:
+    """One of two processes: its halves of both heads and biases give what the whole gives."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    *models, ids = make_models()
+    models = [(*model, torch.linspace(-1, 1, len(model[1]))) for model in models]
+    numbers = torch.arange(40.0)
+    terms = (ids, torch.full((40,), -6.0), torch.cos(numbers), torch.sin(3 * numbers))
+
+    def mine(model):
+        hidden_states, *head = model
+        return hidden_states, *(part.chunk(2)[rank] for part in head)
+
+    losses, grads = losses_and_gradients(models, terms)
+    found, parts = losses_and_gradients(map(mine, models), terms, group=dist.group.WORLD)
+    torch.testing.assert_close(found, losses)
+    for one, other in zip(parts, map(mine, grads), strict=True):
+        torch.testing.assert_close(tuple(one), other, rtol=2e-5, atol=2e-6)
+    dist.barrier()  # who leaves early closes connections that the other still uses
+    dist.destroy_process_group()
+
+
+def test_sharded_heads_equal_whole(tmp_path):
+    spawn(halves_of_both, str(tmp_path), processes=2)
+
+
 def test_options_reach_both_models_and_large_loss_only_one():
     small, large, ids = make_models()
     ends = torch.tensor([0, 15, 40])
@@ -147,6 +208,8 @@ def test_mistakes_are_named():
         codistill_losses(small, (large[0][:39], large[1]), ids, old, old, old, normalizer=1.0)
     for change in (
         dict(small=large[0]),
+        dict(small=(*small, old)),
+        dict(large=(*large, None, None)),
         dict(large=(large[0].numpy(force=True), large[1])),
         dict(token_ids=ids.numpy()),
         dict(small_old_logps=None),

@@ -107,7 +107,7 @@ def test_compiles_as_one_graph(ends):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        (dict(trainer_logps=torch.zeros(3, 1)), "trainer_logps"),
+        (dict(trainer_logps=torch.zeros(3, 1, 1)), "trainer_logps"),
         (dict(trainer_logps=torch.zeros(3).long()), "trainer_logps"),
         (dict(engine_logps=torch.zeros(2)), "engine_logps"),
         (dict(trainer_logps=torch.zeros(3).numpy()), "trainer_logps"),

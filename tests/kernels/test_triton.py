@@ -17,6 +17,7 @@ SUITES = [
         "linear_policy_loss",
         "linear_reverse_kl",
         "linear_token_loss",
+        "rows_of_sequences",
         "selective_logps",
         "surroundings",
     )
