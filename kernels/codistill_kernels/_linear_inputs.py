@@ -1,6 +1,8 @@
 """Checked arguments of the operations on a linear head."""
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 import torch.distributed as dist
@@ -32,6 +34,8 @@ class LinearInputs:
     """Rows of weight and bias that belong to the vocabulary."""
     shard: Shard
     """Where they are in the whole head."""
+    softcap: float
+    """0: none; of raw logits, before logit_scale."""
 
     def cut(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         """tensors, weight and bias without the other rows."""
@@ -55,14 +59,18 @@ def prepare(
     bias: Tensor | None,
     temperature: float | Tensor,
     softcap: float | None,
+    logit_scale: float,
     vocab_size: int | None,
     group: dist.ProcessGroup | None,
 ) -> LinearInputs:
     """active: [...] bool, tokens that count; only their ids and hidden states need make sense."""
     lm_head_weight, bias, shard = local_head(lm_head_weight, bias, group)
     check_inputs(hidden_states, lm_head_weight, token_ids, bias, temperature, softcap)
+    valid = isinstance(logit_scale, Real) and 0 < logit_scale < math.inf
+    require(valid, "logit_scale", "a number > 0 and finite", logit_scale)
     flat_ids, active = token_ids.reshape(-1), active.reshape(-1)
-    per_token = temperatures(temperature, token_ids.shape, hidden_states).reshape(-1)
+    # c tanh(s a / c) / T of raw logits a is c' tanh(a / c') / T' with c' = c / s and T' = T / s.
+    per_token = temperatures(temperature, token_ids.shape, hidden_states, logit_scale).reshape(-1)
     if shard.group is not None:  # before what one process alone may refuse
         per_token = nan_where_apart(per_token, torch.where(active, flat_ids, -1), shard)
     vocab_size = shard.all_rows if vocab_size is None else vocab_size
@@ -77,17 +85,22 @@ def prepare(
         torch.where(active, flat_ids - shard.first_row, -1),
         nan_where_outside(per_token, flat_ids, active, vocab_size),
     )
-    return LinearInputs(tensors, active, rows, shard)
+    return LinearInputs(tensors, active, rows, shard, (softcap or 0.0) / logit_scale)
 
 
 def temperatures(
-    temperature: float | Tensor, shape: tuple[int, ...], hidden_states: Tensor
+    temperature: float | Tensor,
+    shape: tuple[int, ...],
+    hidden_states: Tensor,
+    logit_scale: float = 1.0,
 ) -> Tensor:
-    """[...] one a token, detached, in the dtype that the softmax is computed in."""
+    """[...] one a token, over logit_scale, detached, in the dtype of the softmax."""
     dtype = compute_dtype(hidden_states)
     if not isinstance(temperature, Tensor):  # never by way of the process's default dtype
-        return torch.full(shape, temperature, dtype=dtype, device=hidden_states.device)
-    return temperature.detach().to(hidden_states.device, dtype).expand(shape)
+        scaled = temperature / logit_scale
+        return torch.full(shape, scaled, dtype=dtype, device=hidden_states.device)
+    scaled = temperature.detach().to(hidden_states.device, dtype)
+    return (scaled if logit_scale == 1 else scaled / logit_scale).expand(shape)
 
 
 def require_workspace(workspace_mib: int | None) -> None:

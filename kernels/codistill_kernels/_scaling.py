@@ -17,7 +17,7 @@ def with_gradients(
     group: dist.ProcessGroup | None,
 ) -> Tensor:
     """The loss, whose gradients by hidden_states, lm_head_weight and bias, before they are divided
-    by the normalizer, are known."""
+    by the normalizer, are known; the first is summed over the group."""
     # Without memory, but connected: by these a second derivative finds that there is none.
     anchors = [t[:0].clone() for t in inputs if t is not None and t.requires_grad]
     return WithGradients.apply(*inputs, loss, gradients, normalizer, group, *anchors)

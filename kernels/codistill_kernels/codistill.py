@@ -116,8 +116,10 @@ def codistill_losses(
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float | tuple[float, float] = 1.0,
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
+    reduce_hidden_gradient: bool = True,
     workspace_mib: int | None = None,
     backend: str = "auto",
 ) -> tuple[tuple[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]:
@@ -135,6 +137,7 @@ def codistill_losses(
             importance ratios.
         small_advantages, large_advantages: [N], or [S] with `cu_seqlens`.
         large_loss: of the large model; None: `loss`, as for the small one.
+        logit_scale: of both, or (the small model's, the large one's).
         The others: as in `linear_policy_loss`, the same for both models; `group` holds shards of
             both heads.
 
@@ -158,9 +161,11 @@ def codistill_losses(
         ("large_advantages", large_advantages),
     ):
         require_tensor(name, tensor, "token_ids", token_ids)
+    scales = logit_scale if isinstance(logit_scale, tuple) else (logit_scale, logit_scale)
+    require(len(scales) == 2, "logit_scale", "a number, or (small's, large's)", scales)
     models = (
-        (small, small_advantages, loss),
-        (large, large_advantages, loss if large_loss is None else large_loss),
+        (small, small_advantages, loss, scales[0]),
+        (large, large_advantages, loss if large_loss is None else large_loss, scales[1]),
     )
     first, second = (
         linear_policy_loss(
@@ -172,17 +177,19 @@ def codistill_losses(
             mask,
             bias=bias[0] if bias else None,
             group=group,
+            reduce_hidden_gradient=reduce_hidden_gradient,
             loss=model_loss,
             normalizer=normalizer,
             importance_weights=importance_weights,
             cu_seqlens=cu_seqlens,
             temperature=temperature,
             softcap=softcap,
+            logit_scale=scale,
             vocab_size=vocab_size,
             workspace_mib=workspace_mib,
             backend=backend,
         )
-        for (hidden_states, lm_head_weight, *bias), advantages, model_loss in models
+        for (hidden_states, lm_head_weight, *bias), advantages, model_loss, scale in models
     )
     return first, second
 

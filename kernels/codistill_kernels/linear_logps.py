@@ -127,6 +127,8 @@ class Options:
     workspace_mib: int | None = None
     rows: Tensor | None = None
     """Those that are active, where they are known."""
+    reduce_hidden_gradient: bool = True
+    """Whether the gradient of hidden_states is summed over the group here."""
 
 
 class LinearLogps(torch.autograd.Function):
@@ -187,7 +189,7 @@ class LinearLogps(torch.autograd.Function):
         held = None
         dx, dw, db = (g if need else None for g, need in zip(gradients, needs, strict=True))
         if dx is not None:
-            if group is not None:
+            if group is not None and ctx.options.reduce_hidden_gradient:
                 dist.all_reduce(dx, group=group)
             dx = dx.to(hidden_states.dtype)
         return dx, dw, db, *[None] * 4
@@ -290,17 +292,20 @@ def linear_logps(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     vocab_size: int | None = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
     group: dist.ProcessGroup | None = None,
+    reduce_hidden_gradient: bool = True,
     workspace_mib: int | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each given token, without holding the [N, V] logits.
 
     a = hidden_states @ lm_head_weight.T + bias
-    z = softcap * tanh(a / softcap) / temperature        (without softcap: a / temperature)
+    z = softcap * tanh(logit_scale * a / softcap) / temperature
+    (without softcap: logit_scale * a / temperature)
     logps[n] = z[n, token_ids[n]] - logsumexp_v z[n, v]
     entropy[n] = -sum_v p[n, v] log p[n, v]              (p = softmax of z over the vocabulary)
 
@@ -319,6 +324,8 @@ def linear_logps(
         temperature: divides the logits, > 0: a number, or a tensor [...], one a token. No gradient
             flows into it.
         softcap: > 0; soft limit of the logits, before the temperature.
+        logit_scale: > 0, a number; multiplies the logits before the softcap (Cohere; 1 over
+            Granite's logits_scaling).
         vocab_size: only the first `vocab_size` rows of the weight take part in the softmax.
         ignore_index: such tokens get log-probability 0, entropy 0 and no gradient, whatever their
             hidden states hold.
@@ -327,6 +334,9 @@ def linear_logps(
             order; ids and vocab_size then count over all of them. All bring the same tokens, and
             each gets the whole result, and in the backward pass the whole gradient of
             hidden_states.
+        reduce_hidden_gradient: False: the gradient of hidden_states is that through this process's
+            rows alone, for a caller that sums it over `group` itself, as a reduce-scatter behind
+            Megatron's sequence parallelism does.
         workspace_mib: bound of the logits held at once, or of their exponentials until the backward
             pass (MiB). None: 128 on a CPU, on a GPU 2560 or half of what is free: give a number
             where bits must not depend on that.
@@ -361,17 +371,19 @@ def linear_logps(
         bias=bias,
         temperature=temperature,
         softcap=softcap,
+        logit_scale=logit_scale,
         vocab_size=vocab_size,
         group=group,
     )
     options = Options(
         inputs.vocab,
-        softcap or 0.0,
+        inputs.softcap,
         inputs.shard.group,
         backend,
         torch.is_grad_enabled(),
         return_entropy,
         workspace_mib,
+        reduce_hidden_gradient=reduce_hidden_gradient,
     )
     logps, entropy = LinearLogps.apply(*inputs.tensors, inputs.active, options)
     shape = token_ids.shape

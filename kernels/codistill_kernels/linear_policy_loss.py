@@ -248,8 +248,10 @@ def linear_policy_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
+    reduce_hidden_gradient: bool = True,
     workspace_mib: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -267,7 +269,8 @@ def linear_policy_loss(
         token_ids: [N] int64. Only those under the mask need be in the vocabulary.
         old_logps, advantages, mask, loss, normalizer, importance_weights, cu_seqlens: as in
             `policy_loss`.
-        bias, temperature, softcap, vocab_size, group: as in `linear_logps`.
+        bias, temperature, softcap, logit_scale, vocab_size, group, reduce_hidden_gradient: as in
+            `linear_logps`.
         workspace_mib: bound of the logits held at once (MiB); more rows a pass, fewer passes over
             the weight. At least 64 tokens' logits, or 256 vocabulary rows' in two passes. None: on
             a CPU 128, or what 256 tokens' logits take; on a GPU 2560, or half of what is free.
@@ -309,6 +312,7 @@ def linear_policy_loss(
         bias=bias,
         temperature=temperature,
         softcap=softcap,
+        logit_scale=logit_scale,
         vocab_size=vocab_size,
         group=group,
     )
@@ -338,13 +342,14 @@ def linear_policy_loss(
     if not in_chunks:
         options = Options(
             inputs.vocab,
-            softcap or 0.0,
+            inputs.softcap,
             group,
             backend,
             has_gradient=any(needs),
             has_entropy=True,
             workspace_mib=workspace_mib,
             rows=rows,
+            reduce_hidden_gradient=reduce_hidden_gradient,
         )
         logps, entropy = LinearLogps.apply(*inputs.tensors, keep, options)
         terms |= dict(normalizer=normalizer, entropy=entropy)
@@ -353,7 +358,7 @@ def linear_policy_loss(
     with torch.no_grad():
         logps, entropy, *gradients = linear_policy_gradients(
             *inputs.cut(),
-            softcap or 0.0,
+            inputs.softcap,
             old_logps,
             advantages,
             importance_weights,
@@ -371,5 +376,6 @@ def linear_policy_loss(
         value, statistics = policy_loss(logps, old_logps, advantages, keep, loss=loss, **terms)
     if any(needs):
         scale_by = divisor(value, normalizer)
-        value = with_gradients(differentiable, value, gradients, scale_by, group)
+        reduced = group if reduce_hidden_gradient else None
+        value = with_gradients(differentiable, value, gradients, scale_by, reduced)
     return tokens.restored(value, statistics)

@@ -137,7 +137,8 @@ def by_chunks(
         logps, entropy, gradients = gradients_by_chunks(
             chunks, rows, most, slopes, needs, options.group
         )
-    loss = with_gradients(cut[:3], total, gradients, 1.0, options.group)
+    group = options.group if options.reduce_hidden_gradient else None
+    loss = with_gradients(cut[:3], total, gradients, 1.0, group)
     return loss, logps, entropy
 
 
@@ -156,8 +157,10 @@ def linear_token_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
+    reduce_hidden_gradient: bool = True,
     workspace_mib: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -180,7 +183,8 @@ def linear_token_loss(
         normalizer: a number or a scalar tensor, >= 0; 0 only where nothing is left to divide.
         reduction: "sum", or "none": the losses [N] themselves, 0 where masked, not normalized; then
             logits are computed twice on a CPU.
-        bias, temperature, softcap, vocab_size, group: as in `linear_logps`.
+        bias, temperature, softcap, logit_scale, vocab_size, group, reduce_hidden_gradient: as in
+            `linear_logps`.
         workspace_mib, backend: as in `linear_policy_loss`.
 
     Returns:
@@ -216,13 +220,21 @@ def linear_token_loss(
         bias=bias,
         temperature=temperature,
         softcap=softcap,
+        logit_scale=logit_scale,
         vocab_size=vocab_size,
         group=group,
     )
     has_gradient = torch.is_grad_enabled()
     needs = [has_gradient and t is not None and t.requires_grad for t in inputs.tensors[:3]]
     options = Options(
-        inputs.vocab, softcap or 0.0, inputs.shard.group, backend, any(needs), True, workspace_mib
+        inputs.vocab,
+        inputs.softcap,
+        inputs.shard.group,
+        backend,
+        any(needs),
+        True,
+        workspace_mib,
+        reduce_hidden_gradient=reduce_hidden_gradient,
     )
     if torch.compiler.is_compiling() or reduction == "none":
         loss, logps, entropy = by_autograd(inputs, fn, keep, options)

@@ -19,6 +19,7 @@ def linear_logps(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     vocab_size: int | None = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
@@ -29,7 +30,7 @@ def linear_logps(
     if bias is not None:
         logits = logits + bias
     return selective_logps(
-        logits,
+        logit_scale * logits,
         token_ids,
         temperature=temperature,
         softcap=softcap,

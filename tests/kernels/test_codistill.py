@@ -191,13 +191,20 @@ def test_options_reach_both_models_and_large_loss_only_one():
     advantages = torch.tensor([1.0, -1.0]), torch.tensor([-0.5, 2.0])
     options = dict(normalizer=3.0, cu_seqlens=ends, temperature=0.8, vocab_size=295, softcap=9.0)
     results = codistill_losses(
-        small, large, ids, old, *advantages, large_loss=PolicyLoss("gspo"), **options
+        small,
+        large,
+        ids,
+        old,
+        *advantages,
+        large_loss=PolicyLoss("gspo"),
+        logit_scale=(0.5, 1.5),
+        **options,
     )
-    settings = (PolicyLoss(), PolicyLoss("gspo"))
+    settings = (dict(logit_scale=0.5), dict(loss=PolicyLoss("gspo"), logit_scale=1.5))
     for model, (loss, _), advantage, setting in zip(
         (small, large), results, advantages, settings, strict=True
     ):
-        expected, _ = linear_policy_loss(*model, ids, old, advantage, loss=setting, **options)
+        expected, _ = linear_policy_loss(*model, ids, old, advantage, **setting, **options)
         assert torch.equal(loss, expected)
 
 
@@ -215,6 +222,7 @@ def test_mistakes_are_named():
         dict(small_old_logps=None),
         dict(small_advantages=1.0),
         dict(large_advantages=old.to("meta")),
+        dict(logit_scale=(1.0, 1.0, 1.0)),
     ):
         terms = dict(small=small, large=large, token_ids=ids, small_old_logps=old)
         terms |= dict(small_advantages=old, large_advantages=old, normalizer=1.0)

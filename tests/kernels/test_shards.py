@@ -159,6 +159,34 @@ def test_sharded_dtensor_equals_whole(tmp_path):
     spawn(sharded_head, str(tmp_path), processes=2)
 
 
+def gradient_of_this_shard(rank: int, folder: str) -> None:
+    """reduce_hidden_gradient=False: the parts of the processes sum to the whole."""
+    join(rank, folder)
+    hidden, weight, bias, ids, advantages = make_case(42)
+    mine = slice(21 * rank, 21 * (rank + 1))
+    for function in FUNCTIONS:
+        for way in ("kept", "chunks", "columns"):
+            _linear.CpuChunks.plan = lambda *_, way=way: Plan(way, 5)
+            _, (whole, _, _) = value_and_gradients(
+                function, (hidden, weight, bias), ids, advantages, backend="cpu"
+            )
+            shard = (hidden, weight[mine], bias[mine])
+            options = dict(group=dist.group.WORLD, backend="cpu")
+            _, (part, *head) = value_and_gradients(
+                function, shard, ids, advantages, **options, reduce_hidden_gradient=False
+            )
+            _, (_, *expected) = value_and_gradients(function, shard, ids, advantages, **options)
+            torch.testing.assert_close(head, expected)
+            assert (part - whole).abs().max() > 0.01
+            dist.all_reduce(part)
+            torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-5)
+    leave()
+
+
+def test_gradient_of_hidden_states_may_be_left_to_the_caller(tmp_path):
+    spawn(gradient_of_this_shard, str(tmp_path), processes=2)
+
+
 def replicated_head(rank: int, folder: str) -> None:
     """Each process has tokens of its own; the gradient is that of all of them."""
     mesh = join(rank, folder)
