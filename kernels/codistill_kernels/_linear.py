@@ -13,7 +13,7 @@ from torch import Tensor
 
 from codistill_kernels import _backends, _slabs
 from codistill_kernels._head import Head, Plan, compute_dtype
-from codistill_kernels._linear_cpu import CpuChunks
+from codistill_kernels._linear_cpu import CpuChunks, KeptRows
 from codistill_kernels._linear_torch import TorchChunks
 from codistill_kernels._softmax_torch import normalizers
 
@@ -66,10 +66,12 @@ def kind_for(hidden_states: Tensor, head: Head, backend: str) -> "type[Chunks]":
 
 
 class Held:
-    """Exponentials of the active rows of a call, and its gradients made of them."""
+    """Exponentials of the active rows of a call on a GPU, and its gradients made of them."""
 
-    def __init__(self, exponentials: "Exponentials", rows: Tensor) -> None:
-        self.exponentials, self.rows = exponentials, rows
+    has_entropy_gradient = False
+
+    def __init__(self, exponentials: "Exponentials", rows: Tensor, dw_dtype: torch.dtype) -> None:
+        self.exponentials, self.rows, self.dw_dtype = exponentials, rows, dw_dtype
 
     @property
     def statistics(self) -> Tensor:
@@ -82,15 +84,15 @@ class Held:
         log_softmax: Tensor,
         needs: Sequence[bool],
         hidden_states: Tensor,
-        dw_dtype: torch.dtype,
+        dx_dtype: torch.dtype,
     ) -> tuple[Tensor | None, Tensor | None, None]:
-        """Gradients from [3, N] of all rows, the first in fp32. Once only."""
+        """Gradients from [3, N] of all rows, the first in fp32 whatever dx_dtype is. Once only."""
         c0 = coefficients[0, self.rows]
         kept = c0.nonzero().squeeze(1)
         if not _slabs.gathers(len(kept), len(c0)):
             kept = torch.arange(len(c0), device=c0.device)
         rows = self.rows[kept]
-        dw = self.exponentials.head_gradient(dw_dtype) if needs[1] else None
+        dw = self.exponentials.head_gradient(self.dw_dtype) if needs[1] else None
         if not len(kept):
             return torch.zeros_like(hidden_states), None if dw is None else dw.zero_(), None
         dx = self.exponentials.gradients(kept, c0[kept], log_softmax[:, rows], needs[0], dw)
@@ -110,20 +112,30 @@ def keep_exponentials(
     needs: Sequence[bool],
     backend: str,
     workspace: int,
-) -> Held | None:
+) -> Held | KeptRows | None:
     """Of these rows, all active, numbered `rows` in the call; None where they are not kept.
 
     head_rows: of the head's gradient, V or more.
     """
     kind = kind_for(hidden_states, head, backend)
-    plan = plan_for(kind, hidden_states, head.weight, len(head.weight), workspace)
-    # A bias's gradient is a sum of numbers that are not rounded, as exponentials are.
-    if plan.way != "kept" or needs[2] or not len(rows):
+    is_exact = takes_logits(head.softcap, has_entropy, needs)
+    plan = plan_for(kind, hidden_states, head.weight, len(head.weight), workspace, is_exact)
+    if plan.way != "kept" or not len(rows):
+        return None
+    if issubclass(kind, CpuChunks):
+        return kind.keep(hidden_states, head, token_ids, rows, head_rows, is_exact)
+    if needs[2]:  # a sum of numbers that are not rounded, as exponentials are
         return None
     from codistill_kernels._linear_triton import TritonChunks
 
     options = (head_rows, has_entropy, needs[1], workspace)
-    return Held(TritonChunks.keep(hidden_states, head, token_ids, *options), rows)
+    exponentials = TritonChunks.keep(hidden_states, head, token_ids, *options)
+    return Held(exponentials, rows, head.weight.dtype)
+
+
+def takes_logits(softcap: float | None, has_entropy: bool, needs: Sequence[bool]) -> bool:
+    """Whether gradients take the logits themselves, unrounded, not only their exponentials."""
+    return bool(softcap) or has_entropy or needs[2]
 
 
 class GradientSums:
@@ -194,7 +206,7 @@ def recomputed_gradients(
         )
     chunks = kind(hidden_states, head, token_ids)
     sums = GradientSums(chunks, needs)
-    plan = plan_for(kind, hidden_states, head.weight, len(head.weight), workspace)
+    plan = plan_for(kind, hidden_states, head.weight, len(head.weight), workspace, is_exact=True)
     for rows in split_rows(active, plan.rows):
         if not len(rows):
             break
@@ -274,10 +286,14 @@ def plan_for(
     weight: Tensor,
     vocab: int,
     workspace: int,
+    is_exact: bool,
     rows: int | None = None,
 ) -> Plan:
-    """Of `vocab` logits of each row (of so many of them), within a workspace of so many bytes."""
+    """Of `vocab` logits of each row (of so many of them), within a workspace of so many bytes;
+    is_exact: `takes_logits`."""
     dtype = torch.promote_types(hidden_states.dtype, weight.dtype)
+    if is_exact and kind.HAS_BIAS_GRADIENT:  # it holds raw logits then
+        dtype = torch.promote_types(dtype, torch.float32)
     return kind.plan(len(hidden_states) if rows is None else rows, vocab, dtype, workspace)
 
 
@@ -288,10 +304,11 @@ def plan_of_call(
     workspace_mib: int | None,
     group: dist.ProcessGroup | None,
     backend: str,
+    is_exact: bool,
 ) -> "tuple[type[Chunks], Plan]":
     """Of so many of the rows that count, over a whole shard of the weight: all processes alike."""
     vocab = len(weight)
     is_shard = group is not None
     workspace = workspace_bytes(workspace_mib, hidden_states.device, vocab, is_shard=is_shard)
     kind = kind_of_chunks(hidden_states, backend)
-    return kind, plan_for(kind, hidden_states, weight, vocab, workspace, rows)
+    return kind, plan_for(kind, hidden_states, weight, vocab, workspace, is_exact, rows)

@@ -16,6 +16,7 @@ from codistill_kernels._linear import (
     recomputed_gradients,
     workspace_bytes,
 )
+from codistill_kernels._linear_cpu import KeptRows
 from codistill_kernels._linear_inputs import cut, prepare, require_plain, require_workspace
 from codistill_kernels._softmax_torch import normalizers
 
@@ -162,10 +163,11 @@ class LinearLogps(torch.autograd.Function):
         coefficients = row_coefficients(
             zero if dlogps is None else dlogps, zero if dentropy is None else dentropy, active
         )
-        if held is not None and dentropy is None and not torch.is_grad_enabled():
-            gradients = held.gradients(
-                coefficients, log_softmax, needs, hidden_states, lm_head_weight.dtype
-            )
+        serves = held is not None and (dentropy is None or held.has_entropy_gradient)
+        if serves and not torch.is_grad_enabled():
+            # Of shards' gradients the sum is rounded.
+            dx_dtype = hidden_states.dtype if group is None else torch.float32
+            gradients = held.gradients(coefficients, log_softmax, needs, hidden_states, dx_dtype)
         else:
             held = None  # before as much is allocated again
             gradients = linear_gradients(
@@ -193,7 +195,7 @@ class LinearLogps(torch.autograd.Function):
 
 def statistics_of_active(
     inputs: tuple, active: Tensor, options: Options, head_rows: int, needs: tuple[bool, ...]
-) -> tuple[Tensor, Held | None]:
+) -> tuple[Tensor, Held | KeptRows | None]:
     """[4, N], zeros where not active; and what is kept of the logits for the backward pass, where
     the backend can and the memory allows."""
     hidden_states, weight, bias, token_ids, temperature = inputs

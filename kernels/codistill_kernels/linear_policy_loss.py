@@ -24,6 +24,7 @@ from codistill_kernels._linear import (
     plan_for,
     plan_of_call,
     recomputed_gradients,
+    takes_logits,
     workspace_bytes,
 )
 from codistill_kernels._linear_inputs import prepare, require_plain, require_workspace
@@ -79,7 +80,8 @@ def linear_policy_gradients(
     is_shard = group is not None
     device = hidden_states.device
     workspace = workspace_bytes(workspace_mib, device, shard_rows, is_shard=is_shard)
-    plan = plan_for(chunks, hidden_states, lm_head_weight, shard_rows, workspace)
+    is_exact = takes_logits(softcap, False, needs)
+    plan = plan_for(chunks, hidden_states, lm_head_weight, shard_rows, workspace, is_exact)
     arguments = (hidden_states, head, token_ids, terms, group, needs, backend)
     if plan.way == "columns" or takes_two_passes(chunks, loss, needs):
         return two_passes(*arguments, workspace)
@@ -307,8 +309,9 @@ def linear_policy_loss(
         rows, in_chunks = None, True  # one op, whatever it does inside
     else:
         rows = keep.nonzero().squeeze(1)
+        is_exact = takes_logits(softcap, False, needs)
         kind, plan = plan_of_call(
-            hidden_states, lm_head_weight, len(rows), workspace_mib, group, backend
+            hidden_states, lm_head_weight, len(rows), workspace_mib, group, backend, is_exact
         )
         in_chunks = plan.way == "chunks" and not takes_two_passes(kind, loss, needs)
     if not in_chunks:

@@ -202,7 +202,7 @@ def linear_token_loss(
     else:
         rows = keep.nonzero().squeeze(1)
         kind, plan = plan_of_call(
-            hidden_states, lm_head_weight, len(rows), workspace_mib, group, backend
+            hidden_states, lm_head_weight, len(rows), workspace_mib, group, backend, is_exact=True
         )
         # Chunks of exponentials, as on a GPU, have no gradient of an entropy nor of a bias.
         if plan.way == "chunks" and kind.HAS_BIAS_GRADIENT and any(needs):
