@@ -4,6 +4,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
+#include "pack.h"
 #include "softmax.h"
 
 namespace codistill {
@@ -35,38 +38,54 @@ struct Rows {
 struct Weight {
   int64_t vocab, hidden, panels;
 
-  explicit Weight(const at::Tensor& weight)
-      : vocab(weight.size(0)),
-        hidden(weight.size(1)),
-        panels((vocab + kPanel - 1) / kPanel) {}
+  explicit Weight(const at::Tensor& weight) : Weight(weight.size(0), weight.size(1)) {}
+  Weight(int64_t vocab, int64_t hidden)
+      : vocab(vocab), hidden(hidden), panels((vocab + kPanel - 1) / kPanel) {}
 
   int64_t valid(int64_t panel) const { return std::min(kPanel, vocab - panel * kPanel); }
 };
 
-// c [kRows, kPanel] = a [kRows, depth] @ a packed panel.
+// c [kRows, kPanel] = a [kRows, depth] @ a packed panel, in whole slices up to `valid` columns.
 template <typename T>
-void multiply_panel(int64_t depth, const T* a, const uint32_t* packed, float* c) {
-  const int64_t slice = slice_width(), slice_words = packed_words<T>(depth, slice);
-  for (int64_t n = 0; n < kPanel / slice; ++n)
-    multiply<T>(depth, a, depth, packed + n * slice_words, c + n * slice, kPanel, /*add=*/false);
+void multiply_panel(int64_t depth, const T* a, const uint32_t* packed, int64_t valid, float* c) {
+  const int64_t slice = slice_width();
+  for (int64_t n = 0; n < valid; n += slice)
+    multiply<T>(depth, a, depth, packed + packed_words<T>(depth, n), c + n, kPanel, /*add=*/false);
 }
 
 inline int64_t num_blocks(int64_t panels) { return (panels + kBlock - 1) / kBlock; }
 
 // Call body(block, first row, last row) for all blocks of panels and `rows` (whole tiles), in parallel.
+// Every thread gets the same number of (slice of columns, tile of rows): all are done at once,
+// whatever the sizes are.
 template <typename Body>
-void for_blocks(int64_t blocks, int64_t rows, Body body) {
-  const int64_t tiles = rows / kRows;
-  // A small vocabulary has fewer blocks than there are threads: then cut the rows as well.
-  const int64_t wanted = (at::get_num_threads() + blocks - 1) / blocks;
-  const int64_t groups = std::min(tiles, wanted);
-  const int64_t group_rows = (tiles + groups - 1) / groups * kRows;
-  at::parallel_for(0, blocks * groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item % groups * group_rows;
-      if (first < rows) body(item / groups, first, std::min(first + group_rows, rows));
+void for_blocks(const Weight& shape, int64_t rows, Body body) {
+  const int64_t tiles = rows / kRows, slice = slice_width(), width = kBlock * kPanel;
+  const int64_t whole = shape.vocab / width, slices = width / slice;
+  const int64_t last_slices = (shape.vocab % width + slice - 1) / slice;
+  const auto tiles_of = [&](int64_t units) {  // block after block, tile after tile
+    const int64_t in_whole = whole * tiles * slices;
+    return units <= in_whole ? units / slices : whole * tiles + (units - in_whole) / last_slices;
+  };
+  at::parallel_for(0, tiles * (whole * slices + last_slices), 1, [&](int64_t begin, int64_t end) {
+    const int64_t stop = tiles_of(end);
+    for (int64_t tile = tiles_of(begin), last; tile < stop; tile = last) {
+      const int64_t block = tile / tiles;
+      last = std::min(stop, (block + 1) * tiles);
+      body(block, (tile - block * tiles) * kRows, (last - block * tiles) * kRows);
     }
   });
+}
+
+// Call body(const W* weight) with the type of the tensor.
+template <typename Body>
+void with_weight(const at::Tensor& weight, Body body) {
+  switch (weight.scalar_type()) {
+    case at::kBFloat16: return body(weight.const_data_ptr<at::BFloat16>());
+    case at::kHalf: return body(weight.const_data_ptr<at::Half>());
+    case at::kDouble: return body(weight.const_data_ptr<double>());
+    default: return body(weight.const_data_ptr<float>());
+  }
 }
 
 // Call body(const T* x, const W* weight) with the types that the two tensors have.
@@ -76,13 +95,11 @@ void with_types(const at::Tensor& x, const at::Tensor& weight, Body body) {
     body(x.const_data_ptr<at::BFloat16>(), weight.const_data_ptr<at::BFloat16>());
     return;
   }
-  const float* data = x.const_data_ptr<float>();
-  switch (weight.scalar_type()) {
-    case at::kBFloat16: return body(data, weight.const_data_ptr<at::BFloat16>());
-    case at::kHalf: return body(data, weight.const_data_ptr<at::Half>());
-    case at::kDouble: return body(data, weight.const_data_ptr<double>());
-    default: return body(data, weight.const_data_ptr<float>());
-  }
+  with_weight(weight, [&](const auto* data) { body(x.const_data_ptr<float>(), data); });
+}
+
+inline float* data_or_null(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() ? tensor->data_ptr<float>() : nullptr;
 }
 
 }  // namespace codistill

@@ -30,11 +30,11 @@ struct Factor {
         tile(kRows * kPanel) {}
 
   void pack_panel(int64_t column, int64_t valid) {
-    pack_transposed<T>(weight + column * hidden, valid, hidden, stride_x, kPanel, packed.data());
+    pack_transposed<T>(weight + column * hidden, valid, hidden, stride_x, packed.data());
   }
 
-  void multiply_rows(int64_t row) {
-    multiply_panel<T>(stride_x, x + row * stride_x, packed.data(), tile.data());
+  void multiply_rows(int64_t row, int64_t valid) {
+    multiply_panel<T>(stride_x, x + row * stride_x, packed.data(), valid, tile.data());
   }
 };
 
@@ -49,8 +49,8 @@ void block_states(Factor<T, Ws> student, Factor<T, Wt> teacher, const Weight& sh
     student.pack_panel(panel * kPanel, valid);
     teacher.pack_panel(panel * kPanel, valid);
     for (int64_t row = first; row < last; row += kRows) {
-      student.multiply_rows(row);
-      teacher.multiply_rows(row);
+      student.multiply_rows(row, valid);
+      teacher.multiply_rows(row, valid);
       for (int64_t i = row; i < std::min(row + kRows, rows); ++i) {
         const int64_t at = (i - row) * kPanel;
         const Scale scale{0.0f, temperature[i]};
@@ -76,7 +76,7 @@ at::Tensor reverse_kl(const at::Tensor& x_s, const at::Tensor& weight_s, const a
     with_types(x_t, weight_t, [&](const auto* data_t, const auto* w_t) {
       // The caller gives both the same dtype; the other pairs of types need no code.
       if constexpr (std::is_same_v<std::decay_t<decltype(*data_s)>, std::decay_t<decltype(*data_t)>>)
-        for_blocks(blocks, x_s.size(0), [&](int64_t block, int64_t first, int64_t last) {
+        for_blocks(shape, x_s.size(0), [&](int64_t block, int64_t first, int64_t last) {
           block_states(Factor(data_s, x_s.size(1), w_s, weight_s.size(1)),
                        Factor(data_t, x_t.size(1), w_t, weight_t.size(1)), shape, rows,
                        temperature.const_data_ptr<float>(), block, first, last,

@@ -4,20 +4,12 @@
 #include <cstring>
 #include <limits>
 
-// One source, compiled for AVX-512, AVX2 and the baseline; the loader picks. Eight lanes on all of
-// them: the order of a sum does not depend on the machine's vector width.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define CODISTILL_CLONES \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CODISTILL_CLONES
-#endif
-#define CODISTILL_INLINE inline __attribute__((always_inline))
+#include "clones.h"
 
 namespace codistill {
 namespace {
 
-constexpr int64_t kLanes = 8;
+constexpr int64_t kLanes = 8;  // on every machine: the order of a sum does not depend on its vectors
 constexpr float kInf = std::numeric_limits<float>::infinity(), kMinusInf = -kInf;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kFar = -1e4f;  // exp of it is 0; a shifted logit of -inf would give 0 * inf
@@ -25,6 +17,7 @@ constexpr float kFar = -1e4f;  // exp of it is 0; a shifted logit of -inf would 
 using Vec = float __attribute__((vector_size(kLanes * sizeof(float))));
 using IntVec = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
 using DoubleVec = double __attribute__((vector_size(kLanes * sizeof(double))));
+using ShortVec = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 using LongVec = int64_t __attribute__((vector_size(kLanes * sizeof(int64_t))));
 
 // exp(x) for x <= 0, at most 2 ulp off; 0 below -87.3, where the result would be subnormal.
@@ -128,6 +121,53 @@ CODISTILL_INLINE bool is_undefined(const float* z, int64_t valid, float max) {
   return max == kInf || has_nan(z, valid);
 }
 
+// To the nearest, ties to even. v >= 0 or NaN.
+CODISTILL_INLINE void round_and_store(const Vec& v, at::BFloat16* out) {
+  IntVec bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const ShortVec halves = __builtin_convertvector(bits, ShortVec);
+  std::memcpy(out, &halves, sizeof(halves));
+}
+
+// The state of a row; with kKeep also exp(z) 2^-power, rounded.
+template <bool kKeep>
+CODISTILL_INLINE State state_of(const float* raw, int64_t valid, Scale scale, int64_t target,
+                                at::BFloat16* exponentials, float* power) {
+  alignas(64) float z[kPanel];
+  State out = empty_state();
+  out.sum.max = scale_row(raw, valid, scale, z);
+  if (target >= 0) out.target = z[target];
+  if (std::isinf(out.sum.max)) {
+    if (is_undefined(z, valid, out.sum.max)) out.sum.max = out.sum.rest = out.weighted = kNaN;
+    if constexpr (kKeep) {  // of NaN the normalizer is NaN, which every multiple will show
+      *power = 0.0f;
+      std::memset(exponentials, 0, kPanel * sizeof(*exponentials));
+    }
+    return out;
+  }
+  float at_max = 1.0f;
+  if constexpr (kKeep) {
+    const double wanted = power_of(out.sum.max);
+    *power = static_cast<float>(wanted);
+    at_max = std::exp(static_cast<float>(out.sum.max - wanted * kLn2));
+  }
+  Vec rest = Vec{}, maxima = Vec{}, weighted = Vec{};
+  for (int64_t j = 0; j < kPanel; j += kLanes) {
+    Vec v, e;
+    std::memcpy(&v, z + j, sizeof(v));
+    const Vec shifted = v - out.sum.max;
+    exp_nonpositive(shifted, e);
+    if constexpr (kKeep) round_and_store(e * at_max, exponentials + j);
+    rest += v == out.sum.max ? Vec{} : e;
+    maxima += v == out.sum.max ? Vec{} + 1.0f : Vec{};
+    weighted += e * (shifted < kFar ? Vec{} : shifted);
+  }
+  out.sum.rest = sum_lanes(rest) + (sum_lanes(maxima) - 1.0f);
+  out.weighted = sum_lanes(weighted);
+  return out;
+}
+
 }  // namespace
 
 State empty_state() { return {kMinusInf, 0.0f, 0.0f, 0.0f}; }
@@ -167,28 +207,16 @@ PairState merge(const PairState& a, const PairState& b) {
 
 CODISTILL_CLONES
 State row_state(const float* raw, int64_t valid, Scale scale, int64_t target) {
-  alignas(64) float z[kPanel];
-  State out = empty_state();
-  out.sum.max = scale_row(raw, valid, scale, z);
-  if (target >= 0) out.target = z[target];
-  if (std::isinf(out.sum.max)) {
-    if (is_undefined(z, valid, out.sum.max)) out.sum.max = out.sum.rest = out.weighted = kNaN;
-    return out;
-  }
-  Vec rest = Vec{}, maxima = Vec{}, weighted = Vec{};
-  for (int64_t j = 0; j < kPanel; j += kLanes) {
-    Vec v, e;
-    std::memcpy(&v, z + j, sizeof(v));
-    const Vec shifted = v - out.sum.max;
-    exp_nonpositive(shifted, e);
-    rest += v == out.sum.max ? Vec{} : e;
-    maxima += v == out.sum.max ? Vec{} + 1.0f : Vec{};
-    weighted += e * (shifted < kFar ? Vec{} : shifted);
-  }
-  out.sum.rest = sum_lanes(rest) + (sum_lanes(maxima) - 1.0f);
-  out.weighted = sum_lanes(weighted);
-  return out;
+  return state_of<false>(raw, valid, scale, target, nullptr, nullptr);
 }
+
+CODISTILL_CLONES
+State row_exponentials(const float* raw, int64_t valid, Scale scale, int64_t target,
+                       at::BFloat16* exponentials, float* power) {
+  return state_of<true>(raw, valid, scale, target, exponentials, power);
+}
+
+double power_of(float max) { return 64.0 * std::floor((max * kLog2E + 16.0) / 64.0); }
 
 CODISTILL_CLONES
 PairState row_pair_state(const float* student, const float* teacher, int64_t valid, Scale scale) {

@@ -9,6 +9,8 @@
 
 namespace codistill {
 
+constexpr double kLn2 = 0.69314718055994530942, kLog2E = 1.4426950408889634074;
+
 // How the raw logits of one row become logits.
 struct Scale {
   float softcap;  // 0: none
@@ -48,6 +50,13 @@ PairState merge(const PairState& a, const PairState& b);
 
 // State of `valid` <= kPanel columns. `raw` [kPanel] is read whole; `target` is a column, or -1.
 State row_state(const float* raw, int64_t valid, Scale scale, int64_t target);
+// The same, and the row's exponentials exp(z) 2^-power [kPanel], rounded; 0 from `valid` on.
+State row_exponentials(const float* raw, int64_t valid, Scale scale, int64_t target,
+                       at::BFloat16* exponentials, float* power);
+// The power for a range with this maximum, a multiple of 64: where the largest logits of a row's
+// ranges are all between -11 and 33 nats, they share one.
+double power_of(float max);
+
 PairState row_pair_state(const float* student, const float* teacher, int64_t valid, Scale scale);
 
 // KL(student || teacher) from the state of the whole vocabulary; nats, not below 0.

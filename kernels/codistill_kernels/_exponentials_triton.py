@@ -5,8 +5,7 @@
 
 E, in the operands' dtype, is written once and is what both gradient products read: 6 N H V
 operations, 6 bytes a logit. The power k goes in steps of 64, and few rows have two: a row's
-segments differ by exact powers of two. With the gradient of an entropy E becomes
-E (c0 + c2 (z - E_p z)), for z = ln E + k ln 2, in one more pass of 4 bytes a logit.
+segments differ by exact powers of two.
 """
 
 import math
@@ -23,7 +22,6 @@ from codistill_kernels._products_triton import Slabs, fp32_sums, linear_states, 
 from codistill_kernels._slabs import pieces
 from codistill_kernels._softmax_triton import BASE, COARSE, LOG2E, NUM_WARPS, merge_states
 
-LN2 = tl.constexpr(math.log(2))
 LOG2E_FP32 = torch.tensor(LOG2E.value, dtype=torch.float32).item()  # as a kernel rounds it
 
 # --- kernels -----------------------------------------------------------------------------------
@@ -37,25 +35,22 @@ def finish_exponentials_kernel(
     target_column_ptr,
     at_target_ptr,
     factors_ptr,
-    coefficients_ptr,
     num_kept,
     first_segment,
     num_segments,
     columns,
     stride_n,
-    HAS_ENTROPY: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
     """Segments times 2^shift, where there is one, and the target's entry in its place; all 0 where
-    the row's factor is. HAS_ENTROPY: also times c0 + c2 (z - mean), of coefficients [4, num_kept]:
-    c0, c2, mean and the power k of two that stands for E = 1 after the shift."""
+    the row's factor is."""
     index = tl.program_id(0)
     row = tl.load(rows_ptr + index)
     is_zero = tl.load(factors_ptr + index) == 0.0
     exponentials_ptr += row * stride_n
     for segment in range(num_segments):
         shift = tl.load(shifts_ptr + (first_segment + segment) * num_kept + index)
-        if HAS_ENTROPY | is_zero | (shift != 0.0):  # a shift is rare: from 44 nats on
+        if is_zero | (shift != 0.0):  # rare: offsets differ from 44 nats on
             cols = segment * SEGMENT + tl.arange(0, SEGMENT)
             e = tl.load(exponentials_ptr + cols, mask=cols < columns, other=0.0).to(tl.float32)
             # In two steps, each exact: a GPU's exp2 has no subnormal results.
@@ -63,13 +58,6 @@ def finish_exponentials_kernel(
             # Select: a row without a gradient may hold NaN, and a segment of nothing but -inf
             # anything.
             e = tl.where(is_zero | (shift < -4 * COARSE), 0.0, e * half * half)
-            if HAS_ENTROPY:
-                c0 = tl.load(coefficients_ptr + index)
-                c2 = tl.load(coefficients_ptr + num_kept + index)
-                mean = tl.load(coefficients_ptr + 2 * num_kept + index)
-                power = tl.load(coefficients_ptr + 3 * num_kept + index)
-                z = (tl.log2(e) + power) * LN2
-                e = tl.where(e == 0.0, 0.0, e * (c0 + c2 * (z - mean)))
             e = e.to(exponentials_ptr.dtype.element_ty)
             tl.store(exponentials_ptr + cols, e, mask=cols < columns)
     column = tl.load(target_column_ptr + index) - first_segment * SEGMENT
@@ -140,16 +128,14 @@ class Exponentials:
         needs_hidden: bool,
         dw: Tensor | None,
         *,
-        c2: Tensor | None = None,
         add: bool = False,
     ) -> Tensor | None:
         """dx [K, H] in fp32 of the `kept` rows, and dw [>= V, H], overwritten or with `add` added
         to; rows from V on become 0.
 
-        c0, c2 [K], both 0 where a row of these has no gradient (c2: of the entropy, None: 0),
-        log_softmax [3, K]. Once only: it changes E.
+        c0 [K], 0 where a row of these has no gradient, log_softmax [3, K]. Once only: it changes E.
         """
-        factors = self.finish(kept, c0, c2, log_softmax)
+        factors = self.finish(kept, c0, log_softmax)
         x = self.x if len(kept) == len(self.x) else self.x[kept]
         scaled = torch.mul(x, factors[:, None], out=torch.empty_like(x))  # rounded once
         scaled.masked_fill_(factors[:, None] == 0, 0.0)  # such a row may hold NaN
@@ -168,11 +154,10 @@ class Exponentials:
             dw[len(self.head.weight) :] = 0
         return None if dx is None else dx.mul_(factors[:, None])
 
-    def finish(self, kept: Tensor, c0: Tensor, c2: Tensor | None, log_softmax: Tensor) -> Tensor:
-        """Bring the kept rows' segments to one power of two a row and put the target's entry in its
+    def finish(self, kept: Tensor, c0: Tensor, log_softmax: Tensor) -> Tensor:
+        """Bring the kept rows' segments to one power of two a row and put p_y - 1 in the target's
         place; the number [K] a row that makes E the gradient of its raw logits."""
-        assert c2 is None or not self.head.softcap, "E holds the softcap's slopes"
-        maximum, log_sum, mean = log_softmax
+        maximum, log_sum, _ = log_softmax
         some = slice(None) if len(kept) == len(self.x) else kept
         ids, target = self.token_ids[some], self.statistics[3, some]
         ids = torch.where(ids < len(self.head.weight), ids, -1)  # another shard's
@@ -181,20 +166,14 @@ class Exponentials:
         fraction = (maximum.double() * LOG2E_FP32 - whole).float()
         offset = ((whole - BASE.value) / COARSE.value).floor() * COARSE.value + BASE.value
         size = fraction.exp2() * (whole - offset).exp2() * log_sum.exp()  # e^lse 2^-offset
-        logps = (target - maximum - log_sum).clamp(max=0)
-        at_target = logps.expm1()
-        scale, coefficients = c0, c0
-        if c2 is not None:  # c0 goes into E
-            scale = ((c0 != 0) | (c2 != 0)).float()
-            coefficients = torch.stack((c0, c2, maximum + mean, offset))
-            at_target = c0 * at_target + c2 * logps.exp() * (target - maximum - mean)
-        at_target = at_target * size
+        at_target = (target - maximum - log_sum).clamp(max=0).expm1() * size
         if self.head.softcap:
             owner = ids.clamp(min=0).div(_slabs.SEGMENT, rounding_mode="floor")
             slopes = self.slopes[:, some].gather(0, owner.clamp(max=len(self.slopes) - 1)[None])
             at_target = at_target * slopes.squeeze(0)
         shifts = self.offsets[:, some] - offset
-        factors = torch.where(scale == 0, 0.0, scale / size / self.head.temperature[some])
+        factors = c0 / size / self.head.temperature[some]
+        factors = torch.where(c0 == 0, 0.0, factors)
         for columns, e in zip(self.columns, self.slices, strict=True):
             with torch.cuda.device_of(e):
                 finish_exponentials_kernel[(len(kept),)](
@@ -204,13 +183,11 @@ class Exponentials:
                     ids,
                     at_target,
                     factors,
-                    coefficients,
                     len(kept),
                     columns.start // _slabs.SEGMENT,
                     triton.cdiv(e.shape[1], _slabs.SEGMENT),
                     e.shape[1],
                     e.stride(0),
-                    HAS_ENTROPY=c2 is not None,
                     SEGMENT=_slabs.SEGMENT,
                     num_warps=NUM_WARPS,
                 )

@@ -25,7 +25,7 @@ class Head:
         bias = None if self.bias is None else self.bias[columns]
         return replace(self, weight=self.weight[columns], bias=bias)
 
-    def of_rows(self, rows: Tensor) -> "Head":
+    def of_rows(self, rows: Tensor | slice) -> "Head":
         """The head for some of the tokens."""
         return replace(self, temperature=self.temperature[rows])
 

@@ -5,7 +5,7 @@ and turns them into gradients; here is the order in which chunks are gone throug
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from codistill_kernels._linear_torch import TorchChunks
 from codistill_kernels._softmax_torch import normalizers
 
 if TYPE_CHECKING:
-    from codistill_kernels._exponentials_triton import Exponentials
     from codistill_kernels._linear_inputs import LinearInputs
     from codistill_kernels._linear_triton import TritonChunks
 
@@ -52,7 +51,7 @@ def kind_of_chunks(hidden_states: Tensor, backend: str) -> "type[Chunks]":
         from codistill_kernels._linear_triton import TritonChunks
 
         return TritonChunks
-    return {"cpu": CpuChunks, "torch": TorchChunks}[chosen]
+    return CpuChunks if chosen == "cpu" else TorchChunks
 
 
 def make_chunks(hidden_states: Tensor, head: Head, token_ids: Tensor, backend: str) -> "Chunks":
@@ -65,16 +64,14 @@ def kind_for(hidden_states: Tensor, head: Head, backend: str) -> "type[Chunks]":
     return kind if len(head.weight) else TorchChunks
 
 
-class Held:
-    """Exponentials of the active rows of a call, and its gradients made of them."""
+class Kept(Protocol):
+    """What is kept of the logits of a call's active rows until its backward pass."""
 
-    def __init__(self, exponentials: "Exponentials", rows: Tensor) -> None:
-        self.exponentials, self.rows = exponentials, rows
+    has_entropy_gradient: bool
 
     @property
     def statistics(self) -> Tensor:
         """[4, K] of the active rows."""
-        return self.exponentials.statistics
 
     def gradients(
         self,
@@ -82,48 +79,40 @@ class Held:
         log_softmax: Tensor,
         needs: Sequence[bool],
         hidden_states: Tensor,
-        dw_dtype: torch.dtype,
-    ) -> tuple[Tensor | None, Tensor | None, None]:
-        """Gradients from [3, N] of all rows, the first in fp32. Once only."""
-        c0 = coefficients[0, self.rows]
-        kept = c0.nonzero().squeeze(1)
-        if not _slabs.gathers(len(kept), len(c0)):
-            kept = torch.arange(len(c0), device=c0.device)
-        rows = self.rows[kept]
-        dw = self.exponentials.head_gradient(dw_dtype) if needs[1] else None
-        if not len(kept):
-            return torch.zeros_like(hidden_states), None if dw is None else dw.zero_(), None
-        dx = self.exponentials.gradients(kept, c0[kept], log_softmax[:, rows], needs[0], dw)
-        if dx is not None and len(rows) < len(hidden_states):
-            part, dx = dx, dx.new_zeros(hidden_states.shape)
-            dx[rows] = part
-        return dx, dw, None
+        dx_dtype: torch.dtype,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """From [3, N] of all rows: the first in dx_dtype or fp32, the others in those of the head;
+        rows of the head beyond the vocabulary are zeros. Once only."""
 
 
-def keep_exponentials(
+def keep_logits(
     hidden_states: Tensor,
     head: Head,
     token_ids: Tensor,
     rows: Tensor,
     head_rows: int,
+    *,
     has_entropy: bool,
+    has_entropy_gradient: bool,
     needs: Sequence[bool],
     backend: str,
     workspace: int,
-) -> Held | None:
+) -> Kept | None:
     """Of these rows, all active, numbered `rows` in the call; None where they are not kept.
 
-    head_rows: of the head's gradient, V or more.
+    head_rows: of the head's gradient, V or more. has_entropy: it is wanted, has_entropy_gradient:
+    and it is sure to have a gradient.
     """
     kind = kind_for(hidden_states, head, backend)
-    plan = plan_for(kind, hidden_states, head.weight, len(head.weight), workspace)
-    # A bias's gradient is a sum of numbers that are not rounded, as exponentials are.
-    if plan.way != "kept" or needs[2] or not len(rows):
+    is_exact = kind.takes_logits(head.softcap, has_entropy_gradient, needs)
+    plan = plan_for(kind, hidden_states, head.weight, len(head.weight), workspace, is_exact)
+    if plan.way != "kept" or not len(rows):
         return None
-    from codistill_kernels._linear_triton import TritonChunks
-
-    options = (head_rows, has_entropy, needs[1], workspace)
-    return Held(TritonChunks.keep(hidden_states, head, token_ids, *options), rows)
+    assert not issubclass(kind, TorchChunks)
+    call = (hidden_states, head, token_ids, rows, head_rows)
+    if is_exact:
+        return kind.keep_logits(*call)
+    return kind.keep_exponentials(*call, has_entropy, needs[1], workspace)
 
 
 class GradientSums:
@@ -194,7 +183,7 @@ def recomputed_gradients(
         )
     chunks = kind(hidden_states, head, token_ids)
     sums = GradientSums(chunks, needs)
-    plan = plan_for(kind, hidden_states, head.weight, len(head.weight), workspace)
+    plan = plan_for(kind, hidden_states, head.weight, len(head.weight), workspace, is_exact=True)
     for rows in split_rows(active, plan.rows):
         if not len(rows):
             break
@@ -274,19 +263,29 @@ def plan_for(
     weight: Tensor,
     vocab: int,
     workspace: int,
+    is_exact: bool,
     rows: int | None = None,
 ) -> Plan:
-    """Of `vocab` logits of each row (of so many of them), within a workspace of so many bytes."""
+    """Of `vocab` logits of each row (of so many of them), within a workspace of so many bytes;
+    is_exact: `takes_logits`, so that raw ones are kept."""
     dtype = torch.promote_types(hidden_states.dtype, weight.dtype)
+    if is_exact:
+        dtype = torch.promote_types(dtype, torch.float32)
     return kind.plan(len(hidden_states) if rows is None else rows, vocab, dtype, workspace)
 
 
 def plan_of_call(
-    inputs: "LinearInputs", rows: int, workspace_mib: int | None, backend: str
+    inputs: "LinearInputs",
+    rows: int,
+    workspace_mib: int | None,
+    backend: str,
+    has_entropy_gradient: bool,
+    needs: Sequence[bool],
 ) -> "tuple[type[Chunks], Plan]":
     """Of so many of the rows that count, over the largest shard: all processes alike."""
     hidden_states, weight, *_ = inputs.tensors
     vocab, is_shard = inputs.shard.most_rows, inputs.shard.group is not None
     workspace = workspace_bytes(workspace_mib, hidden_states.device, vocab, is_shard=is_shard)
     kind = kind_of_chunks(hidden_states, backend)
-    return kind, plan_for(kind, hidden_states, weight, vocab, workspace, rows)
+    is_exact = kind.takes_logits(inputs.softcap, has_entropy_gradient, needs)
+    return kind, plan_for(kind, hidden_states, weight, vocab, workspace, is_exact, rows)

@@ -1,47 +1,197 @@
-"""Logits of a linear head in C++ (csrc/linear.cpp): tiles that stay in cache."""
+"""Logits of a linear head in C++ (csrc/linear.cpp, gradients.cpp): tiles that stay in cache."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from codistill_kernels._head import Head, Plan
 
-ROWS = 4096  # of a chunk whose logits need not be held: a copy of this many hidden states
+ROWS = 4096  # at once, where nothing is held of their logits
 
 
 def round_up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 
-class CpuChunks:
-    """Raw logits x . w + bias of one chunk of rows at a time."""
+class HeldLogits:
+    """Statistics [4, R] of rows, and what is held of their logits until their gradients are made.
 
-    HAS_BIAS_GRADIENT = True
-    BUFFERS = 1  # [R, V] tensors alive at once: the gradient takes the place of the raw logits
-    FEW_ROWS = 256  # below, a chunk is not worth packing the weight for
+    Where operands are bf16, E = 2^-k e^z in bf16 with a power k of two for each row and 256
+    columns: a number f a row makes the logits' gradient of it, f E, which is E W in dX and x f in
+    dW. Else, and with is_exact, raw logits in fp32: a bias and an entropy have gradients that take
+    unrounded ones, a softcap has a slope.
+    """
 
     def __init__(
         self,
         hidden_states: Tensor,
         head: Head,
         token_ids: Tensor,
-        workspace: Tensor | None = None,
+        *,
+        is_exact: bool,
+        memory: Tensor | None = None,
     ) -> None:
-        """workspace: of other chunks that are done with theirs, to be used again."""
-        self.hidden_states, self.token_ids, self.head = hidden_states, token_ids, head
+        """memory: of rows that are done with, to be used again."""
+        self.head, self.token_ids = head, token_ids.contiguous()
         self.weight = head.weight.contiguous()
-        self.bias = None if head.bias is None else head.bias.float().contiguous()
-        self.tile_rows, self.panel, self.slice = torch.ops.codistill_cpu.tile_shape()
         self.dtype = operand_dtype(hidden_states, head.weight)
-        self.workspace = empty(0) if workspace is None else workspace
+        self.x = operand(hidden_states, self.dtype)
+        self.is_exact = is_exact or not both_bf16(hidden_states, head.weight)
+        tile_rows, panel = torch.ops.codistill_cpu.tile_shape()
+        panels = -(-len(self.weight) // panel)
+        shape = (panels, round_up(len(token_ids), tile_rows) * panel)
+        size, dtype = math.prod(shape), torch.float32 if self.is_exact else torch.bfloat16
+        if memory is None or memory.numel() < size:
+            memory = torch.empty(size, dtype=dtype)
+        self.memory = memory
+        self.held = memory[:size].view(shape)
+        self.powers = None if self.is_exact else empty(panels, len(token_ids))
+        self.statistics = statistics_of(
+            self.x, self.weight, head, self.token_ids, self.held, self.powers
+        )
+
+    def finish(
+        self, kept: Tensor, coefficients: Tensor, log_softmax: Tensor, db: Tensor | None = None
+    ) -> None:
+        """Make the gradients of the logits of rows `kept` [K] in the place of what is held, once;
+        db [>= V] is added to."""
+        vocab, numbers = len(self.weight), log_softmax.contiguous()
+        tokens = self.token_ids[kept], self.head.temperature[kept]
+        self.kept = kept
+        if self.powers is None:
+            self.dz = self.held.view(self.dtype)
+            self.factors = torch.ones(len(kept), dtype=torch.float32)
+            torch.ops.codistill_cpu.finish_raw(
+                self.held,
+                self.dz,
+                kept,
+                *tokens,
+                self.head.softcap,
+                coefficients.contiguous(),
+                numbers,
+                vocab,
+                db,
+            )
+            return
+        assert db is None
+        self.dz, (ids, temperature) = self.held, tokens
+        self.factors = torch.ops.codistill_cpu.finish_exponentials(
+            self.held,
+            self.powers,
+            kept,
+            ids,
+            self.statistics[3, kept],
+            temperature,
+            coefficients[0].contiguous(),
+            numbers,
+            vocab,
+        )
+
+    def weight_gradient(self, dw: Tensor, *, add: bool = False) -> None:
+        """Into the first V rows of dw [>= V, H], rounded once; with `add` added to them."""
+        torch.ops.codistill_cpu.weight_gradient(
+            self.dz, self.x, self.factors, self.kept, len(self.weight), dw, add
+        )
+
+    def hidden_gradient(self, dx: Tensor, rows: Tensor, *, add: bool = False) -> None:
+        """Into rows [K] of dx [N, H], rounded once; with `add` added to them."""
+        torch.ops.codistill_cpu.hidden_gradient(
+            self.dz, self.weight, self.factors, rows, self.dtype, dx, add
+        )
+
+
+class KeptRows:
+    """`_linear.Kept`: active rows of a call, and what is held of their logits."""
+
+    def __init__(self, held: HeldLogits, rows: Tensor, head_rows: int) -> None:
+        """rows: their numbers in the call. head_rows: of the head's gradient, V or more."""
+        self.held, self.rows, self.head_rows = held, rows, head_rows
+        self.has_entropy_gradient = held.is_exact
+
+    @property
+    def statistics(self) -> Tensor:
+        """[4, K] of the active rows."""
+        return self.held.statistics
+
+    def gradients(
+        self,
+        coefficients: Tensor,
+        log_softmax: Tensor,
+        needs: Sequence[bool],
+        hidden_states: Tensor,
+        dx_dtype: torch.dtype,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Rounded once."""
+        held, width = self.held, hidden_states.shape[1]
+        kept = coefficients[:, self.rows].ne(0).any(dim=0).nonzero().squeeze(1)
+        rows, vocab = self.rows[kept], len(held.weight)
+        db = empty(self.head_rows).zero_() if needs[2] else None
+        if len(kept):
+            held.finish(kept, coefficients[:, rows], log_softmax[:, rows], db)
+        dw = dx = None
+        if needs[1]:
+            dw = torch.empty((self.head_rows, width), dtype=held.weight.dtype)
+            dw[vocab if len(kept) else 0 :] = 0
+            if len(kept):
+                held.weight_gradient(dw)
+        if needs[0]:
+            make = torch.empty if len(rows) == len(hidden_states) else torch.zeros
+            dx = make(hidden_states.shape, dtype=dx_dtype)
+            if len(kept):
+                held.hidden_gradient(dx, rows)
+        bias = held.head.bias
+        return dx, dw, db if db is None or bias is None else db.to(bias.dtype)
+
+
+class CpuChunks:
+    """Raw logits x . w + bias of one chunk of rows at a time."""
+
+    HOLDS_LOGITS = True  # of a chunk; else exponentials
+    FEW_ROWS = 256  # below, a chunk is not worth packing the weight for
+
+    def __init__(self, hidden_states: Tensor, head: Head, token_ids: Tensor) -> None:
+        self.hidden_states, self.token_ids, self.head = hidden_states, token_ids, head
+        self.memory: Tensor | None = None
         self.is_filled = False
 
     @classmethod
     def plan(cls, rows: int, vocab: int, dtype: torch.dtype, workspace: int) -> Plan:
-        """workspace: bytes. A chunk has at least a tile of rows."""
-        most = max(64, workspace // (4 * cls.BUFFERS * max(1, vocab)))
-        return Plan("columns" if most < min(cls.FEW_ROWS, rows) else "chunks", most)
+        """dtype: bf16 where exponentials can be held. workspace: bytes; a chunk, of raw logits, has
+        at least a tile of rows."""
+        if (2 if dtype == torch.bfloat16 else 4) * rows * vocab <= workspace:
+            return Plan("kept", rows)
+        most = max(64, workspace // (4 * max(1, vocab)))
+        return Plan("columns" if most < cls.FEW_ROWS else "chunks", most)
+
+    @staticmethod
+    def takes_logits(softcap: float, has_entropy_gradient: bool, needs: Sequence[bool]) -> bool:
+        """Whether gradients take the logits, unrounded, not only their exponentials."""
+        return bool(softcap) or has_entropy_gradient or needs[2]
+
+    @staticmethod
+    def keep_logits(
+        hidden_states: Tensor, head: Head, token_ids: Tensor, rows: Tensor, head_rows: int
+    ) -> KeptRows:
+        """Of these rows, numbered `rows` in the call; head_rows: of the head's gradient."""
+        held = HeldLogits(hidden_states, head, token_ids, is_exact=True)
+        return KeptRows(held, rows, head_rows)
+
+    @staticmethod
+    def keep_exponentials(
+        hidden_states: Tensor,
+        head: Head,
+        token_ids: Tensor,
+        rows: Tensor,
+        head_rows: int,
+        has_entropy: bool,
+        needs_dw: bool,
+        workspace: int,
+    ) -> KeptRows:
+        """As `keep_logits`; with an entropy or not, it costs the same."""
+        held = HeldLogits(hidden_states, head, token_ids, is_exact=False)
+        return KeptRows(held, rows, head_rows)
 
     @classmethod
     def write_gradients(
@@ -63,53 +213,40 @@ class CpuChunks:
         memory = None
         for first in range(0, len(head.weight), width):
             columns = slice(first, min(first + width, len(head.weight)))
-            chunks = cls(hidden_states, head.columns(columns), token_ids - first, memory)
-            chunks.hold(every)
-            memory = chunks.workspace
-            part_dw = None if dw is None else chunks.weight_gradients()
-            part_db = None if db is None else db[columns]
-            part_dx = chunks.gradients(
-                every, coefficients, log_softmax, dx is not None, part_dw, part_db
-            )
+            part, ids = head.columns(columns), token_ids - first
+            held = HeldLogits(hidden_states, part, ids, is_exact=True, memory=memory)
+            memory = held.memory
+            held.finish(every, coefficients, log_softmax, None if db is None else db[columns])
+            if dw is not None:
+                held.weight_gradient(dw[columns])
             if dx is not None:
-                dx += part_dx
-            if dw is not None and part_dw is not None:
-                rows = dw[columns]
-                rows.copy_(part_dw[: len(rows), : dw.shape[1]])
+                held.hidden_gradient(dx, every, add=True)
 
     def statistics(self, has_entropy: bool = False) -> Tensor:
         """[4, N] of all rows, none of them held; with an entropy or not, it costs the same."""
-        every = torch.arange(len(self.token_ids))
-        return torch.cat([self._forward(rows, None) for rows in every.split(ROWS)], dim=1)
+        weight, dtype = (
+            self.head.weight.contiguous(),
+            operand_dtype(self.hidden_states, self.head.weight),
+        )
+        parts = []
+        for first in range(0, max(1, len(self.token_ids)), ROWS):
+            rows = slice(first, first + ROWS)
+            x, ids = operand(self.hidden_states[rows], dtype), self.token_ids[rows]
+            parts.append(statistics_of(x, weight, self.head.of_rows(rows), ids))
+        return torch.cat(parts, dim=1)
 
     def hold(self, rows: Tensor) -> Tensor:
         """Keep the raw logits of these rows; their statistics [4, R]."""
-        self.rows = rows
-        panels = -(-len(self.weight) // self.panel)
-        shape = (panels, round_up(len(rows), self.tile_rows), self.panel)
-        size = math.prod(shape)
-        if self.workspace.numel() < size:
-            self.workspace = empty(size)
-        self.raw = self.workspace[:size].view(shape)
-        return self._forward(rows, self.raw)
-
-    def _forward(self, rows: Tensor, raw: Tensor | None) -> Tensor:
-        return torch.ops.codistill_cpu.linear_forward(
-            operand(self.hidden_states[rows], self.dtype),
-            self.weight,
-            self.bias,
-            self.token_ids[rows],
-            self.head.temperature[rows],
-            self.head.softcap,
-            raw,
-        )
+        head, ids = self.head.of_rows(rows), self.token_ids[rows]
+        x = self.hidden_states[rows]
+        self.held = HeldLogits(x, head, ids, is_exact=True, memory=self.memory)
+        self.memory = self.held.memory
+        return self.held.statistics
 
     def weight_gradients(self) -> Tensor:
-        """Memory that `gradients` fills at its first call and then adds to, in whole tiles; the
-        first [V, H] count."""
+        """Memory that `gradients` fills at its first call and then adds to."""
         self.is_filled = False
-        vocab, width = self.weight.shape
-        return empty(round_up(vocab, self.panel), round_up(width, self.slice))
+        return empty(*self.head.weight.shape)
 
     def gradients(
         self,
@@ -121,26 +258,37 @@ class CpuChunks:
         db: Tensor | None,
     ) -> Tensor | None:
         """dx [K, H] of rows `kept` of those held, which ends their being held; adds to dw, db."""
-        rows, width = self.rows[kept], self.weight.shape[1]
-        x = operand(self.hidden_states[rows], self.dtype)
-        dx = empty(len(x), round_up(width, self.slice)).zero_() if needs_hidden else None
-        torch.ops.codistill_cpu.linear_backward(
-            self.raw,
-            x,
-            self.weight,
-            kept,
-            self.token_ids[rows],
-            self.head.temperature[rows],
-            self.head.softcap,
-            coefficients.contiguous(),
-            log_softmax.contiguous(),
-            dx,
-            dw,
-            self.is_filled,
-            db,
-        )
-        self.raw, self.is_filled = None, True
-        return None if dx is None else dx[: len(rows), :width]
+        self.held.finish(kept, coefficients, log_softmax, db)
+        if dw is not None:
+            self.held.weight_gradient(dw, add=self.is_filled)
+            self.is_filled = True
+        if not needs_hidden:
+            return None
+        dx = empty(len(kept), self.head.weight.shape[1])
+        self.held.hidden_gradient(dx, torch.arange(len(kept)))
+        return dx
+
+
+def statistics_of(
+    x: Tensor,
+    weight: Tensor,
+    head: Head,
+    token_ids: Tensor,
+    held: Tensor | None = None,
+    powers: Tensor | None = None,
+) -> Tensor:
+    """[4, R] of the rows of an `operand`; held, powers: written, see HeldLogits."""
+    bias = None if head.bias is None else head.bias.float().contiguous()
+    return torch.ops.codistill_cpu.linear_forward(
+        x,
+        weight,
+        bias,
+        token_ids.contiguous(),
+        head.temperature.contiguous(),
+        head.softcap,
+        held,
+        powers,
+    )
 
 
 def empty(*shape: int) -> Tensor:
@@ -148,17 +296,26 @@ def empty(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32)
 
 
+def both_bf16(hidden_states: Tensor, weight: Tensor) -> bool:
+    return hidden_states.dtype == weight.dtype == torch.bfloat16
+
+
 def operand_dtype(hidden_states: Tensor, weight: Tensor) -> torch.dtype:
     """Of products. Where it is not bf16, bf16 and fp16 become fp32 tile by tile: none is lost."""
-    both_bf16 = hidden_states.dtype == weight.dtype == torch.bfloat16
-    use_bf16 = both_bf16 and torch.ops.codistill_cpu.multiplies_bf16()
+    use_bf16 = both_bf16(hidden_states, weight) and torch.ops.codistill_cpu.multiplies_bf16()
     return torch.bfloat16 if use_bf16 else torch.float32
 
 
 def operand(hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
-    """Hidden states [R, H] in whole tiles of rows and of columns, zeros beyond."""
+    """Hidden states [R, H] in whole tiles of rows and of columns, zeros beyond; themselves, where
+    they are such."""
     rows, width = hidden_states.shape
-    tile_rows, _, _ = torch.ops.codistill_cpu.tile_shape()
-    out = torch.zeros((round_up(rows, tile_rows), round_up(width, 16)), dtype=dtype)
+    tile_rows, _ = torch.ops.codistill_cpu.tile_shape()
+    shape = (round_up(rows, tile_rows), round_up(width, 16))
+    if hidden_states.dtype == dtype and shape == (rows, width):
+        return hidden_states.contiguous()
+    out = torch.empty(shape, dtype=dtype)
     out[:rows, :width] = hidden_states
+    out[rows:] = 0
+    out[:, width:] = 0
     return out

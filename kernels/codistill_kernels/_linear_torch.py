@@ -1,5 +1,7 @@
 """Logits of a linear head in plain PyTorch: any device, any dtype."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,13 @@ from codistill_kernels._softmax_torch import gradients, scale, statistics
 class TorchChunks:
     """Raw logits x . w + bias of one chunk of rows at a time."""
 
-    HAS_BIAS_GRADIENT = True
+    HOLDS_LOGITS = True
+
+    @staticmethod
+    def takes_logits(softcap: float, has_entropy_gradient: bool, needs: Sequence[bool]) -> bool:
+        """Whether gradients take the logits, unrounded, not only their exponentials."""
+        return True
+
     ROWS = 256  # of a chunk whose logits need not be held; chosen, untested
     BUFFERS = 3  # [R, V] tensors alive at once: raw logits, their exponentials, their gradient
     FEW_ROWS = 0  # a chunk costs little besides its products

@@ -94,14 +94,18 @@ fp32_sums = Fp32Sums()
 
 
 class Slabs:
-    """fp32 products x . w of a head, a slab at a time in the same memory."""
+    """fp32 products x . w of a head, a slab at a time in the same memory; with `keeps` each has its
+    own, and is made once."""
 
-    def __init__(self, x: Tensor, weight: Tensor) -> None:
-        self.x, self.weight = x, weight
+    def __init__(self, x: Tensor, weight: Tensor, *, keeps: bool = False) -> None:
+        self.x, self.weight, self.keeps = x, weight, keeps
+        self.kept: dict[tuple[int, int], Tensor] = {}
         widest = padded_columns(min(_slabs.SEGMENT, len(weight)))
-        shape = padded_rows(len(x)) * widest
-        self.memory = torch.empty(shape, dtype=torch.float32, device=x.device)
+        self.memory = self.new(0 if keeps else padded_rows(len(x)) * widest)
         self.blocks = [(rows, self.block(rows)) for rows in pieces(len(x), _slabs.ROWS)]
+
+    def new(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.float32, device=self.x.device)
 
     def block(self, rows: slice) -> Tensor:
         """Hidden states of a slab, with rows of zeros to its fixed height."""
@@ -118,9 +122,15 @@ class Slabs:
         weight = self.weight[columns]
         width = padded_columns(len(weight))
         for rows, x in self.blocks:
-            slab = self.memory[: len(x) * width].view(len(x), width)[:, : len(weight)]
-            product(x, weight.T, slab)
-            yield rows, slab[: rows.stop - rows.start]
+            place = (rows.start, columns.start)
+            if place not in self.kept:
+                memory = self.new(len(x) * width) if self.keeps else self.memory
+                slab = memory[: len(x) * width].view(len(x), width)[:, : len(weight)]
+                product(x, weight.T, slab)
+                slab = slab[: rows.stop - rows.start]
+                if self.keeps:
+                    self.kept[place] = slab
+            yield rows, self.kept[place] if self.keeps else slab
 
 
 def linear_states(

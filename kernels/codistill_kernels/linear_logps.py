@@ -10,8 +10,8 @@ from codistill_kernels._autograd import refuse_transforms
 from codistill_kernels._checks import require
 from codistill_kernels._head import Head
 from codistill_kernels._linear import (
-    Held,
-    keep_exponentials,
+    Kept,
+    keep_logits,
     make_chunks,
     recomputed_gradients,
     workspace_bytes,
@@ -124,6 +124,8 @@ class Options:
     """Whether a backward pass can follow."""
     has_entropy: bool = False
     """Whether the entropy is wanted; else it is undefined."""
+    has_entropy_gradient: bool = False
+    """Whether it is sure to have a gradient."""
     workspace_mib: int | None = None
     rows: Tensor | None = None
     """Those that are active, where they are known."""
@@ -138,14 +140,14 @@ class LinearLogps(torch.autograd.Function):
     def forward(ctx, hidden_states, lm_head_weight, bias, token_ids, temperature, active, options):
         weight, bias_part = cut(lm_head_weight, bias, options.vocab)
         inputs = (hidden_states, weight, bias_part, token_ids, temperature)
-        ctx.held = None
+        ctx.kept = None
         if torch.compiler.is_compiling():
             has_entropy = options.has_entropy
             statistics = linear_statistics(*inputs, options.softcap, has_entropy, options.backend)
         else:
             # A gradient that is not there comes as None: zeros would have to be looked at.
             ctx.set_materialize_grads(False)
-            statistics, ctx.held = statistics_of_active(
+            statistics, ctx.kept = statistics_of_active(
                 inputs, active, options, len(lm_head_weight), ctx.needs_input_grad[:3]
             )
         logps, entropy, log_softmax = logps_and_entropy(statistics, active, options.group)
@@ -159,19 +161,20 @@ class LinearLogps(torch.autograd.Function):
         hidden_states, lm_head_weight, bias, *tokens, active, log_softmax = ctx.saved_tensors
         needs, group = list(ctx.needs_input_grad[:3]), ctx.options.group
         # Once: it is used up, also by a pass that fails. A second one computes the logits again.
-        held, ctx.held = ctx.held, None
+        kept, ctx.kept = ctx.kept, None
         head_rows = len(lm_head_weight)
         lm_head_weight, bias = cut(lm_head_weight, bias, ctx.options.vocab)
         zero = torch.zeros_like(log_softmax[0])
         coefficients = row_coefficients(
             zero if dlogps is None else dlogps, zero if dentropy is None else dentropy, active
         )
-        if held is not None and dentropy is None and not torch.is_grad_enabled():
-            gradients = held.gradients(
-                coefficients, log_softmax, needs, hidden_states, lm_head_weight.dtype
-            )
+        serves = kept is not None and (dentropy is None or kept.has_entropy_gradient)
+        if serves and not torch.is_grad_enabled():
+            # Of shards' gradients the sum is rounded.
+            dx_dtype = hidden_states.dtype if group is None else torch.float32
+            gradients = kept.gradients(coefficients, log_softmax, needs, hidden_states, dx_dtype)
         else:
-            held = None  # before as much is allocated again
+            kept = None  # before as much is allocated again
             gradients = linear_gradients(
                 hidden_states,
                 lm_head_weight,
@@ -186,7 +189,7 @@ class LinearLogps(torch.autograd.Function):
                 ctx.options.workspace_mib,
                 ctx.options.backend,
             )
-        held = None
+        kept = None
         dx, dw, db = (g if need else None for g, need in zip(gradients, needs, strict=True))
         if dx is not None:
             if group is not None and ctx.options.reduce_hidden_gradient:
@@ -197,7 +200,7 @@ class LinearLogps(torch.autograd.Function):
 
 def statistics_of_active(
     inputs: tuple, active: Tensor, options: Options, head_rows: int, needs: tuple[bool, ...]
-) -> tuple[Tensor, Held | None]:
+) -> tuple[Tensor, Kept | None]:
     """[4, N], zeros where not active; and what is kept of the logits for the backward pass, where
     the backend can and the memory allows."""
     hidden_states, weight, bias, token_ids, temperature = inputs
@@ -209,32 +212,33 @@ def statistics_of_active(
         )
     compact = (hidden_states, weight, bias, token_ids, temperature)
     head = Head(weight, bias, temperature, options.softcap)
-    held = None
+    kept = None
     if options.has_gradient and any(needs):
         device, is_shard = hidden_states.device, options.group is not None
         mib = options.workspace_mib
         workspace = workspace_bytes(mib, device, len(weight), is_shard=is_shard)
-        held = keep_exponentials(
+        kept = keep_logits(
             hidden_states,
             head,
             token_ids,
             rows,
             head_rows,
-            options.has_entropy,
-            needs,
-            options.backend,
-            workspace,
+            has_entropy=options.has_entropy,
+            has_entropy_gradient=options.has_entropy_gradient,
+            needs=needs,
+            backend=options.backend,
+            workspace=workspace,
         )
-    if held is not None:
-        statistics = held.statistics
+    if kept is not None:
+        statistics = kept.statistics
     else:
         has_entropy = options.has_entropy
         statistics = linear_statistics(*compact, options.softcap, has_entropy, options.backend)
     if is_all:
-        return statistics, held
+        return statistics, kept
     full = statistics.new_zeros((4, len(active)))
     full[:, rows] = statistics
-    return full, held
+    return full, kept
 
 
 def logps_and_entropy(
@@ -382,7 +386,7 @@ def linear_logps(
         backend,
         torch.is_grad_enabled(),
         return_entropy,
-        workspace_mib,
+        workspace_mib=workspace_mib,
         reduce_hidden_gradient=reduce_hidden_gradient,
     )
     logps, entropy = LinearLogps.apply(*inputs.tensors, inputs.active, options)

@@ -82,7 +82,8 @@ def linear_policy_gradients(
     is_shard = group is not None
     device = hidden_states.device
     workspace = workspace_bytes(workspace_mib, device, shard_rows, is_shard=is_shard)
-    plan = plan_for(chunks, hidden_states, lm_head_weight, shard_rows, workspace)
+    is_exact = chunks.takes_logits(softcap, loss.entropy_bonus != 0, needs)
+    plan = plan_for(chunks, hidden_states, lm_head_weight, shard_rows, workspace, is_exact)
     arguments = (hidden_states, head, token_ids, terms, group, needs, backend)
     if plan.way == "columns" or takes_two_passes(chunks, loss, needs):
         return two_passes(*arguments, workspace)
@@ -125,8 +126,9 @@ def _(
 def takes_two_passes(kind: "type[Chunks]", loss: PolicyLoss, needs: list[bool]) -> bool:
     """A gradient at one token depends on others, there is none, or it is one that chunks of this
     kind do not give."""
-    is_bias_left = needs[2] and not kind.HAS_BIAS_GRADIENT
-    return loss.needs_sequences or not any(needs) or is_bias_left
+    takes_logits = needs[2] or loss.entropy_bonus != 0
+    is_left = takes_logits and not kind.HOLDS_LOGITS
+    return loss.needs_sequences or not any(needs) or is_left
 
 
 @dataclass(frozen=True)
@@ -337,7 +339,8 @@ def linear_policy_loss(
         rows, in_chunks = None, True  # one op, whatever it does inside
     else:
         rows = keep.nonzero().squeeze(1)
-        kind, plan = plan_of_call(inputs, len(rows), workspace_mib, backend)
+        has_bonus = loss.entropy_bonus != 0
+        kind, plan = plan_of_call(inputs, len(rows), workspace_mib, backend, has_bonus, needs)
         in_chunks = plan.way == "chunks" and not takes_two_passes(kind, loss, needs)
     if not in_chunks:
         options = Options(
@@ -347,6 +350,7 @@ def linear_policy_loss(
             backend,
             has_gradient=any(needs),
             has_entropy=True,
+            has_entropy_gradient=loss.entropy_bonus != 0,
             workspace_mib=workspace_mib,
             rows=rows,
             reduce_hidden_gradient=reduce_hidden_gradient,

@@ -232,8 +232,9 @@ def linear_token_loss(
         inputs.shard.group,
         backend,
         any(needs),
-        True,
-        workspace_mib,
+        has_entropy=True,
+        has_entropy_gradient=True,
+        workspace_mib=workspace_mib,
         reduce_hidden_gradient=reduce_hidden_gradient,
     )
     if torch.compiler.is_compiling() or reduction == "none":
@@ -243,9 +244,9 @@ def linear_token_loss(
             loss = loss / divisor(loss, normalizer)
     else:
         rows = keep.nonzero().squeeze(1)
-        kind, plan = plan_of_call(inputs, len(rows), workspace_mib, backend)
+        kind, plan = plan_of_call(inputs, len(rows), workspace_mib, backend, True, needs)
         # Chunks of exponentials, as on a GPU, have no gradient of an entropy nor of a bias.
-        if plan.way == "chunks" and kind.HAS_BIAS_GRADIENT and any(needs):
+        if plan.way == "chunks" and kind.HOLDS_LOGITS and any(needs):
             loss, logps, entropy = by_chunks(inputs, fn, rows, options, needs, plan.rows)
         else:
             loss, logps, entropy = by_log_probabilities(inputs, fn, rows, options)

@@ -8,6 +8,7 @@ from numerics import BACKENDS, DTYPES, INTERPRETED, MatrixUnit, assert_as_accura
 from torch import Tensor
 
 from codistill_kernels import _linear, linear_logps, reference
+from codistill_kernels._head import Plan
 
 
 @dataclass
@@ -248,6 +249,7 @@ def test_frozen_input_costs_no_gradient(backend, frozen, monkeypatch):
             original(*arguments)
 
         monkeypatch.setattr(kind, "write_gradients", spy)
+        monkeypatch.setattr(kind, "plan", lambda *_: Plan("columns", 0))
     case = make_case(bias=torch.zeros(1021))
     leaves = case.leaves()
     leaves[frozen].requires_grad_(False)

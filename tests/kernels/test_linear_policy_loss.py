@@ -14,6 +14,7 @@ from processes import spawn
 from codistill_kernels import (
     PolicyLoss,
     _linear,
+    _linear_cpu,
     linear_logps,
     linear_policy_loss,
     policy_loss,
@@ -66,12 +67,11 @@ def leaves_in(dtype, leaves):
 
 
 WAYS = {
+    "kept": Plan("kept", 200),
     "one chunk": Plan("chunks", 200),
     "chunks of rows": Plan("chunks", 85),
     "two passes": Plan("columns", 85),
 }
-if "triton" in BACKENDS:
-    WAYS["kept"] = Plan("kept", 200)
 
 
 @pytest.fixture
@@ -79,7 +79,10 @@ def way(request, monkeypatch):
     """In which order tokens and vocabulary rows are gone through, whatever the workspace."""
     for backend in BACKENDS:
         kind = _linear.kind_of_chunks(torch.empty(0), backend)
-        monkeypatch.setattr(kind, "plan", lambda *_: WAYS[request.param])
+        plan = WAYS[
+            "one chunk" if request.param == "kept" and backend == "torch" else request.param
+        ]
+        monkeypatch.setattr(kind, "plan", lambda *_, plan=plan: plan)
     return request.param
 
 
@@ -160,13 +163,13 @@ def test_rows_without_a_gradient_reach_neither_product(way, monkeypatch):
         for module in (_exponentials_triton, _linear_triton):
             monkeypatch.setattr(module, "product", spy)
     else:
-        original = kind.gradients
+        original = _linear_cpu.HeldLogits.finish
 
         def spy(self, kept, *rest):
             added.append(len(kept))
             return original(self, kept, *rest)
 
-        monkeypatch.setattr(kind, "gradients", spy)
+        monkeypatch.setattr(_linear_cpu.HeldLogits, "finish", spy)
     copies = leaves_in(None, leaves)
     loss, stats = linear_policy_loss(
         **copies, token_ids=ids, **terms, **head, normalizer=1.0, backend=BACKENDS[0]
@@ -216,7 +219,8 @@ def test_without_gradients_none_is_made(monkeypatch):
     assert not loss.requires_grad
 
 
-def test_upstream_gradient_scales_and_a_second_backward_is_refused():
+@pytest.mark.parametrize("way", ["one chunk"], indirect=True)
+def test_upstream_gradient_scales_and_a_second_backward_is_refused(way):
     leaves, ids, terms, head = make_case()
     grads = []
     for factor in (1.0, -2.5):
@@ -287,8 +291,8 @@ def test_compiles_as_one_graph_and_passes_opcheck():
 
 def sharded(rank: int, folder: str, vocab_size: int, way: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    for kind in (_linear.CpuChunks, _linear.TorchChunks):
-        kind.plan = lambda *_: Plan(way, 68)
+    _linear.CpuChunks.plan = lambda *_: Plan(way, 68)
+    _linear.TorchChunks.plan = lambda *_: Plan("chunks" if way == "kept" else way, 68)
     leaves, ids, terms, head = make_case(vocab=510, rows=150)
     head["vocab_size"] = vocab_size  # cuts the second shard, or leaves nothing of it
     ids[ids >= vocab_size] %= vocab_size
@@ -316,7 +320,7 @@ def sharded(rank: int, folder: str, vocab_size: int, way: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("way", ["chunks", "columns"])
+@pytest.mark.parametrize("way", ["kept", "chunks", "columns"])
 @pytest.mark.parametrize("vocab_size", [300, 200], ids=["cut shard", "empty shard"])
 def test_sharded_vocabulary_equals_whole(tmp_path, vocab_size, way):
     spawn(sharded, str(tmp_path), vocab_size, way, processes=2)
