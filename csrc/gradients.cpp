@@ -138,24 +138,41 @@ void finish_raw(const at::Tensor& held, const at::Tensor& dz, const at::Tensor& 
 // --- products -------------------------------------------------------------------------------------
 
 // A gradient [rows, columns] of any float dtype, as it is written.
-struct Output {
-  const at::Tensor& tensor;
-  bool add;
+class Output {
+ public:
+  Output(const at::Tensor& tensor, bool add)
+      : data_(tensor.data_ptr()),
+        type_(tensor.scalar_type()),
+        item_(tensor.element_size()),
+        stride_(tensor.stride(0)),
+        add_(add) {}
+
+  // `height` rows of `width` columns will be written.
+  void prefetch(int64_t row, int64_t column, int64_t height, int64_t width) const {
+    const char* first = data<char>() + (row * stride_ + column) * item_;
+    codistill::prefetch<true>(first, height, stride_ * item_, width * item_);
+  }
 
   void write(int64_t row, int64_t column, const float* sums, float factor, int64_t size) const {
-    const int64_t at = row * tensor.stride(0) + column;
-    switch (tensor.scalar_type()) {
-      case at::kBFloat16: return write_scaled(sums, factor, size, add, data<at::BFloat16>() + at);
-      case at::kHalf: return write_scaled(sums, factor, size, add, data<at::Half>() + at);
-      case at::kDouble: return write_scaled(sums, factor, size, add, data<double>() + at);
-      default: return write_scaled(sums, factor, size, add, data<float>() + at);
+    const int64_t at = row * stride_ + column;
+    switch (type_) {
+      case at::kBFloat16: return write_scaled(sums, factor, size, add_, data<at::BFloat16>() + at);
+      case at::kHalf: return write_scaled(sums, factor, size, add_, data<at::Half>() + at);
+      case at::kDouble: return write_scaled(sums, factor, size, add_, data<double>() + at);
+      default: return write_scaled(sums, factor, size, add_, data<float>() + at);
     }
   }
 
+ private:
   template <typename V>
   V* data() const {
-    return tensor.data_ptr<V>();
+    return static_cast<V*>(data_);
   }
+
+  void* data_;
+  at::ScalarType type_;
+  int64_t item_, stride_;
+  bool add_;
 };
 
 // A tile [height, kPanel] of S as the left operand of a product of T.
@@ -240,14 +257,16 @@ void weight_gradients(const Panels<S>& dz, int64_t padded, const Weight& shape, 
                        transposed.data() + (t - tile) * tile_size + k * kRows);
     for (int64_t h = 0; h < shape.hidden; h += slice)
       for (int64_t t = tile; t < last; ++t) {
+        const int64_t stop = std::min((t + 1) * kRows, shape.vocab);
+        const int64_t width = std::min(slice, shape.hidden - h);
+        dw.prefetch(t * kRows, h, stop - t * kRows, width);
         for (int64_t k = 0; k < padded; k += kDepth<T>)
           multiply<T>(kRows, std::min(kDepth<T>, padded - k),
                       transposed.data() + (t - tile) * tile_size + k * kRows, kDepth<T>,
                       x + packed_words<T>(padded, h) + packed_words<T>(k, slice), sums.data(), slice,
                       /*add=*/k > 0);
-        for (int64_t v = t * kRows; v < std::min((t + 1) * kRows, shape.vocab); ++v)
-          dw.write(v, h, sums.data() + (v - t * kRows) * slice, factor,
-                   std::min(slice, shape.hidden - h));
+        for (int64_t v = t * kRows; v < stop; ++v)
+          dw.write(v, h, sums.data() + (v - t * kRows) * slice, factor, width);
       }
   }
   release<T>();
@@ -281,7 +300,7 @@ void hidden_gradient(const at::Tensor& dz, const at::Tensor& weight, const at::T
                      const at::Tensor& at, at::ScalarType product, const at::Tensor& dx, bool add) {
   const Weight shape(weight);
   const int64_t rows = factors.size(0);
-  const Output out{dx, add};
+  const Output out(dx, add);
   const auto run = [&](auto operand, const auto* panels, const auto* weight_data) {
     all_hidden_gradients<decltype(operand)>(Panels{panels, dz.stride(0)}, rows, shape, weight_data,
                                             factors.const_data_ptr<float>(),
@@ -301,7 +320,7 @@ void weight_gradient(const at::Tensor& dz, const at::Tensor& x, const at::Tensor
                      const at::Tensor& at, int64_t vocab, const at::Tensor& dw, bool add) {
   const Weight shape(vocab, dw.size(1));
   const int64_t rows = factors.size(0);
-  const Output out{dw, add};
+  const Output out(dw, add);
   const auto run = [&](const auto* panels, const auto* data) {
     all_weight_gradients(Panels{panels, dz.stride(0)}, rows, shape, data, x.size(1),
                          factors.const_data_ptr<float>(), at.const_data_ptr<int64_t>(), out);

@@ -47,6 +47,8 @@ void block_states(const Rows& rows, const Weight& shape, const T* x, int64_t str
     pack_transposed<T>(weight + column * shape.hidden, valid, shape.hidden, stride_x, packed.data());
     for (int64_t row = first; row < last; row += kRows) {
       float* c = held.raw == nullptr ? tile.data() : held.raw + (panel * rows.padded + row) * kPanel;
+      if (held.exponentials != nullptr)
+        prefetch<true>(held.exponentials + (panel * rows.padded + row) * kPanel, kRows, kPanel, kPanel);
       multiply_panel<T>(tile_height(row, rows.count), stride_x, x + row * stride_x, packed.data(),
                         valid, c);
       for (int64_t i = row; i < std::min(row + kRows, last); ++i, c += kPanel) {

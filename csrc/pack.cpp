@@ -72,7 +72,9 @@ CODISTILL_CLONES void pack_transposed(const W* in, int64_t rows, int64_t columns
         for (int64_t n = 0; n < std::min<int64_t>(8, rows - n0 - n1); ++n) {
           const W* row = in + (n0 + n1 + n) * columns + k0;
           __builtin_prefetch(row + kLineWords * columns);
-          if (valid == kStep)
+          if (valid == kStep && std::is_same_v<T, W>)
+            std::memcpy(block[n], row, sizeof(block[n]));
+          else if (valid == kStep)
             for (int64_t k = 0; k < kStep; ++k) block[n][k] = static_cast<T>(row[k]);
           else
             for (int64_t k = 0; k < valid; ++k) block[n][k] = static_cast<T>(row[k]);

@@ -65,12 +65,12 @@ inline int64_t tile_height(int64_t first, int64_t rows) {
 }
 
 // Ask for a tile before it is needed: a product goes through its left operand in steps too short for
-// the hardware to foresee them.
-template <typename T>
+// the hardware to foresee them. kWrite: it will be written.
+template <bool kWrite = false, typename T>
 void prefetch(const T* tile, int64_t height, int64_t stride, int64_t width) {
   constexpr int64_t kLine = 64 / sizeof(T);
   for (int64_t i = 0; i < height; ++i)
-    for (int64_t k = 0; k < width; k += kLine) __builtin_prefetch(tile + i * stride + k, 0, 2);
+    for (int64_t k = 0; k < width; k += kLine) __builtin_prefetch(tile + i * stride + k, kWrite, 2);
 }
 
 // c [height, slice_width()] (+)= a [height, depth] @ one packed slice, kDepth terms at a time.
