@@ -245,7 +245,8 @@ def linear_policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`policy_loss` of `linear_logps`, in one pass: 6 N H V operations, no [N, V] logits.
 
-    Losses of sequences take two passes, 8 N H V, except where triton keeps exponentials.
+    Losses of sequences take two passes, 8 N H V, unless what is kept of all logits fits into the
+    workspace.
 
     Args:
         hidden_states: [N, H], fp32, bf16, fp16 or fp64. Differentiable.

@@ -141,9 +141,9 @@ def linear_token_loss(
 
     loss = (1/normalizer) sum over unmasked tokens n of fn(logps[n], entropy[n], n)
 
-    On a CPU 6 N H V operations: fn is called on chunks of tokens while their logits are there. On a
-    GPU fn is called once: 6 N H V where the exponentials of the logits fit into the workspace and
-    fn does not use the entropy, else 8.
+    On a CPU 6 N H V operations: fn is called once where the logits fit into the workspace, else on
+    chunks of tokens while theirs are there. On a GPU fn is called once: 6 N H V where the
+    exponentials of the logits fit into the workspace and fn does not use the entropy, else 8.
 
     Args:
         hidden_states, lm_head_weight, token_ids, mask: as in `linear_policy_loss`.
@@ -152,7 +152,7 @@ def linear_token_loss(
             It may differentiate nothing but logps and entropy: tensors of its own are detached.
         normalizer: a number or a scalar tensor, >= 0; 0 only where nothing is left to divide.
         reduction: "sum", or "none": the losses [N] themselves, 0 where masked, not normalized; then
-            logits are computed twice on a CPU.
+            logits that do not fit into the workspace are computed twice on a CPU.
         bias, temperature, softcap, vocab_size, group: as in `linear_logps`.
         workspace_mib, backend: as in `linear_policy_loss`.
 

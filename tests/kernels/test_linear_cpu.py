@@ -1,4 +1,4 @@
-"""What the C++ backend holds between the passes of a linear head, and the gradients it makes of it."""
+"""What the C++ backend holds of a linear head's logits, and the gradients it makes of it."""
 
 import pytest
 import torch
