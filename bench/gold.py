@@ -46,11 +46,11 @@ class Setting:
     @property
     def ways(self) -> tuple[str, ...]:
         """In which a loss and its gradients can come about."""
-        return ("kept", SHARED, "chunks", "columns") if self.backend == "triton" else WITHOUT_KEPT
+        kept = {"triton": ("kept", SHARED), "cpu": ("kept",)}.get(self.backend, ())
+        return (*kept, "chunks", "columns")
 
 
 SHARED = "kept, shared memory"
-WITHOUT_KEPT = ("chunks", "columns")
 
 
 @contextlib.contextmanager

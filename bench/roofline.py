@@ -155,7 +155,7 @@ def cpu_ms(operation: str, shape: Shape, mode: str, matmul_tflops: float) -> flo
     """mode: forward or both; no matmul is measured beside a backward pass alone."""
     workspace = workspace_bytes(None, torch.device("cpu"), shape.vocab)
     way = CpuChunks.plan(shape.active, shape.vocab, DTYPE, workspace).way
-    recomputes = operation == "linear_logps" or way == "columns"
+    recomputes = way == "columns" or (way == "chunks" and operation == "linear_logps")
     factor = 2 if mode == "forward" else 8 if recomputes else 6
     hidden = shape.hidden + shape.large_hidden
     return factor * shape.active * hidden * shape.vocab / (matmul_tflops * 1e9)

@@ -18,8 +18,11 @@
 namespace codistill {
 namespace {
 
-constexpr int64_t kSumRows = 512, kSumColumns = 128;  // a block of dX: 256 KiB of fp32, of the L2
-constexpr int64_t kTransposed = 256 * 1024;           // bytes of E^T at once, of the L2 as well
+// A block of dX. Its sums, 1.5 MiB, go through the L2 a tile at a time, in order; smaller blocks, that
+// stay there, took longer: the weight is packed once for every kSumRows rows, and dz is read once for
+// every kSumColumns columns.
+constexpr int64_t kSumRows = 1024, kSumColumns = 384;
+constexpr int64_t kTransposed = 256 * 1024;  // bytes of E^T at once: they stay in the L2
 constexpr int64_t kTiles = kPanel / kRows;            // of dW a panel
 
 // dz, or E, of the kept rows: panels of [>= rows.padded, kPanel], zeros from rows.count on.
@@ -135,34 +138,51 @@ void finish_raw(const at::Tensor& held, const at::Tensor& dz, const at::Tensor& 
 // --- products -------------------------------------------------------------------------------------
 
 // A gradient [rows, columns] of any float dtype, as it is written.
-struct Output {
-  const at::Tensor& tensor;
-  bool add;
+class Output {
+ public:
+  Output(const at::Tensor& tensor, bool add)
+      : data_(tensor.data_ptr()),
+        type_(tensor.scalar_type()),
+        item_(tensor.element_size()),
+        stride_(tensor.stride(0)),
+        add_(add) {}
+
+  // `height` rows of `width` columns will be written.
+  void prefetch(int64_t row, int64_t column, int64_t height, int64_t width) const {
+    const char* first = data<char>() + (row * stride_ + column) * item_;
+    codistill::prefetch<true>(first, height, stride_ * item_, width * item_);
+  }
 
   void write(int64_t row, int64_t column, const float* sums, float factor, int64_t size) const {
-    const int64_t at = row * tensor.stride(0) + column;
-    switch (tensor.scalar_type()) {
-      case at::kBFloat16: return write_scaled(sums, factor, size, add, data<at::BFloat16>() + at);
-      case at::kHalf: return write_scaled(sums, factor, size, add, data<at::Half>() + at);
-      case at::kDouble: return write_scaled(sums, factor, size, add, data<double>() + at);
-      default: return write_scaled(sums, factor, size, add, data<float>() + at);
+    const int64_t at = row * stride_ + column;
+    switch (type_) {
+      case at::kBFloat16: return write_scaled(sums, factor, size, add_, data<at::BFloat16>() + at);
+      case at::kHalf: return write_scaled(sums, factor, size, add_, data<at::Half>() + at);
+      case at::kDouble: return write_scaled(sums, factor, size, add_, data<double>() + at);
+      default: return write_scaled(sums, factor, size, add_, data<float>() + at);
     }
   }
 
+ private:
   template <typename V>
   V* data() const {
-    return tensor.data_ptr<V>();
+    return static_cast<V*>(data_);
   }
+
+  void* data_;
+  at::ScalarType type_;
+  int64_t item_, stride_;
+  bool add_;
 };
 
-// A tile [kRows, kPanel] of S as the left operand of a product of T.
+// A tile [height, kPanel] of S as the left operand of a product of T.
 template <typename T, typename S>
-const T* as_operand(const S* tile, std::vector<T>& buffer) {
+const T* as_operand(const S* tile, int64_t height, std::vector<T>& buffer) {
   if constexpr (std::is_same_v<T, S>) {
     return tile;
   } else {
     buffer.resize(kRows * kPanel);
-    convert(tile, kRows * kPanel, buffer.data());
+    convert(tile, height * kPanel, buffer.data());
     return buffer.data();
   }
 }
@@ -170,12 +190,12 @@ const T* as_operand(const S* tile, std::vector<T>& buffer) {
 // dx [rows [first, last), columns [h0, h1)]; at: rows of dx. A block of sums is tiles of kRows x a
 // slice, one behind the other.
 template <typename T, typename S, typename W>
-void hidden_gradients(const Panels<S>& dz, int64_t rows, const Weight& shape, const W* weight,
-                      const float* factors, const int64_t* at, int64_t first, int64_t last,
-                      int64_t h0, int64_t h1, const Output& dx) {
+void hidden_gradients(const Panels<S>& dz, const Weight& shape, const W* weight, const float* factors,
+                      const int64_t* at, int64_t first, int64_t last, int64_t h0, int64_t h1,
+                      const Output& dx) {
   const int64_t slice = slice_width(), slices = (h1 - h0 + slice - 1) / slice, size = kRows * slice;
   std::vector<uint32_t> packed(packed_words<T>(kPanel, h1 - h0));
-  std::vector<float> sums((last - first) / kRows * slices * size);
+  std::vector<float> sums(round_up(last - first, kRows) / kRows * slices * size);
   std::vector<T> buffer;
   for (int64_t panel = 0; panel < shape.panels; ++panel) {
     const int64_t valid = shape.valid(panel), depth = round_up(valid, 32);
@@ -183,16 +203,18 @@ void hidden_gradients(const Panels<S>& dz, int64_t rows, const Weight& shape, co
             packed.data());
     float* c = sums.data();
     for (int64_t row = first; row < last; row += kRows) {
-      const T* a = as_operand<T>(dz.row(panel, row), buffer);
+      const int64_t height = tile_height(row, last);
+      prefetch(dz.row(panel, row + kRows), kRows, kPanel, kPanel);
+      const T* a = as_operand<T>(dz.row(panel, row), height, buffer);
       for (int64_t n = 0; n < slices; ++n, c += size)
-        multiply<T>(depth, a, kPanel, packed.data() + packed_words<T>(depth, n * slice), c, slice,
-                    /*add=*/panel > 0);
+        multiply<T>(height, depth, a, kPanel, packed.data() + packed_words<T>(depth, n * slice), c,
+                    slice, /*add=*/panel > 0);
     }
   }
   const float* c = sums.data();
   for (int64_t row = first; row < last; row += kRows)
     for (int64_t h = h0; h < h1; h += slice, c += size)
-      for (int64_t i = row; i < std::min(row + kRows, rows); ++i)
+      for (int64_t i = row; i < std::min(row + kRows, last); ++i)
         dx.write(at[i], h, c + (i - row) * slice, factors[i], std::min(slice, h1 - h));
   release<T>();
 }
@@ -201,17 +223,19 @@ void hidden_gradients(const Panels<S>& dz, int64_t rows, const Weight& shape, co
 template <typename T, typename S, typename W>
 void all_hidden_gradients(const Panels<S>& dz, int64_t rows, const Weight& shape, const W* weight,
                           const float* factors, const int64_t* at, const Output& dx) {
-  const int64_t tiles = (rows + kRows - 1) / kRows;
-  const int64_t across = (shape.hidden + kSumColumns - 1) / kSumColumns;
-  const int64_t least = (tiles * kRows + kSumRows - 1) / kSumRows;
-  const int64_t wanted = (at::get_num_threads() + across - 1) / across;
-  const int64_t down = std::min(tiles, std::max(least, wanted));
+  const int64_t tiles = (rows + kRows - 1) / kRows, threads = at::get_num_threads();
+  const int64_t slice = slice_width(), slices = (shape.hidden + slice - 1) / slice;
+  const int64_t least = (shape.hidden + kSumColumns - 1) / kSumColumns;
+  const int64_t across = std::min(slices, round_up(least, threads));  // even shares
+  const int64_t down = std::min(tiles, std::max((rows + kSumRows - 1) / kSumRows,
+                                                (threads + across - 1) / across));
   at::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t h = item / down * kSumColumns, part = item % down;
-      hidden_gradients<T>(dz, rows, shape, weight, factors, at, part * tiles / down * kRows,
-                          (part + 1) * tiles / down * kRows, h,
-                          std::min(h + kSumColumns, shape.hidden), dx);
+      const int64_t h = item / down, row = item % down;
+      hidden_gradients<T>(dz, shape, weight, factors, at, row * tiles / down * kRows,
+                          std::min(rows, (row + 1) * tiles / down * kRows),
+                          h * slices / across * slice,
+                          std::min(shape.hidden, (h + 1) * slices / across * slice), dx);
     }
   });
 }
@@ -233,14 +257,16 @@ void weight_gradients(const Panels<S>& dz, int64_t padded, const Weight& shape, 
                        transposed.data() + (t - tile) * tile_size + k * kRows);
     for (int64_t h = 0; h < shape.hidden; h += slice)
       for (int64_t t = tile; t < last; ++t) {
+        const int64_t stop = std::min((t + 1) * kRows, shape.vocab);
+        const int64_t width = std::min(slice, shape.hidden - h);
+        dw.prefetch(t * kRows, h, stop - t * kRows, width);
         for (int64_t k = 0; k < padded; k += kDepth<T>)
-          multiply<T>(std::min(kDepth<T>, padded - k),
+          multiply<T>(kRows, std::min(kDepth<T>, padded - k),
                       transposed.data() + (t - tile) * tile_size + k * kRows, kDepth<T>,
                       x + packed_words<T>(padded, h) + packed_words<T>(k, slice), sums.data(), slice,
                       /*add=*/k > 0);
-        for (int64_t v = t * kRows; v < std::min((t + 1) * kRows, shape.vocab); ++v)
-          dw.write(v, h, sums.data() + (v - t * kRows) * slice, factor,
-                   std::min(slice, shape.hidden - h));
+        for (int64_t v = t * kRows; v < stop; ++v)
+          dw.write(v, h, sums.data() + (v - t * kRows) * slice, factor, width);
       }
   }
   release<T>();
@@ -252,7 +278,7 @@ template <typename T, typename S>
 void all_weight_gradients(const Panels<S>& dz, int64_t rows, const Weight& shape, const T* x,
                           int64_t stride_x, const float* factors, const int64_t* at,
                           const Output& dw) {
-  const int64_t padded = round_up(rows, kRows), slice = slice_width();
+  const int64_t padded = round_up(rows, kUnit), slice = slice_width();
   float largest = 0.0f;
   for (int64_t i = 0; i < rows; ++i) largest = std::max(largest, std::abs(factors[i]));
   const int exponent = largest > 0.0f && std::isfinite(largest) ? std::ilogb(largest) : 0;
@@ -274,7 +300,7 @@ void hidden_gradient(const at::Tensor& dz, const at::Tensor& weight, const at::T
                      const at::Tensor& at, at::ScalarType product, const at::Tensor& dx, bool add) {
   const Weight shape(weight);
   const int64_t rows = factors.size(0);
-  const Output out{dx, add};
+  const Output out(dx, add);
   const auto run = [&](auto operand, const auto* panels, const auto* weight_data) {
     all_hidden_gradients<decltype(operand)>(Panels{panels, dz.stride(0)}, rows, shape, weight_data,
                                             factors.const_data_ptr<float>(),
@@ -294,7 +320,7 @@ void weight_gradient(const at::Tensor& dz, const at::Tensor& x, const at::Tensor
                      const at::Tensor& at, int64_t vocab, const at::Tensor& dw, bool add) {
   const Weight shape(vocab, dw.size(1));
   const int64_t rows = factors.size(0);
-  const Output out{dw, add};
+  const Output out(dw, add);
   const auto run = [&](const auto* panels, const auto* data) {
     all_weight_gradients(Panels{panels, dz.stride(0)}, rows, shape, data, x.size(1),
                          factors.const_data_ptr<float>(), at.const_data_ptr<int64_t>(), out);

@@ -5,8 +5,7 @@
 // What is held for the gradients (gradients.cpp) is [panels][rows.padded][kPanel]: of exponentials in
 // bf16, with their power of two a row and panel, or of raw logits in fp32.
 //
-// Panels are shared by the threads; the states of blocks of panels are merged in block order, and
-// every product has the same shape. Results depend neither on threads nor on the other rows.
+// Panels are shared by the threads; the states of blocks of panels are merged in block order. Results depend neither on threads nor on the other rows.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -42,14 +41,17 @@ void block_states(const Rows& rows, const Weight& shape, const T* x, int64_t str
   std::vector<uint32_t> packed(packed_words<T>(stride_x, kPanel));
   std::vector<float> tile(held.raw == nullptr ? kRows * kPanel : 0);
   const int64_t stop = std::min((block + 1) * kBlock, shape.panels);
-  std::fill(states + first, states + std::min(last, rows.count), empty_state());
+  std::fill(states + first, states + last, empty_state());
   for (int64_t panel = block * kBlock; panel < stop; ++panel) {
     const int64_t column = panel * kPanel, valid = shape.valid(panel);
     pack_transposed<T>(weight + column * shape.hidden, valid, shape.hidden, stride_x, packed.data());
     for (int64_t row = first; row < last; row += kRows) {
       float* c = held.raw == nullptr ? tile.data() : held.raw + (panel * rows.padded + row) * kPanel;
-      multiply_panel<T>(stride_x, x + row * stride_x, packed.data(), valid, c);
-      for (int64_t i = row; i < std::min(row + kRows, rows.count); ++i, c += kPanel) {
+      if (held.exponentials != nullptr)
+        prefetch<true>(held.exponentials + (panel * rows.padded + row) * kPanel, kRows, kPanel, kPanel);
+      multiply_panel<T>(tile_height(row, rows.count), stride_x, x + row * stride_x, packed.data(),
+                        valid, c);
+      for (int64_t i = row; i < std::min(row + kRows, last); ++i, c += kPanel) {
         if (bias != nullptr)
           for (int64_t j = 0; j < valid; ++j) c[j] += bias[column + j];
         states[i] = merge(states[i], held_state(c, held, rows, i, panel, valid));
@@ -64,7 +66,7 @@ void forward(const Rows& rows, const Weight& shape, const T* x, int64_t stride_x
              const float* bias, const Held& held, float* out) {
   const int64_t blocks = num_blocks(shape.panels);
   std::vector<State> states(blocks * rows.count);
-  for_blocks(shape, rows.padded, [&](int64_t block, int64_t first, int64_t last) {
+  for_blocks(shape, rows.count, [&](int64_t block, int64_t first, int64_t last) {
     block_states(rows, shape, x, stride_x, weight, bias, block, first, last, held,
                  states.data() + block * rows.count);
   });
@@ -79,7 +81,7 @@ void forward(const Rows& rows, const Weight& shape, const T* x, int64_t stride_x
   });
 }
 
-// x is whole tiles of rows and of columns; beyond the rows and the hidden size it is zero.
+// x: rows and columns in multiples of kUnit; beyond the rows and the hidden size it is zero.
 at::Tensor linear_forward(const at::Tensor& x, const at::Tensor& weight,
                           const std::optional<at::Tensor>& bias, const at::Tensor& token_ids,
                           const at::Tensor& temperature, double softcap,
@@ -114,5 +116,5 @@ TORCH_LIBRARY_FRAGMENT(codistill_cpu, m) {
       "float softcap, Tensor(a!)? held, Tensor(b!)? powers) -> Tensor",
       &linear_forward);
   m.def("multiplies_bf16() -> bool", &multiplies_bf16);
-  m.def("tile_shape() -> (int, int)", [] { return std::make_tuple(kRows, kPanel); });
+  m.def("tile_shape() -> (int, int)", [] { return std::make_tuple(kUnit, kPanel); });
 }

@@ -14,14 +14,14 @@ namespace codistill {
 constexpr int64_t kBlock = 4;  // panels of a block, the unit of work of the forward pass; even shares
 
 struct Rows {
-  int64_t count, padded;  // padded to a multiple of kRows
+  int64_t count, padded;  // padded to a multiple of kUnit
   const int64_t* token_ids;
   const float* temperature;
   float softcap;
 
   Rows(const at::Tensor& token_ids, const at::Tensor& temperature, double softcap)
       : count(token_ids.size(0)),
-        padded(round_up(count, kRows)),
+        padded(round_up(count, kUnit)),
         token_ids(token_ids.const_data_ptr<int64_t>()),
         temperature(temperature.const_data_ptr<float>()),
         softcap(static_cast<float>(softcap)) {}
@@ -45,22 +45,30 @@ struct Weight {
   int64_t valid(int64_t panel) const { return std::min(kPanel, vocab - panel * kPanel); }
 };
 
-// c [kRows, kPanel] = a [kRows, depth] @ a packed panel, in whole slices up to `valid` columns.
+// c [height, kPanel] = a [height, depth] @ a packed panel, in whole slices up to `valid` columns. Terms
+// outermost: each part of `a` is then fetched once.
 template <typename T>
-void multiply_panel(int64_t depth, const T* a, const uint32_t* packed, int64_t valid, float* c) {
+void multiply_panel(int64_t height, int64_t depth, const T* a, const uint32_t* packed, int64_t valid, float* c) {
   const int64_t slice = slice_width();
-  for (int64_t n = 0; n < valid; n += slice)
-    multiply<T>(depth, a, depth, packed + packed_words<T>(depth, n), c + n, kPanel, /*add=*/false);
+  for (int64_t k = 0; k < depth; k += kDepth<T>) {
+    const int64_t part = std::min(kDepth<T>, depth - k), ahead = k + part;
+    prefetch(a + ahead, height, depth, std::min(kDepth<T>, depth - ahead));
+    for (int64_t n = 0; n < valid; n += slice)
+      multiply<T>(height, part, a + k, depth,
+                  packed + packed_words<T>(depth, n) + packed_words<T>(k, slice), c + n, kPanel,
+                  /*add=*/k > 0);
+  }
 }
 
 inline int64_t num_blocks(int64_t panels) { return (panels + kBlock - 1) / kBlock; }
 
-// Call body(block, first row, last row) for all blocks of panels and `rows` (whole tiles), in parallel.
+// Call body(block, first row, last row) for all blocks of panels and tiles of rows, in parallel.
 // Every thread gets the same number of (slice of columns, tile of rows): all are done at once,
 // whatever the sizes are.
 template <typename Body>
 void for_blocks(const Weight& shape, int64_t rows, Body body) {
-  const int64_t tiles = rows / kRows, slice = slice_width(), width = kBlock * kPanel;
+  const int64_t tiles = (rows + kRows - 1) / kRows, width = kBlock * kPanel;
+  const int64_t slice = slice_width();
   const int64_t whole = shape.vocab / width, slices = width / slice;
   const int64_t last_slices = (shape.vocab % width + slice - 1) / slice;
   const auto tiles_of = [&](int64_t units) {  // block after block, tile after tile
@@ -72,7 +80,7 @@ void for_blocks(const Weight& shape, int64_t rows, Body body) {
     for (int64_t tile = tiles_of(begin), last; tile < stop; tile = last) {
       const int64_t block = tile / tiles;
       last = std::min(stop, (block + 1) * tiles);
-      body(block, (tile - block * tiles) * kRows, (last - block * tiles) * kRows);
+      body(block, (tile - block * tiles) * kRows, std::min(rows, (last - block * tiles) * kRows));
     }
   });
 }

@@ -35,6 +35,14 @@ CODISTILL_INLINE void transpose_words(const uint32_t (&in)[8][8], uint32_t* out,
   for (int i = 0; i < 8; ++i) std::memcpy(out + i * stride, &b[i], sizeof(b[i]));
 }
 
+constexpr int64_t kLineWords = 8;  // a cache line is written at once
+constexpr int64_t kAhead = 32;      // rows: short parts of them, that the hardware does not foresee
+
+template <typename V>
+CODISTILL_INLINE void fetch(const V* in, int64_t size) {
+  for (int64_t n = 0; n < size; n += 64 / static_cast<int64_t>(sizeof(V))) __builtin_prefetch(in + n);
+}
+
 // One word each of two rows of T (of one, for fp32), `width` of a slice; the others become zero.
 template <typename T, typename Value>
 CODISTILL_INLINE void pack_words(Value value, int64_t rows, int64_t width, uint32_t* out) {
@@ -55,22 +63,26 @@ CODISTILL_CLONES void pack_transposed(const W* in, int64_t rows, int64_t columns
                                       uint32_t* out) {
   const int64_t slice = slice_width(), width = round_up(rows, slice);
   constexpr int64_t kStep = 8 * kPerWord<T>;
-  for (int64_t n0 = 0; n0 < width; n0 += 8) {
+  for (int64_t n0 = 0; n0 < width; n0 += kLineWords) {
     uint32_t* to = out + packed_words<T>(depth, n0 / slice * slice) + n0 % slice;
-    for (int64_t k0 = 0; k0 < depth; k0 += kStep, to += 8 * slice) {
-      alignas(32) T block[8][kStep] = {};
-      const int64_t valid = std::clamp<int64_t>(columns - k0, 0, kStep);
-      for (int64_t n = 0; n < std::min<int64_t>(8, rows - n0); ++n) {
-        const W* row = in + (n0 + n) * columns + k0;
-        if (valid == kStep)
-          for (int64_t k = 0; k < kStep; ++k) block[n][k] = static_cast<T>(row[k]);
-        else
-          for (int64_t k = 0; k < valid; ++k) block[n][k] = static_cast<T>(row[k]);
+    for (int64_t k0 = 0; k0 < depth; k0 += kStep, to += 8 * slice)
+      for (int64_t n1 = 0; n1 < kLineWords; n1 += 8) {
+        alignas(32) T block[8][kStep] = {};
+        const int64_t valid = std::clamp<int64_t>(columns - k0, 0, kStep);
+        for (int64_t n = 0; n < std::min<int64_t>(8, rows - n0 - n1); ++n) {
+          const W* row = in + (n0 + n1 + n) * columns + k0;
+          __builtin_prefetch(row + kLineWords * columns);
+          if (valid == kStep && std::is_same_v<T, W>)
+            std::memcpy(block[n], row, sizeof(block[n]));
+          else if (valid == kStep)
+            for (int64_t k = 0; k < kStep; ++k) block[n][k] = static_cast<T>(row[k]);
+          else
+            for (int64_t k = 0; k < valid; ++k) block[n][k] = static_cast<T>(row[k]);
+        }
+        uint32_t words[8][8];
+        std::memcpy(words, block, sizeof(words));
+        transpose_words(words, to + n1, slice);
       }
-      uint32_t words[8][8];
-      std::memcpy(words, block, sizeof(words));
-      transpose_words(words, to, slice);
-    }
   }
 }
 
@@ -81,6 +93,7 @@ CODISTILL_CLONES void pack(const W* in, int64_t rows, int64_t stride, int64_t wi
   for (int64_t n0 = 0; n0 < width; n0 += slice)
     for (int64_t k = 0; k < depth; k += kPerWord<T>, out += slice) {
       const W* from = in + k * stride + n0;
+      for (int64_t row = kAhead; row < kAhead + kPerWord<T>; ++row) fetch(from + row * stride, slice);
       const auto value = [&](int64_t row, int64_t n) __attribute__((always_inline)) {
         return static_cast<T>(from[row * stride + n]);
       };
@@ -92,23 +105,25 @@ template <typename T>
 CODISTILL_CLONES void pack_scaled(const T* in, const int64_t* at, const float* factors, int64_t rows,
                                   int64_t stride, int64_t width, int64_t depth, uint32_t* out) {
   const int64_t slice = slice_width();
-  for (int64_t n0 = 0; n0 < width; n0 += slice)
-    for (int64_t k = 0; k < depth; k += kPerWord<T>, out += slice) {
-      const int64_t last = std::min(k + 1, rows - 1);
-      const T* from[] = {in + at[std::min(k, last)] * stride + n0, in + at[last] * stride + n0};
-      const float by[] = {factors[std::min(k, last)], factors[last]};
+  for (int64_t k = 0; k < depth; k += kPerWord<T>, out += slice) {
+    const int64_t first = std::min(k, rows - 1), second = std::min(k + 1, rows - 1);
+    for (int64_t n0 = 0; n0 < width; n0 += slice) {
+      const T* from[] = {in + at[first] * stride + n0, in + at[second] * stride + n0};
+      const float by[] = {factors[first], factors[second]};
       const auto value = [&](int64_t row, int64_t n) __attribute__((always_inline)) {
         return static_cast<T>(by[row] * static_cast<float>(from[row][n]));
       };
-      pack_words<T>(value, rows - k, std::min(slice, width - n0), out);
+      pack_words<T>(value, rows - k, std::min(slice, width - n0), out + packed_words<T>(depth, n0));
     }
+  }
 }
 
 template <typename T, typename S>
 CODISTILL_CLONES void transpose_tile(const S* in, int64_t rows, T* out) {
   constexpr int64_t kStep = 8 * kPerWord<T>, kStride = kDepth<T> / kPerWord<T>;
   uint32_t* words_out = reinterpret_cast<uint32_t*>(out);
-  for (int64_t i = 0; i < rows; i += kStep)
+  for (int64_t i = 0; i < rows; i += kStep) {
+    for (int64_t row = i + kAhead; row < i + kAhead + kStep; ++row) fetch(in + row * kPanel, kRows);
     for (int64_t j = 0; j < kRows; j += 8) {
       alignas(32) uint32_t words[8][8];
       for (int64_t p = 0; p < 8; ++p) {
@@ -121,6 +136,7 @@ CODISTILL_CLONES void transpose_tile(const S* in, int64_t rows, T* out) {
       }
       transpose_words(words, words_out + j * kStride + i / kPerWord<T>, kStride);
     }
+  }
 }
 
 template <typename T, typename S>

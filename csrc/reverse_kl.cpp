@@ -33,8 +33,8 @@ struct Factor {
     pack_transposed<T>(weight + column * hidden, valid, hidden, stride_x, packed.data());
   }
 
-  void multiply_rows(int64_t row, int64_t valid) {
-    multiply_panel<T>(stride_x, x + row * stride_x, packed.data(), valid, tile.data());
+  void multiply_rows(int64_t row, int64_t height, int64_t valid) {
+    multiply_panel<T>(height, stride_x, x + row * stride_x, packed.data(), valid, tile.data());
   }
 };
 
@@ -43,15 +43,15 @@ void block_states(Factor<T, Ws> student, Factor<T, Wt> teacher, const Weight& sh
                   const float* temperature, int64_t block, int64_t first, int64_t last,
                   PairState* states) {
   const int64_t stop = std::min((block + 1) * kBlock, shape.panels);
-  std::fill(states + first, states + std::min(last, rows), empty_pair_state());
+  std::fill(states + first, states + last, empty_pair_state());
   for (int64_t panel = block * kBlock; panel < stop; ++panel) {
     const int64_t valid = shape.valid(panel);
     student.pack_panel(panel * kPanel, valid);
     teacher.pack_panel(panel * kPanel, valid);
     for (int64_t row = first; row < last; row += kRows) {
-      student.multiply_rows(row, valid);
-      teacher.multiply_rows(row, valid);
-      for (int64_t i = row; i < std::min(row + kRows, rows); ++i) {
+      student.multiply_rows(row, tile_height(row, rows), valid);
+      teacher.multiply_rows(row, tile_height(row, rows), valid);
+      for (int64_t i = row; i < std::min(row + kRows, last); ++i) {
         const int64_t at = (i - row) * kPanel;
         const Scale scale{0.0f, temperature[i]};
         states[i] = merge(states[i], row_pair_state(student.tile.data() + at,
@@ -62,7 +62,7 @@ void block_states(Factor<T, Ws> student, Factor<T, Wt> teacher, const Weight& sh
   release<T>();
 }
 
-// [N] nats. x_s, x_t: whole tiles of rows, of one dtype; the weights have the same number of rows.
+// [N] nats. x_s, x_t: rows in multiples of kUnit, of one dtype; the weights have the same number of rows.
 at::Tensor reverse_kl(const at::Tensor& x_s, const at::Tensor& weight_s, const at::Tensor& x_t,
                       const at::Tensor& weight_t, const at::Tensor& temperature) {
   const int64_t rows = temperature.size(0);
@@ -76,7 +76,7 @@ at::Tensor reverse_kl(const at::Tensor& x_s, const at::Tensor& weight_s, const a
     with_types(x_t, weight_t, [&](const auto* data_t, const auto* w_t) {
       // The caller gives both the same dtype; the other pairs of types need no code.
       if constexpr (std::is_same_v<std::decay_t<decltype(*data_s)>, std::decay_t<decltype(*data_t)>>)
-        for_blocks(shape, x_s.size(0), [&](int64_t block, int64_t first, int64_t last) {
+        for_blocks(shape, rows, [&](int64_t block, int64_t first, int64_t last) {
           block_states(Factor(data_s, x_s.size(1), w_s, weight_s.size(1)),
                        Factor(data_t, x_t.size(1), w_t, weight_t.size(1)), shape, rows,
                        temperature.const_data_ptr<float>(), block, first, last,

@@ -89,10 +89,18 @@ CODISTILL_INLINE float max_lanes(const Vec& v) {
   return best;
 }
 
-// Logits of the row into z, and their maximum; columns from `valid` on become -inf.
-CODISTILL_INLINE float scale_row(const float* raw, int64_t valid, Scale scale, float* z) {
+// Logits of the row, and their maximum. They are in `z`, columns from `valid` on -inf; or they are the
+// raw ones.
+CODISTILL_INLINE const float* scale_row(const float* raw, int64_t valid, Scale scale, float* z,
+                                        float& max) {
+  const bool is_raw = scale.softcap == 0.0f && scale.temperature == 1.0f && valid == kPanel;
   Vec best = Vec{} + kMinusInf;
-  for (int64_t j = 0; j < kPanel; j += kLanes) {
+  for (int64_t j = 0; is_raw && j < kPanel; j += kLanes) {
+    Vec v;
+    std::memcpy(&v, raw + j, sizeof(v));
+    best = v > best ? v : best;
+  }
+  for (int64_t j = 0; !is_raw && j < kPanel; j += kLanes) {
     Vec v;
     std::memcpy(&v, raw + j, sizeof(v));
     if (scale.softcap != 0.0f) {
@@ -107,7 +115,8 @@ CODISTILL_INLINE float scale_row(const float* raw, int64_t valid, Scale scale, f
     best = v > best ? v : best;
     std::memcpy(z + j, &v, sizeof(v));
   }
-  return max_lanes(best);
+  max = max_lanes(best);
+  return is_raw ? raw : z;
 }
 
 // No comparison sees NaN, and a maximum of +inf leaves no term besides its own: both must show.
@@ -134,9 +143,9 @@ CODISTILL_INLINE void round_and_store(const Vec& v, at::BFloat16* out) {
 template <bool kKeep>
 CODISTILL_INLINE State state_of(const float* raw, int64_t valid, Scale scale, int64_t target,
                                 at::BFloat16* exponentials, float* power) {
-  alignas(64) float z[kPanel];
+  alignas(64) float buffer[kPanel];
   State out = empty_state();
-  out.sum.max = scale_row(raw, valid, scale, z);
+  const float* z = scale_row(raw, valid, scale, buffer, out.sum.max);
   if (target >= 0) out.target = z[target];
   if (std::isinf(out.sum.max)) {
     if (is_undefined(z, valid, out.sum.max)) out.sum.max = out.sum.rest = out.weighted = kNaN;
@@ -220,10 +229,10 @@ double power_of(float max) { return 64.0 * std::floor((max * kLog2E + 16.0) / 64
 
 CODISTILL_CLONES
 PairState row_pair_state(const float* student, const float* teacher, int64_t valid, Scale scale) {
-  alignas(64) float z_s[kPanel], z_t[kPanel];
+  alignas(64) float buffer_s[kPanel], buffer_t[kPanel];
   PairState out = empty_pair_state();
-  out.student.max = scale_row(student, valid, scale, z_s);
-  out.teacher.max = scale_row(teacher, valid, scale, z_t);
+  const float* z_s = scale_row(student, valid, scale, buffer_s, out.student.max);
+  const float* z_t = scale_row(teacher, valid, scale, buffer_t, out.teacher.max);
   if (is_undefined(z_s, valid, out.student.max) || is_undefined(z_t, valid, out.teacher.max))
     return {{kNaN, kNaN}, {kNaN, kNaN}, kNaN};
   Vec rest_s = Vec{}, rest_t = Vec{}, maxima_s = Vec{}, maxima_t = Vec{}, difference = Vec{};
@@ -258,8 +267,9 @@ float divergence(const PairState& state) {
 CODISTILL_CLONES
 void row_gradient(const float* raw, int64_t valid, Scale scale, int64_t target,
                   const Coefficients& c, float* out) {
-  alignas(64) float z[kPanel];
-  scale_row(raw, valid, scale, z);
+  alignas(64) float buffer[kPanel], dz[kPanel];
+  float max;
+  const float* z = scale_row(raw, valid, scale, buffer, max);
   float at_target = target >= 0 ? z[target] - c.max : 0.0f;
   if (at_target < kFar) at_target = kFar;
   for (int64_t j = 0; j < kPanel; j += kLanes) {
@@ -269,17 +279,17 @@ void row_gradient(const float* raw, int64_t valid, Scale scale, int64_t target,
     shifted = shifted < kFar ? Vec{} + kFar : shifted;
     exp_nonpositive(shifted - c.log_sum, p);
     v = p * (c.c0 + c.c2 * (shifted - c.mean));
-    std::memcpy(z + j, &v, sizeof(v));
+    std::memcpy(dz + j, &v, sizeof(v));
   }
   if (target >= 0) {
     // c0 p - c1 loses all digits where p is near 1 and c0 = c1: expm1 keeps them.
     const float logp = at_target - c.log_sum;
-    z[target] = c.c0 * std::expm1(logp) + (c.c0 - c.c1) +
-                c.c2 * std::exp(logp) * (at_target - c.mean);
+    dz[target] = c.c0 * std::expm1(logp) + (c.c0 - c.c1) +
+                 c.c2 * std::exp(logp) * (at_target - c.mean);
   }
   for (int64_t j = 0; j < kPanel; j += kLanes) {
     Vec v;
-    std::memcpy(&v, z + j, sizeof(v));
+    std::memcpy(&v, dz + j, sizeof(v));
     if (scale.softcap != 0.0f) {
       Vec a, e;
       std::memcpy(&a, raw + j, sizeof(a));

@@ -17,7 +17,8 @@
 
 namespace codistill {
 
-constexpr int64_t kRows = 64;    // rows of a left operand: always all of them, so always the same bits
+constexpr int64_t kRows = 64;    // rows of a left operand; the last ones of a matrix may be fewer
+constexpr int64_t kUnit = 16;    // rows that matrices in memory are padded to
 constexpr int64_t kPanel = 256;  // vocabulary rows that are worked on at once
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -57,13 +58,28 @@ int64_t packed_words(int64_t depth, int64_t width) {
   return depth / kPerWord<T> * round_up(width, slice_width());
 }
 
-// c [kRows, slice_width()] (+)= a [kRows, depth] @ one packed slice, kDepth terms at a time.
+// Of the tile from `first` on of a matrix with so many rows: kRows, or what is left, in eights: few
+// sizes. An element is summed over `depth` in one order whatever the other rows are.
+inline int64_t tile_height(int64_t first, int64_t rows) {
+  return std::min(kRows, round_up(rows - first, 8));
+}
+
+// Ask for a tile before it is needed: a product goes through its left operand in steps too short for
+// the hardware to foresee them. kWrite: it will be written.
+template <bool kWrite = false, typename T>
+void prefetch(const T* tile, int64_t height, int64_t stride, int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < height; ++i)
+    for (int64_t k = 0; k < width; k += kLine) __builtin_prefetch(tile + i * stride + k, kWrite, 2);
+}
+
+// c [height, slice_width()] (+)= a [height, depth] @ one packed slice, kDepth terms at a time.
 template <typename T>
-void multiply(int64_t depth, const T* a, int64_t stride_a, const uint32_t* slice, float* c,
+void multiply(int64_t height, int64_t depth, const T* a, int64_t stride_a, const uint32_t* slice, float* c,
               int64_t stride_c, bool add) {
   for (int64_t k = 0; k < depth; k += kDepth<T>) {
     const int64_t part = std::min(kDepth<T>, depth - k), width = slice_width();
-    at::native::cpublas::brgemm(kRows, width, part, stride_a, width, stride_c, add || k > 0, a + k,
+    at::native::cpublas::brgemm(height, width, part, stride_a, width, stride_c, add || k > 0, a + k,
                                 reinterpret_cast<const T*>(slice + packed_words<T>(k, width)), c,
                                 /*is_vnni=*/kPerWord<T> > 1);
   }

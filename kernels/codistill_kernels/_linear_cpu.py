@@ -1,4 +1,4 @@
-"""Logits of a linear head in C++ (csrc/linear.cpp, gradients.cpp): tiles that stay in cache."""
+"""A linear head in C++ (csrc/linear.cpp, csrc/gradients.cpp): tiles that stay in cache."""
 
 import math
 from collections.abc import Sequence
@@ -18,10 +18,9 @@ def round_up(number: int, unit: int) -> int:
 class HeldLogits:
     """Statistics [4, R] of rows, and what is held of their logits until their gradients are made.
 
-    Where operands are bf16, E = 2^-k e^z in bf16 with a power k of two for each row and 256
-    columns: a number f a row makes the logits' gradient of it, f E, which is E W in dX and x f in
-    dW. Else, and with is_exact, raw logits in fp32: a bias and an entropy have gradients that take
-    unrounded ones, a softcap has a slope.
+    Where hidden states and weight are bf16, E = 2^-k e^z in bf16, k a multiple of 64 for each row
+    and 256 columns: the gradient of the logits is f E with a number f a row. Else, and with
+    is_exact, raw logits in fp32, for gradients that take those (`takes_logits`).
     """
 
     def __init__(
@@ -224,10 +223,8 @@ class CpuChunks:
 
     def statistics(self, has_entropy: bool = False) -> Tensor:
         """[4, N] of all rows, none of them held; with an entropy or not, it costs the same."""
-        weight, dtype = (
-            self.head.weight.contiguous(),
-            operand_dtype(self.hidden_states, self.head.weight),
-        )
+        weight = self.head.weight.contiguous()
+        dtype = operand_dtype(self.hidden_states, weight)
         parts = []
         for first in range(0, max(1, len(self.token_ids)), ROWS):
             rows = slice(first, first + ROWS)

@@ -14,13 +14,19 @@ LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 def custom_op(*, mutates: tuple[str, ...] = ()) -> Callable[[Callable], torch._ops.OpOverload]:
     """Make an operator of a function with annotated arguments; `mutates`: names of those that it
-    writes to. It has no gradient."""
+    writes to. Its derivative is refused, never 0."""
 
     def register(function: Callable) -> torch._ops.OpOverload:
         name = function.__name__
         schema = torch.library.infer_schema(function, mutates_args=mutates)
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+
+        def refuse(ctx, *gradients):
+            raise RuntimeError(f"{NAMESPACE}::{name} has no derivative")
+
+        if not mutates:  # whoever writes to an argument refuses by itself
+            torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse, lib=LIBRARY)
         return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     return register

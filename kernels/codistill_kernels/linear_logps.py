@@ -354,12 +354,13 @@ def linear_logps(
             head bring other tokens or unequal shards (under torch.compile all results are NaN
             then). The message names it.
 
-    Logits are fp32 sums, never rounded. Memory besides the inputs, and the gradients, of
-    hidden_states in fp32: the forward pass holds a tile of logits a thread (cpu), a slab of 128 MiB
-    (triton) or a chunk of 256 rows (torch); the backward pass computes them again, the workspace at
-    a time. triton keeps the exponentials of all logits in the dtype of the inputs for the backward
-    pass where they fit into the workspace: 6 N H V operations instead of 8, unless the entropy or a
-    bias has a gradient.
+    Logits are fp32 sums, never rounded. Memory besides the inputs and the gradients: the forward
+    pass holds a tile of logits a thread (cpu), a slab of 128 MiB (triton) or a chunk of 256 rows
+    (torch); the backward pass computes them again, the workspace at a time. Where they fit into the
+    workspace, the exponentials of all logits are kept for the backward pass instead, 6 N H V
+    operations, not 8: by triton in the dtype of the inputs, unless the entropy or a bias has a
+    gradient; by cpu in bf16 for bf16 inputs, else, and with those gradients or a softcap, the
+    logits in fp32.
     Definition: codistill_kernels.reference.linear_logps. Source: online softmax, Milakov &
     Gimelshein 2018 (arXiv:1805.02867).
     """

@@ -260,7 +260,8 @@ def linear_policy_loss(
     """`policy_loss` of `linear_logps`, in one pass: 6 N H V operations, no [N, V] logits.
 
     The entropy, in the statistics, and the gradient of an entropy bonus come from the same pass.
-    Losses of sequences take two passes, 8 N H V, except where exponentials are kept (triton).
+    Losses of sequences take two passes, 8 N H V, unless what is kept of all logits fits into the
+    workspace.
 
     Tokens are flat, or rows of sequences, [B, T], as in `policy_loss`; hidden states [B, T, H].
 

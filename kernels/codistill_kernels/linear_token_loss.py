@@ -171,9 +171,9 @@ def linear_token_loss(
     Tokens are flat, [N], or rows of sequences, [B, T], with hidden states [B, T, H]. What fn takes
     is flat either way: its `rows` number the tokens of x.reshape(-1).
 
-    On a CPU 6 N H V operations: fn is called on chunks of tokens while their logits are there. On a
-    GPU fn is called once: 6 N H V where the exponentials of the logits fit into the workspace and
-    fn does not use the entropy, else 8.
+    On a CPU 6 N H V operations: fn is called once where the logits fit into the workspace, else on
+    chunks of tokens while theirs are there. On a GPU fn is called once: 6 N H V where the
+    exponentials of the logits fit into the workspace and fn does not use the entropy, else 8.
 
     Args:
         hidden_states, lm_head_weight, token_ids, mask: as in `linear_policy_loss`.
@@ -182,7 +182,7 @@ def linear_token_loss(
             It may differentiate nothing but logps and entropy: tensors of its own are detached.
         normalizer: a number or a scalar tensor, >= 0; 0 only where nothing is left to divide.
         reduction: "sum", or "none": the losses [N] themselves, 0 where masked, not normalized; then
-            logits are computed twice on a CPU.
+            logits that do not fit into the workspace are computed twice on a CPU.
         bias, temperature, softcap, logit_scale, vocab_size, group, reduce_hidden_gradient: as in
             `linear_logps`.
         workspace_mib, backend: as in `linear_policy_loss`.
