@@ -103,14 +103,15 @@ class Row:
 
 def variants() -> Iterator[Variant]:
     # (reads, writes, flags): first of selective_logps, then of slabs.
+    of_slabs = [
+        (*options, *entropy, *odd)
+        for entropy in ((), (ENTROPY,))
+        for options, odd in (((), ()), (OPTIONS, ()), ((), (ODD_COLUMNS,)))
+    ]
     states = (
         *(("bf16", "", flags) for flags in ((), (ENTROPY,), ("HAS_SOFTCAP",), (ODD_ROWS,))),
-        *(("fp32", "", flags) for flags in ((), (ENTROPY,), OPTIONS, (ODD_ROWS,), (ODD_COLUMNS,))),
-        *(
-            ("fp32", writes, (*flags, "KEEP"))
-            for writes in ("bf16", "fp32")
-            for flags in ((), (ENTROPY,), OPTIONS, (ODD_COLUMNS,))
-        ),
+        *(("fp32", "", flags) for flags in (*of_slabs, (ODD_ROWS,))),
+        *(("fp32", out, (*flags, "KEEP")) for out in ("bf16", "fp32") for flags in of_slabs),
     )
     gradients = (
         *(("bf16", "bf16", flags) for flags in ((), ("HAS_SOFTCAP",), (ODD_ROWS,))),

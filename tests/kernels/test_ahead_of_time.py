@@ -183,13 +183,14 @@ def launch_all(dtype: torch.dtype, vocab: int, *, options: bool) -> None:
     head = Head(weight, torch.zeros(vocab) if options else None, temperature, softcap)
     numbers = torch.zeros(3, rows), torch.zeros(3, rows)
     chunks = _linear_triton.TritonChunks(x, head, ids)
-    chunks.statistics()
-    kept = chunks.hold(torch.arange(rows))
-    assert kept.shape == (4, rows)
-    chunks.gradients(torch.arange(rows), *numbers, True, None, None)
-    if not options and vocab % 16 == 0:
-        chunks.statistics(has_entropy=True)
-        _exponentials_triton.Exponentials(chunks.x, chunks.head, ids, has_entropy=True)
+    for has_entropy in (False, True):
+        chunks.statistics(has_entropy)
+        _exponentials_triton.Exponentials(chunks.x, chunks.head, ids, has_entropy=has_entropy)
+    every = torch.arange(rows)
+    assert chunks.hold(every).shape == (4, rows)
+    chunks.gradients(every, *numbers, True, None, None)
+    kept = chunks.keep_logits(x, head, ids, every, vocab)
+    kept.gradients(*numbers, [True, True, options], x, torch.float32)
     for db in (None, torch.zeros(vocab)) if options else (None,):
         gradients = torch.empty_like(x, dtype=torch.float32), None, db
         chunks.write_gradients(x, head, ids, *numbers, *gradients, workspace=0)
