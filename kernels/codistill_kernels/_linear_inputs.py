@@ -8,18 +8,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from codistill_kernels._autograd import refuse_transforms
 from codistill_kernels._checks import (
     nan_where_outside,
     require,
     require_device,
     require_float,
     require_in_vocabulary,
+    require_mask,
     require_scaling,
     require_shape,
     require_token_ids,
 )
 from codistill_kernels._head import compute_dtype
 from codistill_kernels._shards import Shard, local_head, nan_where_apart, require_plain
+from codistill_kernels._tokens import TokenShape
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,11 @@ class LinearInputs:
     softcap: float
     """0: none; of raw logits, before logit_scale."""
 
+    def needs(self) -> list[bool]:
+        """Whether hidden_states, weight and bias get a gradient."""
+        has_gradient = torch.is_grad_enabled()
+        return [has_gradient and t is not None and t.requires_grad for t in self.tensors[:3]]
+
     def cut(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         """tensors, weight and bias without the other rows."""
         hidden_states, weight, bias, *tokens = self.tensors
@@ -48,6 +56,34 @@ def cut(weight: Tensor, bias: Tensor | None, vocab: int) -> tuple[Tensor, Tensor
     if vocab == len(weight):
         return weight, bias
     return weight[:vocab], None if bias is None else bias[:vocab]
+
+
+def prepare_rows(
+    operation: str,
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    workspace_mib: int | None,
+    **options,
+) -> tuple[TokenShape, LinearInputs]:
+    """`prepare`, for an operation on tokens [N] or [B, T] under a mask, with a workspace."""
+    require_plain("hidden_states", hidden_states)
+    require_plain("token_ids", token_ids)
+    shape = TokenShape.of("token_ids", token_ids)
+    hidden_states = shape.flat_states("hidden_states", hidden_states)
+    token_ids, mask, temperature = shape.flat(
+        token_ids=token_ids, mask=mask, temperature=temperature
+    )
+    require_workspace(workspace_mib)
+    refuse_transforms(operation, hidden_states, lm_head_weight, bias)
+    require_mask(mask, len(hidden_states), "hidden_states", hidden_states)
+    keep = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
+    head = dict(bias=bias, temperature=temperature, **options)
+    return shape, prepare(hidden_states, lm_head_weight, token_ids, keep, **head)
 
 
 def prepare(

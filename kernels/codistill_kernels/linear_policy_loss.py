@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from codistill_kernels._autograd import refuse_transforms
-from codistill_kernels._checks import require_mask
 from codistill_kernels._chunk_gradients import as_coefficients, gradients_by_chunks
 from codistill_kernels._head import Head
 from codistill_kernels._linear import (
@@ -26,12 +24,10 @@ from codistill_kernels._linear import (
     recomputed_gradients,
     workspace_bytes,
 )
-from codistill_kernels._linear_inputs import prepare, require_workspace
+from codistill_kernels._linear_inputs import LinearInputs, prepare_rows
 from codistill_kernels._ops import custom_op, fake_of
 from codistill_kernels._scaling import with_gradients
 from codistill_kernels._sequences import to_tokens
-from codistill_kernels._shards import require_plain
-from codistill_kernels._tokens import TokenShape
 from codistill_kernels.linear_logps import LinearLogps, Options, log_probabilities
 from codistill_kernels.policy_loss import (
     PolicyLoss,
@@ -82,7 +78,8 @@ def linear_policy_gradients(
     is_shard = group is not None
     device = hidden_states.device
     workspace = workspace_bytes(workspace_mib, device, shard_rows, is_shard=is_shard)
-    is_exact = chunks.takes_logits(softcap, loss.entropy_bonus != 0, needs)
+    # Chunks of raw logits, or of exponentials.
+    is_exact = chunks.HOLDS_LOGITS or chunks.takes_logits(softcap, loss.entropy_bonus != 0, needs)
     plan = plan_for(chunks, hidden_states, lm_head_weight, shard_rows, workspace, is_exact)
     arguments = (hidden_states, head, token_ids, terms, group, needs, backend)
     if plan.way == "columns" or takes_two_passes(chunks, loss, needs):
@@ -156,6 +153,21 @@ class Terms:
         )
         bonus = self.loss.entropy_bonus
         return by_logps, torch.where(self.mask, -bonus, torch.zeros_like(logps)) if bonus else None
+
+    def policy_loss(
+        self, logps: Tensor, entropy: Tensor, normalizer: float | Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return policy_loss(
+            logps,
+            self.old_logps,
+            self.advantages,
+            self.mask,
+            loss=self.loss,
+            normalizer=normalizer,
+            importance_weights=self.importance_weights,
+            entropy=entropy,
+            cu_seqlens=self.cu_seqlens,
+        )
 
     def by_token(self) -> "Terms":
         """Without sequences; for losses in which no token depends on another."""
@@ -232,6 +244,41 @@ def two_passes(
     return logps, softmax[1] - softmax[2], *gradients
 
 
+def by_gradients(
+    inputs: LinearInputs,
+    terms: Terms,
+    normalizer: float | Tensor,
+    workspace_mib: int | None,
+    backend: str,
+    reduce_hidden_gradient: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, its gradients made with it, and its statistics."""
+    needs, group, loss = inputs.needs(), inputs.shard.group, terms.loss
+    with torch.no_grad():
+        logps, entropy, *gradients = linear_policy_gradients(
+            *inputs.cut(),
+            inputs.softcap,
+            terms.old_logps,
+            terms.advantages,
+            terms.importance_weights,
+            terms.mask,
+            terms.cu_seqlens,
+            loss.kind,
+            loss.settings(),
+            inputs.shard.most_rows,
+            workspace_mib,
+            "" if group is None else group.group_name,
+            needs,
+            backend,
+        )
+        value, statistics = terms.policy_loss(logps, entropy, normalizer)
+    if any(needs):
+        scale_by = divisor(value, normalizer)
+        reduced = group if reduce_hidden_gradient else None
+        value = with_gradients(inputs.cut()[:3], value, gradients, scale_by, reduced)
+    return value, statistics
+
+
 # --- public function ---------------------------------------------------------------------------
 
 
@@ -291,96 +338,51 @@ def linear_policy_loss(
     Rows without a gradient (masked, clipped, advantage 0) are left out of both gradient products.
     Source: Eq. 5 and Eq. 10. Definition: reference.policy_loss of reference.linear_logps.
     """
-    require_plain("hidden_states", hidden_states)
-    require_plain("token_ids", token_ids)
-    tokens = TokenShape.of("token_ids", token_ids)
-    hidden_states = tokens.flat_states("hidden_states", hidden_states)
-    token_ids, old_logps, mask, importance_weights, temperature = tokens.flat(
-        token_ids=token_ids,
-        old_logps=old_logps,
-        mask=mask,
-        importance_weights=importance_weights,
-        temperature=temperature,
-    )
-    advantages, cu_seqlens = tokens.sequences("advantages", advantages, cu_seqlens)
-    require_workspace(workspace_mib)
-    refuse_transforms("linear_policy_loss", hidden_states, lm_head_weight, bias)
-    require_mask(mask, len(hidden_states), "hidden_states", hidden_states)
-    keep = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
-    inputs = prepare(
+    tokens, inputs = prepare_rows(
+        "linear_policy_loss",
         hidden_states,
         lm_head_weight,
         token_ids,
-        keep,
+        mask,
         bias=bias,
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
         vocab_size=vocab_size,
         group=group,
+        workspace_mib=workspace_mib,
     )
-    group = inputs.shard.group
-    differentiable = inputs.cut()[:3]
-    needs = [
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in differentiable
-    ]
-    terms: dict = dict(importance_weights=importance_weights, cu_seqlens=cu_seqlens)
-    check_inputs(
-        loss,
-        inputs.tensors[4],
-        old_logps,
-        advantages,
-        keep,
-        normalizer,
-        importance_weights,
-        cu_seqlens,
+    old_logps, importance_weights = tokens.flat(
+        old_logps=old_logps, importance_weights=importance_weights
     )
+    advantages, cu_seqlens = tokens.sequences("advantages", advantages, cu_seqlens)
+    numbers = (old_logps, advantages, inputs.active, normalizer, importance_weights, cu_seqlens)
+    check_inputs(loss, inputs.tensors[4], *numbers)
+    terms = Terms(old_logps, advantages, importance_weights, inputs.active, cu_seqlens, loss)
+    has_bonus = loss.entropy_bonus != 0
     if torch.compiler.is_compiling():
         rows, in_chunks = None, True  # one op, whatever it does inside
     else:
-        rows = keep.nonzero().squeeze(1)
-        has_bonus = loss.entropy_bonus != 0
+        rows, needs = inputs.active.nonzero().squeeze(1), inputs.needs()
         kind, plan = plan_of_call(inputs, len(rows), workspace_mib, backend, has_bonus, needs)
         in_chunks = plan.way == "chunks" and not takes_two_passes(kind, loss, needs)
-    if not in_chunks:
-        options = Options(
+    if in_chunks:
+        options = (workspace_mib, backend, reduce_hidden_gradient)
+        return tokens.restored(*by_gradients(inputs, terms, normalizer, *options))
+    logps, entropy = LinearLogps.apply(
+        *inputs.tensors,
+        inputs.active,
+        Options(
             inputs.vocab,
             inputs.softcap,
-            group,
+            inputs.shard.group,
             backend,
-            has_gradient=any(needs),
+            has_gradient=any(inputs.needs()),
             has_entropy=True,
-            has_entropy_gradient=loss.entropy_bonus != 0,
+            has_entropy_gradient=has_bonus,
             workspace_mib=workspace_mib,
             rows=rows,
             reduce_hidden_gradient=reduce_hidden_gradient,
-        )
-        logps, entropy = LinearLogps.apply(*inputs.tensors, keep, options)
-        terms |= dict(normalizer=normalizer, entropy=entropy)
-        loss_of_logps = policy_loss(logps, old_logps, advantages, keep, loss=loss, **terms)
-        return tokens.restored(*loss_of_logps)
-    with torch.no_grad():
-        logps, entropy, *gradients = linear_policy_gradients(
-            *inputs.cut(),
-            inputs.softcap,
-            old_logps,
-            advantages,
-            importance_weights,
-            keep,
-            cu_seqlens,
-            loss.kind,
-            loss.settings(),
-            inputs.shard.most_rows,
-            workspace_mib,
-            "" if group is None else group.group_name,
-            needs,
-            backend,
-        )
-        terms |= dict(normalizer=normalizer, entropy=entropy)
-        value, statistics = policy_loss(logps, old_logps, advantages, keep, loss=loss, **terms)
-    if any(needs):
-        scale_by = divisor(value, normalizer)
-        reduced = group if reduce_hidden_gradient else None
-        value = with_gradients(differentiable, value, gradients, scale_by, reduced)
-    return tokens.restored(value, statistics)
+        ),
+    )
+    return tokens.restored(*terms.policy_loss(logps, entropy, normalizer))

@@ -8,15 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from codistill_kernels._autograd import first_order_only, refuse_transforms
-from codistill_kernels._checks import require, require_mask, require_normalizer
+from codistill_kernels._autograd import first_order_only
+from codistill_kernels._checks import require, require_normalizer
 from codistill_kernels._chunk_gradients import gradients_by_chunks
 from codistill_kernels._head import Head
 from codistill_kernels._linear import make_chunks, plan_of_call
-from codistill_kernels._linear_inputs import LinearInputs, prepare, require_workspace
+from codistill_kernels._linear_inputs import LinearInputs, prepare_rows
 from codistill_kernels._scaling import with_gradients
-from codistill_kernels._shards import require_plain
-from codistill_kernels._tokens import TokenShape
 from codistill_kernels.linear_logps import LinearLogps, Options
 from codistill_kernels.policy_loss import divisor
 
@@ -80,18 +78,16 @@ class WithSlopes(torch.autograd.Function):
 
 
 def by_autograd(
-    inputs: LinearInputs, fn: TokenLoss, keep: Tensor, options: Options
+    inputs: LinearInputs, fn: TokenLoss, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [N], 0 where not `keep`, logps and entropy [N]; autograd goes through fn."""
-    if torch.compiler.is_compiling():  # of no known number of rows: fn gets all
-        logps, entropy = LinearLogps.apply(*inputs.tensors, keep, options)
+    """Losses [N], 0 where masked, logps and entropy [N]; autograd goes through fn."""
+    keep, rows = inputs.active, options.rows
+    logps, entropy = LinearLogps.apply(*inputs.tensors, keep, options)
+    if rows is None:  # torch.compile knows no number of rows: fn gets all
         every = torch.arange(keep.shape[0], device=keep.device)
         # 0 times an infinite slope of fn at a masked row's 0 is NaN; LinearLogps looks at no
         # gradient of such a row.
         return torch.where(keep, fn(logps, entropy, every), 0.0), logps, entropy
-    rows = keep.nonzero().squeeze(1)
-    options = replace(options, rows=rows)  # known: a GPU is not waited for again
-    logps, entropy = LinearLogps.apply(*inputs.tensors, keep, options)
     losses = fn(logps[rows], entropy[rows], rows)
     require_losses(losses, rows)
     return losses.new_zeros(keep.shape).index_put((rows,), losses), logps, entropy
@@ -101,7 +97,6 @@ def by_log_probabilities(
     inputs: LinearInputs, fn: TokenLoss, rows: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the losses, logps and entropy [N]."""
-    options = replace(options, rows=rows)  # known: a GPU is not waited for again
     logps, entropy = LinearLogps.apply(*inputs.tensors, inputs.active, options)
     with torch.no_grad():
         losses, dlogps, dentropy = evaluate(fn, logps[rows], entropy[rows], rows)
@@ -198,34 +193,24 @@ def linear_token_loss(
 
     Definition: codistill_kernels.reference.linear_token_loss.
     """
-    require_plain("hidden_states", hidden_states)
-    require_plain("token_ids", token_ids)
-    shape = TokenShape.of("token_ids", token_ids)
-    hidden_states = shape.flat_states("hidden_states", hidden_states)
-    token_ids, mask, temperature = shape.flat(
-        token_ids=token_ids, mask=mask, temperature=temperature
-    )
-    require_workspace(workspace_mib)
-    refuse_transforms("linear_token_loss", hidden_states, lm_head_weight, bias)
     require_normalizer(normalizer)
     require(callable(fn), "fn", "a function of (logps, entropy, rows)", type(fn).__name__)
     require(reduction in ("sum", "none"), "reduction", "sum or none", repr(reduction))
-    require_mask(mask, len(hidden_states), "hidden_states", hidden_states)
-    keep = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
-    inputs = prepare(
+    shape, inputs = prepare_rows(
+        "linear_token_loss",
         hidden_states,
         lm_head_weight,
         token_ids,
-        keep,
+        mask,
         bias=bias,
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
         vocab_size=vocab_size,
         group=group,
+        workspace_mib=workspace_mib,
     )
-    has_gradient = torch.is_grad_enabled()
-    needs = [has_gradient and t is not None and t.requires_grad for t in inputs.tensors[:3]]
+    keep, needs = inputs.active, inputs.needs()
     options = Options(
         inputs.vocab,
         inputs.softcap,
@@ -233,23 +218,25 @@ def linear_token_loss(
         backend,
         any(needs),
         has_entropy=True,
-        has_entropy_gradient=True,
         workspace_mib=workspace_mib,
         reduce_hidden_gradient=reduce_hidden_gradient,
     )
-    if torch.compiler.is_compiling() or reduction == "none":
-        loss, logps, entropy = by_autograd(inputs, fn, keep, options)
-        if reduction == "sum":
-            loss = loss.sum()
-            loss = loss / divisor(loss, normalizer)
+    if torch.compiler.is_compiling():
+        loss, logps, entropy = by_autograd(inputs, fn, options)
     else:
         rows = keep.nonzero().squeeze(1)
         kind, plan = plan_of_call(inputs, len(rows), workspace_mib, backend, True, needs)
+        # fn may differentiate the entropy: raw logits are kept where they fit.
+        options = replace(options, rows=rows, has_entropy_gradient=plan.way == "kept")
+        if reduction == "none":
+            loss, logps, entropy = by_autograd(inputs, fn, options)
         # Chunks of exponentials, as on a GPU, have no gradient of an entropy nor of a bias.
-        if plan.way == "chunks" and kind.HOLDS_LOGITS and any(needs):
+        elif plan.way == "chunks" and kind.HOLDS_LOGITS and any(needs):
             loss, logps, entropy = by_chunks(inputs, fn, rows, options, needs, plan.rows)
         else:
             loss, logps, entropy = by_log_probabilities(inputs, fn, rows, options)
+    if reduction == "sum":
+        loss = loss.sum()
         loss = loss / divisor(loss, normalizer)
     tokens = keep.sum().to(logps.dtype)
     statistics = dict(logps=logps.detach(), entropy=entropy.detach(), tokens=tokens)
