@@ -25,7 +25,7 @@ LOSSES_OF_TOKENS = {"grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"}
 
 
 class TokenLoss:
-    """A GRPOTrainer's loss of each token under the completion mask, times what the token counts.
+    """A GRPOTrainer's loss, as a sum over the tokens under its completion mask.
 
     The formulas of TRL's `_compute_loss`, for importance ratios of tokens; without the auxiliary
     loss of experts, which does not depend on the head.
@@ -46,10 +46,10 @@ class TokenLoss:
         self.reference_logps = self.of_tokens(
             inputs["ref_per_token_logps"] if trainer.beta else None
         )
-        self.shares = self.of_tokens(shares_of_tokens(trainer, mask, inputs))
+        self.counts = self.of_tokens(counts_of_tokens(trainer, mask, inputs))
         self.entropy_coef = entropy_coef(trainer)
-        tokens = mask.sum().clamp(min=1.0)
-        self.entropy_share = 1 / (tokens * trainer.current_gradient_accumulation_steps)
+        accumulated = trainer.current_gradient_accumulation_steps
+        self.entropy_count = mask.sum().clamp(min=1.0) * accumulated
         self.result: Tensor | None = None
         """The sum, once the head has been met."""
 
@@ -68,9 +68,9 @@ class TokenLoss:
             kl = gap.exp() - gap - 1
             kl = kl * ratio if self.trainer.args.use_bias_correction_kl else kl
             losses = losses + self.trainer.beta * kl
-        losses = losses * self.shares[rows]
+        losses = losses / self.counts[rows]
         if self.entropy_coef:  # else not a use of it: its gradient costs a pass on a GPU
-            losses = losses - self.entropy_coef * self.entropy_share * entropy
+            losses = losses - self.entropy_coef * entropy / self.entropy_count
         return torch.where(self.mask[rows], losses, 0.0)
 
     def surrogates(self, ratio: Tensor, logps: Tensor, advantages: Tensor) -> Tensor:
@@ -113,8 +113,8 @@ def is_loss_of_tokens(trainer: Any) -> bool:
     )
 
 
-def shares_of_tokens(trainer: Any, mask: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """[B, 1] or [1, 1]: what one token counts in the loss."""
+def counts_of_tokens(trainer: Any, mask: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """[B, 1] or [1, 1]: what a token's loss is divided by."""
     sequences, accumulated = len(mask), trainer.current_gradient_accumulation_steps
     lengths = mask.sum(dim=1, keepdim=True).clamp(min=1.0)
     if trainer.loss_type in ("grpo", "sapo"):
@@ -128,7 +128,7 @@ def shares_of_tokens(trainer: Any, mask: Tensor, inputs: dict[str, Tensor]) -> T
     else:  # cispo, dapo: of the generation batch, of which a window is `accumulated` parts
         counts = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
         counts = counts / trainer.args.steps_per_generation
-    return (1 / (counts * accumulated)).view(-1, 1)
+    return (counts * accumulated).view(-1, 1)
 
 
 def entropy_coef(trainer: Any) -> float:
