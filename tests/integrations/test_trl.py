@@ -2,13 +2,15 @@
 
 import zlib
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fake_trl import B, FakeTrainer, T, padded_batch, trl_inputs
 from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from codistill_kernels.integrations.trl import TokenLoss, is_loss_of_tokens, patch_trl
 
@@ -224,3 +226,68 @@ def test_another_version_is_refused(monkeypatch):
 
 # --- whole trainings ---------------------------------------------------------------------------
 
+DEMO = Path(__file__).parents[2] / "demo" / "small"
+# Every loss type, every way: by tokens in one pass, or TRL's loss from log-probabilities.
+TRAININGS = {
+    "dapo": dict(loss_type="dapo"),
+    "grpo, KL, delta": dict(loss_type="grpo", beta=0.04, delta=1.5),
+    "bnpo, KL, no bias correction": dict(  # its KL multiplies rounding errors
+        loss_type="bnpo", beta=0.04, use_bias_correction_kl=False, learning_rate=0.01
+    ),
+    "dr_grpo, entropy bonus": dict(loss_type="dr_grpo", entropy_coef=0.01),
+    "cispo": dict(loss_type="cispo", epsilon_high=1.5),
+    "sapo": dict(loss_type="sapo"),
+    "luspo": dict(loss_type="luspo", importance_sampling_level="sequence"),
+    "vespo": dict(loss_type="vespo"),
+    "grpo, sequence, off-policy mask": dict(
+        loss_type="grpo", importance_sampling_level="sequence", off_policy_mask_threshold=0.01
+    ),
+    "dapo, top entropy": dict(loss_type="dapo", top_entropy_quantile=0.5),
+}
+
+
+def reward(completions: list[str], **_) -> list[float]:
+    """About evenly spread, whatever the texts say."""
+    return [zlib.crc32(text.encode()) % 7 / 7 for text in completions]
+
+
+def train(kind: str, folder: Path, *, is_patched: bool, **settings) -> list[dict]:
+    """What TRL logs of each of four steps; two generations, each for two optimizer steps."""
+    problems = [f"{a}+{3 * a % 90 + 10}+{7 * a % 90 + 10}=" for a in range(10, 42)]
+    options = dict(use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, save_strategy="no")
+    options |= dict(per_device_train_batch_size=8, num_generations=4, gradient_accumulation_steps=2)
+    options |= dict(num_iterations=2, max_completion_length=12, temperature=0.9)
+    # SGD: the first steps of Adam would divide rounding errors by themselves.
+    options |= dict(optim="sgd", learning_rate=0.05, lr_scheduler_type="constant")
+    options |= dict(output_dir=str(folder), max_steps=4, logging_steps=1, seed=3)
+    args = getattr(trl, f"{kind}Config")(**options | settings)
+    with patch_trl() if is_patched else nullcontext():
+        trainer = getattr(trl, f"{kind}Trainer")(
+            AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32),
+            reward,
+            args,
+            train_dataset=Dataset.from_dict({"prompt": problems}),
+            processing_class=AutoTokenizer.from_pretrained(DEMO),
+        )
+        trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_same_training(kind: str, folder: Path, **settings) -> None:
+    theirs, ours = (
+        train(kind, folder, is_patched=is_patched, **settings) for is_patched in (False, True)
+    )
+    for expected, got in zip(theirs, ours, strict=True):
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5, abs=1e-6)
+        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3, abs=1e-6)
+        for key in expected.keys() - {"loss", "grad_norm", "step_time"}:  # metrics are TRL's
+            assert got[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), key
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_training(name, tmp_path):
+    assert_same_training("GRPO", tmp_path, **TRAININGS[name])
+
+
+def test_training_of_rloo(tmp_path):
+    assert_same_training("RLOO", tmp_path)
