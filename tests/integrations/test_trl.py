@@ -7,14 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from fake_trl import B, FakeTrainer, T, padded_batch, trl_inputs
 from torch import nn
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from codistill_kernels.integrations.trl import TokenLoss, is_loss_of_tokens, patch_trl
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
+
+ZERO3 = "transformers.integrations.deepspeed.is_deepspeed_zero3_enabled"
 
 # --- the loss ----------------------------------------------------------------------------------
 
@@ -89,6 +91,11 @@ def trainer_that_is(kind=trl.GRPOTrainer, **changes) -> object:
 def test_what_is_no_loss_of_tokens(changes):
     assert is_loss_of_tokens(trainer_that_is())
     assert not is_loss_of_tokens(trainer_that_is(**changes))
+
+
+def test_zero3_is_left_to_log_probabilities(monkeypatch):
+    monkeypatch.setattr(ZERO3, lambda: True)
+    assert not is_loss_of_tokens(trainer_that_is())
 
 
 def test_a_subclass_that_changes_log_probabilities_gets_its_own_gradient():
@@ -195,9 +202,7 @@ def test_zero3_gathers_the_head_in_both_passes(monkeypatch):
         weight.data = torch.empty(0)
 
     monkeypatch.setattr("trl.trainer.utils.maybe_gather_lm_head_ctx", gather)
-    monkeypatch.setattr(
-        "transformers.integrations.deepspeed.is_deepspeed_zero3_enabled", lambda: True
-    )
+    monkeypatch.setattr(ZERO3, lambda: True)
     _, got = scored(model, outputs, is_patched=True)
     assert len(entered) == 2 and not weight.numel()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -251,7 +256,7 @@ def reward(completions: list[str], **_) -> list[float]:
     return [zlib.crc32(text.encode()) % 7 / 7 for text in completions]
 
 
-def train(kind: str, folder: Path, *, is_patched: bool, **settings) -> list[dict]:
+def train(kind: str, folder: Path, *, is_patched: bool, peft_config=None, **settings) -> list[dict]:
     """What TRL logs of each of four steps; two generations, each for two optimizer steps."""
     problems = [f"{a}+{3 * a % 90 + 10}+{7 * a % 90 + 10}=" for a in range(10, 42)]
     options = dict(use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, save_strategy="no")
@@ -268,6 +273,7 @@ def train(kind: str, folder: Path, *, is_patched: bool, **settings) -> list[dict
             args,
             train_dataset=Dataset.from_dict({"prompt": problems}),
             processing_class=AutoTokenizer.from_pretrained(DEMO),
+            peft_config=peft_config,
         )
         trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -291,3 +297,9 @@ def test_training(name, tmp_path):
 
 def test_training_of_rloo(tmp_path):
     assert_same_training("RLOO", tmp_path)
+
+
+def test_training_of_an_adapter(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    assert_same_training("GRPO", tmp_path, peft_config=config, learning_rate=1.0)
