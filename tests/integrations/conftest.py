@@ -2,9 +2,9 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small only wait for a second one."""
+@pytest.fixture
+def single_thread():
+    """Threads that wait for each other take longer than what they compute here."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -9,6 +9,7 @@ import torch
 
 from codistill_kernels.integrations.trl import patch_trl
 
+pytestmark = pytest.mark.usefixtures("single_thread")  # models this small
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

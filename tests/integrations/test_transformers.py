@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from codistill_kernels import linear_logps
 from codistill_kernels.integrations.transformers import linear_head, logps_instead_of_logits
 
+pytestmark = pytest.mark.usefixtures("single_thread")  # models this small
 B, T, V = 2, 7, 37
 SIZES = dict(
     vocab_size=V,
@@ -159,6 +160,13 @@ def with_lora(**settings):
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=["body", "head"])
 def test_lora(targets):
     assert_same_as_eager(with_lora(target_modules=targets))
+
+
+def test_several_adapters_of_the_head():
+    model = with_lora(target_modules=["lm_head"])
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "other"])
+    assert_same_as_eager(model)
 
 
 @pytest.mark.parametrize("is_merged", [False, True], ids=["switched off", "merged"])

@@ -16,6 +16,7 @@ from codistill_kernels.integrations.trl import TokenLoss, is_loss_of_tokens, pat
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 
+pytestmark = pytest.mark.usefixtures("single_thread")  # models this small
 ZERO3 = "transformers.integrations.deepspeed.is_deepspeed_zero3_enabled"
 
 # --- the loss ----------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ class TokenLoss:
             kl = kl * ratio if self.trainer.args.use_bias_correction_kl else kl
             losses = losses + self.trainer.beta * kl
         losses = losses / self.counts[rows]
-        if self.entropy_coef:  # else not a use of it: its gradient costs a pass on a GPU
+        if self.entropy_coef:  # a gradient of the entropy, even of 0, costs
             losses = losses - self.entropy_coef * entropy / self.entropy_count
         return torch.where(self.mask[rows], losses, 0.0)
 
