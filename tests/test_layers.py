@@ -12,6 +12,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "kernels" / "codistill_kernels"
 CODISTILL = ROOT / "codistill"
+# Modules of codistill_kernels.integrations, and what each may import, when it is used.
+FRAMEWORKS = {
+    "transformers": {"transformers", "peft"},
+    "trl": {"trl", "transformers"},
+}
 
 
 def imported(file: Path) -> set[str]:
@@ -28,7 +33,25 @@ def imported(file: Path) -> set[str]:
 def test_kernels_import_torch_triton_and_numpy_only():
     allowed = {"codistill_kernels", "torch", "triton", "numpy"} | set(sys.stdlib_module_names)
     for file in KERNELS.rglob("*.py"):
-        assert imported(file) <= allowed, file
+        is_integration = file.parent.name == "integrations"
+        frameworks = FRAMEWORKS.get(file.stem, set()) if is_integration else set()
+        assert imported(file) <= allowed | frameworks, file
+
+
+def test_kernels_do_not_import_integrations():
+    for file in KERNELS.glob("*.py"):
+        assert "integrations" not in file.read_text(), file
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_an_integration_imports_its_framework_only_when_it_is_used(name):
+    code = textwrap.dedent(f"""
+        import sys, codistill_kernels.integrations.{name}
+        print([name for name in {sorted(FRAMEWORKS[name])} if name in sys.modules])
+    """)
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert output.stdout.strip() == "[]", output.stdout
 
 
 def test_reference_imports_nothing_of_ours():

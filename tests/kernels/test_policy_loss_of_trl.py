@@ -1,14 +1,10 @@
 """policy_loss against the very lines of TRL's GRPO trainer, on padded log-probabilities in fp64."""
 
-from collections import defaultdict
-from types import SimpleNamespace
-
 import pytest
 import torch
+from fake_trl import LIMIT, B, FakeTrainer, T, padded_batch, trl_inputs
 
 from codistill_kernels import PolicyLoss, policy_loss
-
-B, T, LIMIT = 6, 9, 12
 
 # TRL's arguments, and the PolicyLoss that is the same.
 CASES = {
@@ -49,76 +45,6 @@ CASES = {
 }
 
 
-class FakeTrainer:
-    """What `_compute_loss` asks of its trainer."""
-
-    def __init__(
-        self,
-        logps,
-        entropy,
-        *,
-        loss_type,
-        level="token",
-        delta=None,
-        entropy_coef=0.0,
-        epsilon_high=0.3,
-        is_corrected=False,
-    ):
-        from trl import GRPOTrainer
-
-        self.loss_type, self.importance_sampling_level = loss_type, level
-        self.epsilon_low, self.epsilon_high, self.beta = 0.1, epsilon_high, 0.0
-        self.entropy_coef, self._entropy_bonus_enabled = entropy_coef, entropy_coef != 0
-        self.use_vllm = self.vllm_importance_sampling_correction = is_corrected
-        self.max_completion_length, self.current_gradient_accumulation_steps = LIMIT, 1
-        self.top_entropy_quantile, self.off_policy_mask_threshold = 1.0, None
-        self.use_adaptive_entropy = self.aux_loss_enabled = False
-        self.model, self._metrics = SimpleNamespace(training=True), defaultdict(_Metrics)
-        self.args = SimpleNamespace(
-            delta=delta,
-            steps_per_generation=1,
-            sapo_temperature_pos=1.0,
-            sapo_temperature_neg=1.25,
-            vespo_k_pos=2.0,
-            vespo_lambda_pos=3.0,
-            vespo_k_neg=3.0,
-            vespo_lambda_neg=2.0,
-        )
-        self.accelerator = SimpleNamespace(
-            gather=lambda tensor: tensor,
-            reduce=lambda tensor, reduction: tensor,
-            num_processes=1,
-            sync_gradients=True,
-        )
-        self.get_gamma_weights = GRPOTrainer.get_gamma_weights
-        self.compute_loss = GRPOTrainer._compute_loss
-        self._get_per_token_logps_and_entropies = lambda *_, **__: (logps, entropy, None)
-
-
-class _Metrics(defaultdict):
-    def __init__(self):
-        super().__init__(list)
-
-
-def padded_batch():
-    generator = torch.Generator().manual_seed(0)
-
-    def rand(*shape):
-        return torch.rand(shape, generator=generator, dtype=torch.float64)
-
-    lengths = torch.tensor([9, 5, 1, 7, 9, 3])
-    old = -0.6 - 3 * rand(B, T)
-    logps = (old + 0.8 * (rand(B, T) - 0.5)).requires_grad_()
-    return dict(
-        logps=logps,
-        old_logps=old,
-        entropy=rand(B, T).requires_grad_(),
-        advantages=torch.tensor([1.0, -0.5, 2.0, -1.5, 0.3, -0.2]).double(),
-        mask=torch.arange(T) < lengths[:, None],
-        importance_weights=0.5 + rand(B, T),
-    )
-
-
 @pytest.mark.parametrize("is_corrected", [False, True], ids=["", "importance weights"])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_trl(name, is_corrected):
@@ -127,18 +53,7 @@ def test_equals_trl(name, is_corrected):
     case = padded_batch()
     mask, tokens = case["mask"], case["mask"].sum()
     trainer = FakeTrainer(case["logps"], case["entropy"], **arguments, is_corrected=is_corrected)
-    ids = torch.ones(B, T, dtype=torch.long)
-    inputs = dict(
-        prompt_ids=ids,
-        prompt_mask=ids,
-        completion_ids=ids,
-        completion_mask=mask.long(),
-        advantages=case["advantages"],
-        old_per_token_logps=case["old_logps"],
-        num_items_in_batch=tokens,
-    )
-    if is_corrected:
-        inputs["importance_sampling_ratio"] = case["importance_weights"].where(mask, 1.0)
+    inputs = trl_inputs(case, is_corrected=is_corrected)
     theirs = trainer.compute_loss(trainer, None, inputs)
 
     lengths, normalizer = mask.sum(1), tokens

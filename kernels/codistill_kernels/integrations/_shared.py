@@ -1,0 +1,38 @@
+"""What the integrations have in common."""
+
+from contextlib import ExitStack
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+
+def require_version(package: str, series: str) -> None:
+    """Raise ImportError unless `package` is installed in a version of this series, like "1.16"."""
+    try:
+        found = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        found = "none"
+    if found != series and not found.startswith(series + "."):
+        raise ImportError(f"codistill_kernels needs {package} {series}.*, found {found}")
+
+
+def replace(patch: ExitStack, owner: object, name: str, value: object) -> None:
+    """owner.name = value, until `patch` is closed."""
+    if name in vars(owner):
+        patch.callback(setattr, owner, name, vars(owner)[name])
+    else:  # of its class
+        patch.callback(delattr, owner, name)
+    setattr(owner, name, value)
+
+
+def autocast_operands(hidden_states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """In the dtype that autocast, where it is on, gives the operands of a product.
+
+    The kernels sum in fp32 and round no logit whatever autocast says; this chooses how fast.
+    """
+    device = hidden_states.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden_states, weight
+    dtype = torch.get_autocast_dtype(device)
+    return hidden_states.to(dtype), weight.to(dtype)
