@@ -35,6 +35,7 @@ EXTRAS = {
         "cut-cross-entropy==25.1.1",
         "liger-kernel==0.8.5",
         "trl==1.16.0",
+        "peft>=0.17,<1",
     ],
     "bench-hopper": ["quack-kernels==0.6.5"],
     "dev": ["mypy==2.4.1", "pytest>=9,<10", "ruff==0.15.14", "types-PyYAML"],
