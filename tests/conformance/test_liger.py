@@ -91,6 +91,18 @@ def test_grpo(dtype, has_bias, setting, reference, loss):
     grpo_case(SHAPES[0], dtype, has_bias, setting, reference, loss)
 
 
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_grpo_far_from_the_reference(loss):
+    """The KL is as large as the rest: at the distances above it hides in the tolerance."""
+    kind, level, delta = loss
+    leaves, *arguments, logps, normal = make_case(SHAPES[0], torch.float32, False)
+    settings = dict(beta=1.0, loss_type=kind, importance_sampling_level=level, delta=delta)
+    settings |= dict(max_completion_length=SHAPES[0][1])
+    others = ("old_per_token_logps", "ref_per_token_logps")
+    options = {name: logps + 0.5 * normal(*logps.shape) for name in others}
+    check(settings, leaves, *arguments, tolerance=TOLERANCE[torch.float32], **options)
+
+
 @grid(
     default=4,
     dtype=[torch.bfloat16],

@@ -21,7 +21,7 @@ from conformance.test_verl import loss_case, run
 def test_policy_loss(kind, far, correction, by_token, copies, per_token):
     logps, old, advantages, mask, weights = loss_case(per_token)
     mask[-1, 0] = correction is not None  # there a sequence without a token would be 0 / 0
-    rollout = old + 0.4 * (weights - 1).roll(1)
+    rollout = old + 1.5 * (weights - 1).roll(1)  # ratios on both sides of both thresholds
     loss = openrlhf.PolicyLoss(
         dual_clip=far,
         token_level_loss=by_token,

@@ -153,8 +153,31 @@ def test_policy_loss(name, mode, weighted, copies):
         torch.testing.assert_close(mine, other, atol=1e-9, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", verl.NAMES)
+def test_far_ratios(name):
+    """Log-ratios beyond verl's clamps of 20 and 10 nats, up with A < 0 above all."""
+    logps, old, advantages, mask, _ = loss_case(per_token=False)
+    logps = torch.full_like(logps, -0.5)
+    old = logps - torch.tensor([25.0, 12.0, 15.0, 0.1, 0.0], dtype=torch.float64)[:, None]
+    if name != "gspo":  # whose clamp has no lower end there: e^-10 or less, it hardly matters
+        old[1] = logps[1] + 0.4
+        old[2], logps[2] = -0.5, -25.0
+    advantages = torch.tensor([-1.0, 1.0, -1.0, 1.0, 1.0], dtype=torch.float64)[:, None]
+    advantages = advantages.expand(B, T)
+    config = defaults()
+    config.clip_ratio_c = 1e9  # far enough for the clamp to show
+    far = dict(low=0.2, high=0.2, far=1e9, positive=1.0, negative=1.05, beta=BETA)
+    function = verl.get_policy_loss_fn(name)
+    got = run(lambda leaf: function(old, leaf, advantages, mask, config=config), logps)
+    arguments = (old, advantages, mask, "token-mean", far)
+    expected = run(lambda leaf: verl_loss(name, leaf, *arguments), logps)
+    for mine, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-9)
+
+
 def test_metrics():
     logps, old, advantages, mask, _ = loss_case(per_token=True)
+    old[0] = logps[0] - torch.linspace(0.9, 1.5, T)  # around 3, the dual clip by default
     function = verl.get_policy_loss_fn("vanilla")
     _, metrics = function(old, logps, advantages, mask, config=defaults())
     ratio = (logps - old).exp()

@@ -129,14 +129,16 @@ def shards(rank: int, folder: str) -> None:
     results[0][3], results[1][3] = (result[3][rows] for result in results)
     for other, mine in zip(*results, strict=True):
         torch.testing.assert_close(mine, other, atol=2e-6, rtol=1e-5)
-    # dapo's divisor is over processes: the mean of their losses is that of all their tokens.
+    # dapo divides by all processes' tokens; gradients are averaged. At ratio 1: mean advantage.
     loss = ours.LigerFusedLinearGRPOLoss(beta=0.0)
     x, weight, ids, mask, advantages = make_case()
     mine = slice(0, 1) if rank == 0 else slice(1, B)
-    part = loss(x[mine], weight, ids[mine], mask[mine], advantages[mine])[0]
-    dist.all_reduce(part)
-    whole = loss(x, weight, ids, mask, advantages, num_items_in_batch=2 * mask.sum())[0]
-    torch.testing.assert_close(part / 2, whole)
+    expected = -(advantages[:, None] * mask).sum() / mask.sum()
+    for given in (None, mask.sum()):
+        arguments = (t[mine] for t in (ids, mask, advantages))
+        part = loss(x[mine], weight, *arguments, num_items_in_batch=given)[0]
+        dist.all_reduce(part)
+        torch.testing.assert_close(part / 2, expected)
     dist.barrier()
     dist.destroy_process_group()
 
