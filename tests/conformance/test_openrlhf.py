@@ -21,7 +21,9 @@ from conformance.test_verl import loss_case, run
 def test_policy_loss(kind, far, correction, by_token, copies, per_token):
     logps, old, advantages, mask, weights = loss_case(per_token)
     mask[-1, 0] = correction is not None  # there a sequence without a token would be 0 / 0
-    rollout = old + 1.5 * (weights - 1).roll(1)  # ratios on both sides of both thresholds
+    # Ratios on both sides of both thresholds, of tokens and of sequences.
+    rollout = old + 1.5 * (weights - 1).roll(1)
+    rollout[0], rollout[1] = rollout[0] - 0.6, rollout[1] + 0.6
     loss = openrlhf.PolicyLoss(
         dual_clip=far,
         token_level_loss=by_token,
