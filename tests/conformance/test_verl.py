@@ -8,7 +8,7 @@ from peers import log_softmax_head, verl_loss
 
 from codistill_kernels.integrations import verl
 
-# Hidden size and vocabulary; the last two have a vocabulary that no tile of 256 divides.
+# Hidden size and vocabulary.
 SMALL = [(128, 4099), (896, 8192)]
 FULL = [(2048, 32256), (4096, 102400), (896, 151936), (3584, 152064)]
 
