@@ -130,12 +130,10 @@ class LigerFusedLinearGRPOLoss(nn.Module):
 
         Args:
             _input: [B, T, H]; lin_weight: [V, H]; bias: [V]. Differentiable.
-            selected_token_ids: [B, T] int64.
-            attention_mask: [B, T] of 0 and 1 in any dtype.
+            selected_token_ids: [B, T] int64. attention_mask: [B, T] of 0 and 1 in any dtype.
             advantages: [B], or [B, T] with losses of tokens.
             ref_per_token_logps: [B, T] nats; or hidden states, weight and bias of the reference.
-            old_per_token_logps: [B, T] nats. None: ratio 1.
-            vllm_is_ratio: w, [B, T], [B, 1] or [B].
+            old_per_token_logps: [B, T] nats, None: ratio 1. vllm_is_ratio: w, [B, T], [B, 1] or [B].
             num_items_in_batch: tokens of all processes, with dapo, cispo and vespo.
 
         Returns:
@@ -167,14 +165,12 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             loss, _ = policy_loss(logps, old, scaled, mask, **terms)
             reference = (ref_per_token_logps, ref_input, ref_weight, ref_bias)
             distance = self.reference_logps(reference, ids, logps) - logps
-            kl = Estimate.apply(torch.where(counted, distance, 0.0), "k3")
-            if self.use_bias_correction_kl:
-                kl = kl * self.ratio(logps, old, mask)
+            kl = self.kl(torch.where(counted, distance, 0.0), self.ratio(logps, old, mask))
             loss = loss + self.beta * self.kl_sum(kl, mask, scale) / normalizer
             metrics = [masked_mean(kl.detach(), mask)]
         ratio = self.ratio(logps.detach(), old, mask)
-        shown = advantages if advantages.ndim == 2 else advantages[:, None]
-        return loss, (*metrics, clipped_share(ratio, shown, mask, self.bounds))
+        each = advantages.reshape(len(mask), -1)
+        return loss, (*metrics, clipped_share(ratio, each, mask, self.bounds))
 
     def reduction(
         self, mask: Tensor, num_items: float | Tensor | None
@@ -228,6 +224,10 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         with torch.no_grad():
             head: dict = dict(bias=bias, temperature=self.temperature)
             return linear_logps(hidden_states, weight, ids, **head)
+
+    def kl(self, distance: Tensor, ratio: Tensor) -> Tensor:
+        kl = Estimate.apply(distance, "k3")
+        return kl * ratio if self.use_bias_correction_kl else kl
 
     def counted_in_kl(self, mask: Tensor) -> Tensor:
         """[B, T] bool: luspo's KL is a mean over all positions, padding included, as in Liger."""
