@@ -131,9 +131,9 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         Args:
             _input: [B, T, H]; lin_weight: [V, H]; bias: [V]. Differentiable.
             selected_token_ids: [B, T] int64. attention_mask: [B, T] of 0 and 1 in any dtype.
-            advantages: [B], or [B, T] with losses of tokens.
+            advantages: [B], or [B, T] with losses of tokens. vllm_is_ratio: w, [B, T], [B, 1], [B].
             ref_per_token_logps: [B, T] nats; or hidden states, weight and bias of the reference.
-            old_per_token_logps: [B, T] nats, None: ratio 1. vllm_is_ratio: w, [B, T], [B, 1] or [B].
+            old_per_token_logps: [B, T] nats. None: ratio 1.
             num_items_in_batch: tokens of all processes, with dapo, cispo and vespo.
 
         Returns:
@@ -168,8 +168,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             kl = self.kl(torch.where(counted, distance, 0.0), self.ratio(logps, old, mask))
             loss = loss + self.beta * self.kl_sum(kl, mask, scale) / normalizer
             metrics = [masked_mean(kl.detach(), mask)]
-        ratio = self.ratio(logps.detach(), old, mask)
-        each = advantages.reshape(len(mask), -1)
+        ratio, each = self.ratio(logps.detach(), old, mask), advantages.reshape(len(mask), -1)
         return loss, (*metrics, clipped_share(ratio, each, mask, self.bounds))
 
     def reduction(
