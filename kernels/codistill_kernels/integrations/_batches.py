@@ -1,0 +1,32 @@
+"""What the losses of several frameworks count alike, over padded tokens [B, T]."""
+
+import torch
+from torch import Tensor
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Of values [B, T] over a bool mask [B, T]; 0 where it is empty."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def counts(mask: Tensor) -> Tensor:
+    """[B] unmasked tokens of each sequence, at least 1: a sequence without one has mean 0."""
+    return mask.sum(-1).clamp(min=1)
+
+
+def sequence_means(values: Tensor, mask: Tensor) -> Tensor:
+    """[B, T] -> [B] over unmasked tokens."""
+    return torch.where(mask, values, 0.0).sum(-1) / counts(mask)
+
+
+def clipped_share(
+    ratio: Tensor, advantages: Tensor, mask: Tensor, bounds: tuple[float, float]
+) -> Tensor:
+    """Share of unmasked tokens that [low, high] cuts: below it with A < 0, above it with A > 0.
+
+    ratio and advantages broadcast to the mask's [B, T].
+    """
+    low, high = bounds
+    cut = (ratio < low) & (advantages < 0) | (ratio > high) & (advantages > 0)
+    return masked_mean(cut.expand(mask.shape), mask)
