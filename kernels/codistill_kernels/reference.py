@@ -189,7 +189,7 @@ def dppo_tv(log_ratio, logp, old_logp, advantage, **settings):
 
 def dppo_kl(log_ratio, logp, old_logp, advantage, **settings):
     p, old = logp.exp(), old_logp.exp()
-    kl = old * torch.log(old / p) + (1 - old) * torch.log((1 - old) / (1 - p))
+    kl = old * (old_logp - logp) + (1 - old) * (torch.log1p(-old) - torch.log1p(-p))
     return dppo(kl, log_ratio, logp, old_logp, advantage, **settings)
 
 
