@@ -2,14 +2,15 @@
 # make test    the whole test suite
 # make lint    ruff and mypy
 # make bench   time, memory and error of the kernels against every peer; phases of a training step
-# Each creates .venv and installs what it needs, once.
+# make docs    the documentation's site, build/docs/index.html
+# Each creates .venv and installs what it needs, once; make docs a .venv-docs of its own.
 
 PYTHON ?= python3
 BIN := .venv/bin
 # One process on a GPU, two on a CPU.
 PROCESSES ?= $(if $(shell command -v nvidia-smi),1,2)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 
 demo: .venv/installed
 	WORLD_SIZE=$(PROCESSES) $(BIN)/python -m codistill doctor --config configs/demo.yaml $(ARGS)
@@ -28,10 +29,18 @@ bench: .venv/installed
 	$(BIN)/python -m bench step
 	$(BIN)/python -m bench report
 
+docs: .venv-docs/installed
+	.venv-docs/bin/mkdocs build --strict
+
 clean:
-	rm -rf .venv build runs kernels/codistill_kernels/*.so *.egg-info
+	rm -rf .venv .venv-docs build runs kernels/codistill_kernels/*.so *.egg-info
 
 .venv/installed: tools/install.py setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python tools/install.py
+	touch $@
+
+.venv-docs/installed: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet -r docs/requirements.txt
 	touch $@

@@ -39,6 +39,7 @@ EXTRAS = {
     ],
     "bench-hopper": ["quack-kernels==0.6.5"],
     "dev": ["mypy==2.4.1", "pytest>=9,<10", "ruff==0.15.14", "types-PyYAML"],
+    "docs": Path("docs/requirements.txt").read_text().split(),
 }
 # at::parallel_for is a header: without OpenMP here it runs on one thread, and says nothing.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []

@@ -320,8 +320,8 @@ def linear_logps(
             Replicate: each process brings tokens of its own, and the gradient, which is Partial, is
             the sum over processes; with the same tokens everywhere pass .to_local() instead.
             Shard(0): as `group`, the mesh's processes, with shards as by torch.chunk; all bring the
-            same tokens. FSDP shards its head too, but there tokens differ: .full_tensor() or
-            unshard() it first.
+            same tokens. FSDP shards its head too, but there tokens differ: unshard() it first, or
+            .full_tensor(grad_placements=[Partial()]), whose gradient is summed over processes.
         token_ids: [...], int64, in [0, vocab_size) or `ignore_index`. On a GPU and under
             torch.compile, where values are not looked at, an id outside gives NaN.
         bias: [V], added to the logits. Differentiable.
