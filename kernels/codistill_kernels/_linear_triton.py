@@ -95,7 +95,7 @@ class TritonChunks:
         rows in one product, and rounded once."""
         x, head = operands(hidden_states, head)
         numbers = (coefficients, log_softmax)
-        write_gradients(Slabs(x, head.weight), head, token_ids, *numbers, dx, dw, db)
+        write_gradients(Slabs(x, head.weight), x, head, token_ids, *numbers, dx, dw, db)
 
     def hold(self, rows: Tensor) -> Tensor:
         """Keep the exponentials of these rows; their statistics [4, R]."""
@@ -129,6 +129,7 @@ class TritonChunks:
 
 def write_gradients(
     slabs: Slabs,
+    x: Tensor,
     head: Head,
     token_ids: Tensor,
     coefficients: Tensor,
@@ -137,8 +138,8 @@ def write_gradients(
     dw: Tensor | None,
     db: Tensor | None,
 ) -> None:
-    """As TritonChunks.write_gradients, from slabs of raw logits, which with db they end."""
-    x, vocab = slabs.x, len(head.weight)
+    """As TritonChunks.write_gradients, from slabs of raw logits, which with db they end, and x."""
+    vocab = len(head.weight)
     numbers = coefficients.contiguous(), log_softmax.contiguous()
     memory = x.new_empty(len(x) * padded_columns(min(_slabs.SEGMENT, vocab)))
     for columns in pieces(vocab, _slabs.SEGMENT):
@@ -226,7 +227,9 @@ class KeptLogits:
         db = new(self.head_rows).zero_() if needs[2] else None
         if dw is not None:
             dw[vocab:] = 0
-        write_gradients(self.slabs, self.head, self.token_ids, *numbers, dx, dw, db)
+        # A row without a gradient may hold NaN: its dz is 0, but not 0 times that.
+        x = self.slabs.x.masked_fill(numbers[0].eq(0).all(dim=0)[:, None], 0.0)
+        write_gradients(self.slabs, x, self.head, self.token_ids, *numbers, dx, dw, db)
         db = None if db is None else db.to(self.db_dtype)
         return to_rows(dx, self.rows, len(hidden_states)), dw, db
 

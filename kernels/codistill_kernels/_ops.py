@@ -23,7 +23,7 @@ def custom_op(*, mutates: tuple[str, ...] = ()) -> Callable[[Callable], torch._o
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
 
         def refuse(ctx, *gradients):
-            raise RuntimeError(f"{NAMESPACE}::{name} has no derivative")
+            raise RuntimeError(f"{NAMESPACE}.{name} has no second derivatives (create_graph=True)")
 
         if not mutates:  # whoever writes to an argument refuses by itself
             torch.library.register_autograd(f"{NAMESPACE}::{name}", refuse, lib=LIBRARY)
