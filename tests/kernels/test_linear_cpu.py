@@ -13,7 +13,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 
 @pytest.fixture(autouse=True)
-def extension():
+def library():
     _linear.kind_of_chunks(torch.empty(0), "cpu")  # loads it
 
 
