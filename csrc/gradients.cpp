@@ -132,13 +132,12 @@ void finish_raw(const View& held, const View& dz, const View& kept, const View& 
 // A gradient [rows, columns] of any float dtype, as it is written.
 class Output {
  public:
-  Output(const View& tensor, bool add) : tensor_(tensor), add_(add) {}
+  Output(const View& tensor, bool add) : tensor_(tensor), item_(item_size(tensor.dtype)), add_(add) {}
 
   // `height` rows of `width` columns will be written.
   void prefetch(int64_t row, int64_t column, int64_t height, int64_t width) const {
-    with_type(tensor_, [&](const auto* data) {
-      codistill::prefetch<true>(data + row * tensor_.stride + column, height, tensor_.stride, width);
-    });
+    const char* first = static_cast<char*>(tensor_.data) + (row * tensor_.stride + column) * item_;
+    codistill::prefetch<true>(first, height, tensor_.stride * item_, width * item_);
   }
 
   void write(int64_t row, int64_t column, const float* sums, float factor, int64_t size) const {
@@ -149,6 +148,7 @@ class Output {
 
  private:
   View tensor_;
+  int64_t item_;
   bool add_;
 };
 

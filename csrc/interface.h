@@ -23,6 +23,11 @@ constexpr DType kDTypeOf = std::is_same_v<T, float>      ? DType::kFloat
                            : std::is_same_v<T, Half>     ? DType::kHalf
                                                          : DType::kInt64;
 
+inline int64_t item_size(DType dtype) {
+  const bool is_short = dtype == DType::kBFloat16 || dtype == DType::kHalf;
+  return is_short ? 2 : dtype == DType::kFloat ? 4 : 8;
+}
+
 // A tensor [rows] or [rows, columns], contiguous along its last dimension. Optional ones are pointers,
 // and null where there is none.
 struct View {

@@ -10,23 +10,28 @@
 namespace codistill {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 4, kLanes = 16;
+constexpr int64_t kLanes = 8, kRowsAtOnce = 4;
 using Vec = float __attribute__((vector_size(kLanes * sizeof(float))));
 
-// kRowsAtOnce rows of c, kVectors vectors wide: 8 sums in registers of AVX2 and of AVX-512 hide the
+// kRowsAtOnce rows of c, kVectors vectors wide: their sums, 8 or 16, stay in registers and hide the
 // latency of a multiply-add.
 template <int64_t kVectors>
 CODISTILL_INLINE void multiply_rows(int64_t k, int64_t stride_a, int64_t stride_b, int64_t stride_c,
                                     bool add, const float* a, const float* b, float* c) {
   Vec sums[kRowsAtOnce][kVectors] = {};
-  for (int64_t i = 0; add && i < kRowsAtOnce; ++i) std::memcpy(sums[i], c + i * stride_c, sizeof(sums[i]));
+  if (add)
+    for (int64_t i = 0; i < kRowsAtOnce; ++i)
+      for (int64_t j = 0; j < kVectors; ++j)
+        std::memcpy(&sums[i][j], c + i * stride_c + j * kLanes, sizeof(Vec));
   for (int64_t term = 0; term < k; ++term, b += stride_b) {
     Vec row[kVectors];
-    std::memcpy(row, b, sizeof(row));
+    for (int64_t j = 0; j < kVectors; ++j) std::memcpy(&row[j], b + j * kLanes, sizeof(Vec));
     for (int64_t i = 0; i < kRowsAtOnce; ++i)
       for (int64_t j = 0; j < kVectors; ++j) sums[i][j] += a[i * stride_a + term] * row[j];
   }
-  for (int64_t i = 0; i < kRowsAtOnce; ++i) std::memcpy(c + i * stride_c, sums[i], sizeof(sums[i]));
+  for (int64_t i = 0; i < kRowsAtOnce; ++i)
+    for (int64_t j = 0; j < kVectors; ++j)
+      std::memcpy(c + i * stride_c + j * kLanes, &sums[i][j], sizeof(Vec));
 }
 
 template <int64_t kVectors>
@@ -82,10 +87,10 @@ bool has_bf16_instructions() {
 CODISTILL_CLONES
 void multiply_tiles(int64_t m, int64_t n, int64_t k, int64_t stride_a, int64_t stride_b,
                     int64_t stride_c, bool add, const float* a, const float* b, float* c, bool) {
-  if (n % (2 * kLanes) == 0 && n > 2 * kLanes)
-    multiply_columns<2>(m, n, k, stride_a, stride_b, stride_c, add, a, b, c);
+  if (n == 64)  // AVX-512 has 32 registers
+    multiply_columns<4>(m, n, k, stride_a, stride_b, stride_c, add, a, b, c);
   else
-    multiply_columns<1>(m, n, k, stride_a, stride_b, stride_c, add, a, b, c);
+    multiply_columns<2>(m, n, k, stride_a, stride_b, stride_c, add, a, b, c);
 }
 
 }  // namespace codistill
