@@ -60,6 +60,7 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # of an earlier build
         compiler = shlex.split(os.environ.get("CXX", "g++"))
         command = [*compiler, *FLAGS, *OPENMP, *ext.sources, "-o", str(target)]
         self.announce(shlex.join(command), level=2)
