@@ -2,8 +2,8 @@
 
     pip install .
 
-The library is the kernels' CPU backend. It needs neither torch nor Python: one wheel a platform. Without
-a C++ compiler everything still installs and the torch backend serves.
+The library is the kernels' CPU backend. It needs neither torch nor Python: one wheel a platform.
+Without a C++ compiler everything still installs and the torch backend serves.
 """
 
 import os
@@ -44,7 +44,7 @@ EXTRAS = {
         "trl==1.16.0",
     ],
     "bench-hopper": ["quack-kernels==0.6.5"],
-    "dev": ["mypy==2.4.1", "pytest>=9,<10", "ruff==0.15.14", "types-PyYAML"],
+    "dev": ["mypy==2.4.1", "pytest>=9,<10", "ruff==0.15.14", "setuptools>=78", "types-PyYAML"],
 }
 # C++20 as GCC 11 has it; loops over elements are compiled for several machines (csrc/clones.h).
 FLAGS = ["-std=c++20", "-O3", "-Wno-psabi", "-fPIC", "-fvisibility=hidden", "-shared", "-s"]

@@ -1,7 +1,7 @@
 """The C++ library (csrc/): loaded at the first call, its functions on tensors.
 
-It knows nothing of torch: a build serves every torch and every Python. Products of tiles are ATen's,
-found by name in the torch that runs; where it has none of that name, the library's own.
+It knows nothing of torch: a build serves every torch and every Python. Products of tiles are those
+of ATen, found by name in the torch that runs; where it has none of that name, the library's own.
 """
 
 import ctypes
@@ -40,16 +40,16 @@ class View(ctypes.Structure):
     ]
 
 
-T, I, F, B = ctypes.POINTER(View), ctypes.c_int64, ctypes.c_double, ctypes.c_bool
-PARAMETERS = {
-    "linear_forward": (T, T, T, T, T, F, T, T, T),
-    "finish_exponentials": (T, T, T, T, T, T, T, T, I, T),
-    "finish_raw": (T, T, T, T, T, F, T, T, I, T),
-    "hidden_gradient": (T, T, T, T, I, T, B),
-    "weight_gradient": (T, T, T, T, I, T, B),
-    "reverse_kl": (T, T, T, T, T, T),
-    "logits_statistics": (T, I, T, T, F, T),
-    "logits_gradients": (T, T, I, T, T, F, T, T),
+CODES = {"t": ctypes.POINTER(View), "i": ctypes.c_int64, "f": ctypes.c_double, "b": ctypes.c_bool}
+PARAMETERS = {  # CODES of each; csrc/ has their names
+    "linear_forward": "tttttfttt",
+    "finish_exponentials": "ttttttttit",
+    "finish_raw": "tttttfttit",
+    "hidden_gradient": "ttttitb",
+    "weight_gradient": "ttttitb",
+    "reverse_kl": "tttttt",
+    "logits_statistics": "tittft",
+    "logits_gradients": "ttittftt",
 }
 
 
@@ -59,20 +59,28 @@ def library() -> ctypes.CDLL:
     if not PATH.exists():
         raise OSError(f"{PATH.name} is not there: no C++ compiler was found at installation")
     loaded = ctypes.CDLL(str(PATH))
-    for name, parameters in PARAMETERS.items():
-        function = getattr(loaded, f"codistill_{name}")
-        function.argtypes, function.restype = (ctypes.c_int64, *parameters), ctypes.c_char_p
-    loaded.codistill_use_products.argtypes = (ctypes.c_void_p,) * len(BRGEMM)
-    loaded.codistill_multiplies_bf16.restype = ctypes.c_bool
+    try:
+        declare(loaded)
+    except AttributeError as error:
+        raise OSError(f"{PATH.name} was built from other sources: {error}") from None
     loaded.codistill_use_products(*products_of_torch())
     return loaded
 
 
+def declare(loaded: ctypes.CDLL) -> None:
+    for name, parameters in PARAMETERS.items():
+        function = getattr(loaded, f"codistill_{name}")
+        function.argtypes = (ctypes.c_int64, *(CODES[code] for code in parameters))  # threads first
+        function.restype = ctypes.c_char_p  # None, or why it failed
+    loaded.codistill_use_products.argtypes = (ctypes.c_void_p,) * len(BRGEMM)
+    loaded.codistill_multiplies_bf16.restype = ctypes.c_bool
+
+
 def products_of_torch() -> list[int | None]:
     """Addresses of BRGEMM."""
-    torch_library = ctypes.CDLL(torch._C.__file__)  # names are looked up in what it links to, too
-    found = (getattr(torch_library, name, None) for name in BRGEMM)
-    return [ctypes.cast(function, ctypes.c_void_p).value if function else None for function in found]
+    linked = ctypes.CDLL(torch._C.__file__)  # a name is looked up in what it links to, too
+    functions = (getattr(linked, name, None) for name in BRGEMM)
+    return [ctypes.cast(f, ctypes.c_void_p).value if f else None for f in functions]
 
 
 def multiplies_bf16() -> bool:

@@ -50,7 +50,7 @@ def test_without_library_torch_serves_and_one_line_says_so(no_library, caplog):
 
 
 def test_without_library_cpu_says_how_to_build_it(no_library):
-    with pytest.raises(ValueError, match="backend 'cpu' must have its C.. library .install again, with"):
+    with pytest.raises(ValueError, match="'cpu' must have its C.. library .install again, with a"):
         linear_logps(*inputs(), backend="cpu")
 
 

@@ -21,7 +21,7 @@ def every_value(dtype: torch.dtype) -> torch.Tensor:
 
 
 def around(values: torch.Tensor) -> torch.Tensor:
-    """In fp32: the values, what lies half-way to the next of half and of bf16, and one ulp off both."""
+    """In fp32: the values, what lies half-way to the next half and bf16, and one ulp off each."""
     bits = values.float().view(torch.int32)
     points = torch.cat([bits, bits + 2**12, bits + 2**15])
     return torch.cat([points - 1, points, points + 1]).view(torch.float32)
@@ -73,6 +73,12 @@ def test_product_that_is_wrong_is_not_used():
 def test_products_of_this_torch_are_used():
     """Their names, in BRGEMM, are those of the torch that is tested with."""
     assert None not in _native.products_of_torch()
+
+
+def test_library_of_other_sources_does_not_load(monkeypatch):
+    monkeypatch.setitem(_native.PARAMETERS, "something_new", "t")
+    with pytest.raises(OSError, match="built from other sources: .*something_new"):
+        _native.library.__wrapped__()
 
 
 def test_wrong_dtype_is_an_error():
