@@ -1,15 +1,22 @@
-"""Distribution codistill-grpo: packages codistill and codistill_kernels, extension from csrc/.
+"""Distribution codistill-grpo: packages codistill and codistill_kernels, a C++ library from csrc/.
 
-    pip install --no-build-isolation .
+    pip install .
 
-The extension is the kernels' CPU backend. Without a C++ compiler, or without torch at build time,
-everything still installs and the torch backend serves.
+The library is the kernels' CPU backend. It needs neither torch nor Python: one wheel a platform.
+Without a C++ compiler everything still installs and the torch backend serves.
 """
 
+import os
+import runpy
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 # The kernels need torch alone; each extra adds what its users run.
 REQUIRES = ["torch>=2.11"]
@@ -38,56 +45,59 @@ EXTRAS = {
         "peft>=0.17,<1",
     ],
     "bench-hopper": ["quack-kernels==0.6.5"],
-    "dev": ["mypy==2.4.1", "pytest>=9,<10", "ruff==0.15.14", "types-PyYAML"],
+    "dev": ["mypy==2.4.1", "pytest>=9,<10", "ruff==0.15.14", "setuptools>=78", "types-PyYAML"],
     "docs": Path("docs/requirements.txt").read_text().split(),
 }
-# at::parallel_for is a header: without OpenMP here it runs on one thread, and says nothing.
+# C++20 as GCC 11 has it; loops over elements are compiled for several machines (csrc/clones.h).
+FLAGS = ["-std=c++20", "-O3", "-Wno-psabi", "-fPIC", "-fvisibility=hidden", "-shared", "-s"]
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
 
-def extensions() -> tuple[list, dict]:
-    """Extension modules and build command; none where torch is not there to build against."""
-    try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError:
-        print("codistill-grpo: torch is not installed, the C++ backend is not built")
-        return [], {}
-    extension = CppExtension(
-        "codistill_kernels._C",
-        sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-        depends=[str(path) for path in Path("csrc").glob("*.h")],
-        extra_compile_args=["-O3", "-Wno-psabi", *OPENMP],
-        extra_link_args=OPENMP,
-        optional=True,
-    )
+class BuildLibrary(build_ext):
+    """A shared library that is no Python module; a failed build is a missing backend."""
 
-    class OptionalBuild(BuildExtension):
-        """A failed build is a missing backend, not a failed install."""
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", os.sep) + ".so"
 
-        def build_extensions(self) -> None:
-            try:
-                super().build_extensions()
-            except Exception as error:  # whatever the compiler or torch's checks of it raise
-                print(f"codistill-grpo: the C++ backend was not built: {error}")
-
-    return [extension], {"build_ext": OptionalBuild}
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # of an earlier build
+        compiler = shlex.split(os.environ.get("CXX", "g++"))
+        command = [*compiler, *FLAGS, *OPENMP, *ext.sources, "-o", str(target)]
+        self.announce(shlex.join(command), level=2)
+        try:
+            subprocess.run(command, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CompileError(f"the C++ backend is not built: {error}") from None
 
 
-ext_modules, cmdclass = extensions()
+class PlatformWheel(bdist_wheel):
+    """For every Python of a platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+LIBRARY = Extension(
+    "codistill_kernels.libcodistill_cpu",
+    sorted(str(path) for path in Path("csrc").glob("*.cpp")),
+    optional=True,
+)
 setup(
     name="codistill-grpo",
-    version="0.1.0",
+    version=runpy.run_path("kernels/codistill_kernels/_version.py")["__version__"],
     description="CoDistill-GRPO: fused loss kernels and a co-distillation trainer",
     long_description=Path("README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["codistill", "codistill_kernels", "codistill_kernels.integrations"],
+    packages=["codistill", *find_packages("kernels")],
     package_data={"codistill_kernels": ["py.typed"]},
     package_dir={"codistill_kernels": "kernels/codistill_kernels"},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
-    ext_modules=ext_modules,
-    cmdclass=cmdclass,
+    ext_modules=[LIBRARY],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
 )

@@ -9,8 +9,12 @@ Exit codes: 0 done; 1 the run failed, with a message; 2 a mistake in configurati
 import os
 import sys
 
-from codistill import distributed
-from codistill.config import ConfigError, load_config
+try:
+    from codistill import distributed
+    from codistill.config import ConfigError, load_config
+except ImportError as error:  # the extra `train` is not installed
+    print(f"train.py: {error}", file=sys.stderr)
+    sys.exit(2)
 
 # Read when torch and vLLM are imported: their warnings are not about the run.
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "VLLM_LOGGING_LEVEL": "ERROR"}

@@ -1,0 +1,26 @@
+"""The trainer. It needs what the extra `train` installs; the kernels (codistill_kernels) do not."""
+
+import sys
+from importlib.util import find_spec
+
+REQUIRED = (
+    "numpy",
+    "matplotlib",
+    "math_verify",
+    "pebble",
+    "pyarrow",
+    "pydantic",
+    "pydantic_settings",
+    "yaml",
+    "rich",
+    "transformers",
+)
+missing = [name for name in REQUIRED if find_spec(name) is None]
+if missing:
+    message = (
+        f"codistill needs {', '.join(missing)}, not installed: pip install 'codistill-grpo[train]'"
+    )
+    if sys.argv[0] == "-m":  # python -m codistill: a command ends with its exit code
+        print(message, file=sys.stderr)
+        sys.exit(2)
+    raise ImportError(message)

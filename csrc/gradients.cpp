@@ -7,11 +7,7 @@
 // Each is summed in fp32, and rounded once as it is written. An element is summed in the same order
 // whatever the blocks are: results do not depend on the threads.
 
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include <cmath>
-#include <optional>
 
 #include "linear.h"
 
@@ -55,10 +51,10 @@ RowFactor row_factor(float c0, float max, float log_sum, float target, float tem
 // target's entry.
 void finish_panel(const Rows& rows, const int64_t* kept, const float* powers,
                   const std::vector<RowFactor>& factors, int64_t column, int64_t valid,
-                  at::BFloat16* panel) {
+                  BFloat16* panel) {
   for (int64_t i = 0; i < rows.count; ++i) {
-    const at::BFloat16* from = panel + kept[i] * kPanel;
-    at::BFloat16* to = panel + i * kPanel;
+    const BFloat16* from = panel + kept[i] * kPanel;
+    BFloat16* to = panel + i * kPanel;
     const double shift = powers[kept[i]] - factors[i].power;
     if (shift < 0.0) {  // exact; a whole range may be -inf, its power then means nothing
       const float scale = static_cast<float>(std::exp2(shift));
@@ -69,7 +65,7 @@ void finish_panel(const Rows& rows, const int64_t* kept, const float* powers,
     const int64_t target = rows.target(i, column, valid);
     if (target >= 0) to[target] = factors[i].at_target;
   }
-  std::fill(panel + rows.count * kPanel, panel + rows.padded * kPanel, at::BFloat16(0));
+  std::fill(panel + rows.count * kPanel, panel + rows.padded * kPanel, BFloat16(0));
 }
 
 // One panel of raw logits becomes dz, as T, from the panel's start on: row i comes from raw row
@@ -91,45 +87,41 @@ void finish_panel(const Rows& rows, const int64_t* kept, const float* coefficien
   std::fill(out, out + (rows.padded - n) * kPanel, T(0));
 }
 
-// Exponentials of all rows held; the number [K] a kept row that makes them its gradient.
-at::Tensor finish_exponentials(const at::Tensor& held, const at::Tensor& powers,
-                               const at::Tensor& kept, const at::Tensor& token_ids,
-                               const at::Tensor& targets, const at::Tensor& temperature,
-                               const at::Tensor& c0, const at::Tensor& log_softmax, int64_t vocab) {
+// Exponentials of all rows held; out [K]: the number a kept row that makes them its gradient.
+void finish_exponentials(const View& held, const View& powers, const View& kept,
+                         const View& token_ids, const View& targets, const View& temperature,
+                         const View& c0, const View& log_softmax, int64_t vocab, const View& out) {
   const Rows rows(token_ids, temperature, 0.0);
-  const auto out = at::empty({rows.count}, temperature.options());
-  const float *c = c0.const_data_ptr<float>(), *s = log_softmax.const_data_ptr<float>();
+  const float *c = c0.as<float>(), *s = log_softmax.as<float>();
   std::vector<RowFactor> factors(rows.count);
   for (int64_t i = 0; i < rows.count; ++i) {
-    factors[i] = row_factor(c[i], s[i], s[rows.count + i], targets.const_data_ptr<float>()[i],
+    factors[i] = row_factor(c[i], s[i], s[rows.count + i], targets.as<float>()[i],
                             rows.temperature[i]);
-    out.data_ptr<float>()[i] = factors[i].factor;
+    out.as<float>()[i] = factors[i].factor;
   }
-  at::parallel_for(0, held.size(0), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, held.rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel)
-      finish_panel(rows, kept.const_data_ptr<int64_t>(),
-                   powers.const_data_ptr<float>() + panel * powers.size(1), factors, panel * kPanel,
+      finish_panel(rows, kept.as<int64_t>(),
+                   powers.as<float>() + panel * powers.columns, factors, panel * kPanel,
                    std::min(kPanel, vocab - panel * kPanel),
-                   held.data_ptr<at::BFloat16>() + panel * held.stride(0));
+                   held.as<BFloat16>() + panel * held.stride);
   });
-  return out;
 }
 
 // Raw logits of all rows held; dz [panels, ...] is their memory, of the dtype of the products.
-void finish_raw(const at::Tensor& held, const at::Tensor& dz, const at::Tensor& kept,
-                const at::Tensor& token_ids, const at::Tensor& temperature, double softcap,
-                const at::Tensor& coefficients, const at::Tensor& log_softmax, int64_t vocab,
-                const std::optional<at::Tensor>& db) {
+void finish_raw(const View& held, const View& dz, const View& kept, const View& token_ids,
+                const View& temperature, double softcap, const View& coefficients,
+                const View& log_softmax, int64_t vocab, const View* db) {
   const Rows rows(token_ids, temperature, softcap);
   float* sums = data_or_null(db);
   const auto finish =
-      dz.scalar_type() == at::kBFloat16 ? finish_panel<at::BFloat16> : finish_panel<float>;
-  at::parallel_for(0, held.size(0), 1, [&](int64_t begin, int64_t end) {
+      dz.dtype == DType::kBFloat16 ? finish_panel<BFloat16> : finish_panel<float>;
+  parallel_for(0, held.rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t column = panel * kPanel;
-      finish(rows, kept.const_data_ptr<int64_t>(), coefficients.const_data_ptr<float>(),
-             log_softmax.const_data_ptr<float>(), column, std::min(kPanel, vocab - column),
-             held.data_ptr<float>() + panel * held.stride(0),
+      finish(rows, kept.as<int64_t>(), coefficients.as<float>(),
+             log_softmax.as<float>(), column, std::min(kPanel, vocab - column),
+             held.as<float>() + panel * held.stride,
              sums == nullptr ? nullptr : sums + column);
     }
   });
@@ -140,38 +132,23 @@ void finish_raw(const at::Tensor& held, const at::Tensor& dz, const at::Tensor& 
 // A gradient [rows, columns] of any float dtype, as it is written.
 class Output {
  public:
-  Output(const at::Tensor& tensor, bool add)
-      : data_(tensor.data_ptr()),
-        type_(tensor.scalar_type()),
-        item_(tensor.element_size()),
-        stride_(tensor.stride(0)),
-        add_(add) {}
+  Output(const View& tensor, bool add) : tensor_(tensor), item_(item_size(tensor.dtype)), add_(add) {}
 
   // `height` rows of `width` columns will be written.
   void prefetch(int64_t row, int64_t column, int64_t height, int64_t width) const {
-    const char* first = data<char>() + (row * stride_ + column) * item_;
-    codistill::prefetch<true>(first, height, stride_ * item_, width * item_);
+    const char* first = static_cast<char*>(tensor_.data) + (row * tensor_.stride + column) * item_;
+    codistill::prefetch<true>(first, height, tensor_.stride * item_, width * item_);
   }
 
   void write(int64_t row, int64_t column, const float* sums, float factor, int64_t size) const {
-    const int64_t at = row * stride_ + column;
-    switch (type_) {
-      case at::kBFloat16: return write_scaled(sums, factor, size, add_, data<at::BFloat16>() + at);
-      case at::kHalf: return write_scaled(sums, factor, size, add_, data<at::Half>() + at);
-      case at::kDouble: return write_scaled(sums, factor, size, add_, data<double>() + at);
-      default: return write_scaled(sums, factor, size, add_, data<float>() + at);
-    }
+    with_type(tensor_, [&](auto* data) {
+      write_scaled(sums, factor, size, add_, data + row * tensor_.stride + column);
+    });
   }
 
  private:
-  template <typename V>
-  V* data() const {
-    return static_cast<V*>(data_);
-  }
-
-  void* data_;
-  at::ScalarType type_;
-  int64_t item_, stride_;
+  View tensor_;
+  int64_t item_;
   bool add_;
 };
 
@@ -223,13 +200,13 @@ void hidden_gradients(const Panels<S>& dz, const Weight& shape, const W* weight,
 template <typename T, typename S, typename W>
 void all_hidden_gradients(const Panels<S>& dz, int64_t rows, const Weight& shape, const W* weight,
                           const float* factors, const int64_t* at, const Output& dx) {
-  const int64_t tiles = (rows + kRows - 1) / kRows, threads = at::get_num_threads();
+  const int64_t tiles = (rows + kRows - 1) / kRows, threads = num_threads();
   const int64_t slice = slice_width(), slices = (shape.hidden + slice - 1) / slice;
   const int64_t least = (shape.hidden + kSumColumns - 1) / kSumColumns;
   const int64_t across = std::min(slices, round_up(least, threads));  // even shares
   const int64_t down = std::min(tiles, std::max((rows + kSumRows - 1) / kSumRows,
                                                 (threads + across - 1) / across));
-  at::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t h = item / down, row = item % down;
       hidden_gradients<T>(dz, shape, weight, factors, at, row * tiles / down * kRows,
@@ -285,75 +262,86 @@ void all_weight_gradients(const Panels<S>& dz, int64_t rows, const Weight& shape
   std::vector<float> scaled(rows);
   for (int64_t i = 0; i < rows; ++i) scaled[i] = std::ldexp(factors[i], -exponent);
   std::vector<uint32_t> packed(packed_words<T>(padded, shape.hidden));
-  at::parallel_for(0, (shape.hidden + slice - 1) / slice, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, (shape.hidden + slice - 1) / slice, 1, [&](int64_t begin, int64_t end) {
     const int64_t h = begin * slice;
     pack_scaled(x + h, at, scaled.data(), rows, stride_x, std::min(end * slice, shape.hidden) - h,
                 padded, packed.data() + packed_words<T>(padded, h));
   });
-  at::parallel_for(0, (shape.vocab + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, (shape.vocab + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
     weight_gradients<T>(dz, padded, shape, packed.data(), std::ldexp(1.0f, exponent), begin, end, dw);
   });
 }
 
 // dx [rows at[i]] = factor (dz @ weight).
-void hidden_gradient(const at::Tensor& dz, const at::Tensor& weight, const at::Tensor& factors,
-                     const at::Tensor& at, at::ScalarType product, const at::Tensor& dx, bool add) {
+void hidden_gradient(const View& dz, const View& weight, const View& factors, const View& at,
+                     DType product, const View& dx, bool add) {
   const Weight shape(weight);
-  const int64_t rows = factors.size(0);
+  const int64_t rows = factors.rows;
   const Output out(dx, add);
   const auto run = [&](auto operand, const auto* panels, const auto* weight_data) {
-    all_hidden_gradients<decltype(operand)>(Panels{panels, dz.stride(0)}, rows, shape, weight_data,
-                                            factors.const_data_ptr<float>(),
-                                            at.const_data_ptr<int64_t>(), out);
+    all_hidden_gradients<decltype(operand)>(Panels{panels, dz.stride}, rows, shape, weight_data,
+                                            factors.as<float>(),
+                                            at.as<int64_t>(), out);
   };
-  if (dz.scalar_type() == at::kFloat)
-    return with_weight(weight, [&](const auto* data) { run(float(), dz.const_data_ptr<float>(), data); });
-  const auto *panels = dz.const_data_ptr<at::BFloat16>(), *data = weight.const_data_ptr<at::BFloat16>();
-  if (product == at::kBFloat16)
-    run(at::BFloat16(), panels, data);
+  if (dz.dtype == DType::kFloat)
+    return with_type(weight, [&](const auto* data) { run(float(), dz.as<float>(), data); });
+  const auto *panels = dz.as<BFloat16>(), *data = weight.as<BFloat16>();
+  if (product == DType::kBFloat16)
+    run(BFloat16(), panels, data);
   else
     run(float(), panels, data);
 }
 
 // dw = dz^T @ (factor x [rows at[i]]), in the dtype of x.
-void weight_gradient(const at::Tensor& dz, const at::Tensor& x, const at::Tensor& factors,
-                     const at::Tensor& at, int64_t vocab, const at::Tensor& dw, bool add) {
-  const Weight shape(vocab, dw.size(1));
-  const int64_t rows = factors.size(0);
+void weight_gradient(const View& dz, const View& x, const View& factors, const View& at,
+                     int64_t vocab, const View& dw, bool add) {
+  const Weight shape(vocab, dw.columns);
+  const int64_t rows = factors.rows;
   const Output out(dw, add);
   const auto run = [&](const auto* panels, const auto* data) {
-    all_weight_gradients(Panels{panels, dz.stride(0)}, rows, shape, data, x.size(1),
-                         factors.const_data_ptr<float>(), at.const_data_ptr<int64_t>(), out);
+    all_weight_gradients(Panels{panels, dz.stride}, rows, shape, data, x.columns,
+                         factors.as<float>(), at.as<int64_t>(), out);
   };
-  if (x.scalar_type() == at::kBFloat16)
-    run(dz.const_data_ptr<at::BFloat16>(), x.const_data_ptr<at::BFloat16>());
-  else if (dz.scalar_type() == at::kBFloat16)
-    run(dz.const_data_ptr<at::BFloat16>(), x.const_data_ptr<float>());
+  if (x.dtype == DType::kBFloat16)
+    run(dz.as<BFloat16>(), x.as<BFloat16>());
+  else if (dz.dtype == DType::kBFloat16)
+    run(dz.as<BFloat16>(), x.as<float>());
   else
-    run(dz.const_data_ptr<float>(), x.const_data_ptr<float>());
+    run(dz.as<float>(), x.as<float>());
 }
 
 }  // namespace
-}  // namespace codistill
 
-TORCH_LIBRARY_FRAGMENT(codistill_cpu, m) {
-  using namespace codistill;
-  // Shapes in kernels/codistill_kernels/_linear_cpu.py, the only caller.
-  m.def(
-      "finish_exponentials(Tensor(a!) held, Tensor powers, Tensor kept, Tensor token_ids, "
-      "Tensor targets, Tensor temperature, Tensor c0, Tensor log_softmax, int vocab) -> Tensor",
-      &finish_exponentials);
-  m.def(
-      "finish_raw(Tensor(a!) held, Tensor(a!) dz, Tensor kept, Tensor token_ids, "
-      "Tensor temperature, float softcap, Tensor coefficients, Tensor log_softmax, int vocab, "
-      "Tensor(b!)? db) -> ()",
-      &finish_raw);
-  m.def(
-      "hidden_gradient(Tensor dz, Tensor weight, Tensor factors, Tensor at, ScalarType product, "
-      "Tensor(a!) dx, bool add) -> ()",
-      &hidden_gradient);
-  m.def(
-      "weight_gradient(Tensor dz, Tensor x, Tensor factors, Tensor at, int vocab, Tensor(a!) dw, "
-      "bool add) -> ()",
-      &weight_gradient);
+// Shapes in kernels/codistill_kernels/_linear_cpu.py.
+CODISTILL_EXPORT const char* codistill_finish_exponentials(
+    int64_t threads, const View& held, const View& powers, const View& kept, const View& token_ids,
+    const View& targets, const View& temperature, const View& c0, const View& log_softmax,
+    int64_t vocab, const View& out) {
+  return guarded(threads, [&] {
+    finish_exponentials(held, powers, kept, token_ids, targets, temperature, c0, log_softmax, vocab,
+                        out);
+  });
 }
+
+CODISTILL_EXPORT const char* codistill_finish_raw(
+    int64_t threads, const View& held, const View& dz, const View& kept, const View& token_ids,
+    const View& temperature, double softcap, const View& coefficients, const View& log_softmax,
+    int64_t vocab, const View* db) {
+  return guarded(threads, [&] {
+    finish_raw(held, dz, kept, token_ids, temperature, softcap, coefficients, log_softmax, vocab, db);
+  });
+}
+
+CODISTILL_EXPORT const char* codistill_hidden_gradient(
+    int64_t threads, const View& dz, const View& weight, const View& factors, const View& at,
+    DType product, const View& dx, bool add) {
+  return guarded(threads, [&] { hidden_gradient(dz, weight, factors, at, product, dx, add); });
+}
+
+CODISTILL_EXPORT const char* codistill_weight_gradient(
+    int64_t threads, const View& dz, const View& x, const View& factors, const View& at,
+    int64_t vocab, const View& dw, bool add) {
+  return guarded(threads, [&] { weight_gradient(dz, x, factors, at, vocab, dw, add); });
+}
+
+}  // namespace codistill

@@ -7,11 +7,6 @@
 //
 // Panels are shared by the threads; the states of blocks of panels are merged in block order. Results depend neither on threads nor on the other rows.
 
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <optional>
-
 #include "linear.h"
 
 namespace codistill {
@@ -19,7 +14,7 @@ namespace {
 
 struct Held {
   float* raw;
-  at::BFloat16* exponentials;
+  BFloat16* exponentials;
   float* powers;  // [panels][rows]
 };
 
@@ -70,7 +65,7 @@ void forward(const Rows& rows, const Weight& shape, const T* x, int64_t stride_x
     block_states(rows, shape, x, stride_x, weight, bias, block, first, last, held,
                  states.data() + block * rows.count);
   });
-  at::parallel_for(0, rows.count, kRows, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows.count, kRows, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       State state = states[row];
       for (int64_t block = 1; block < blocks; ++block)
@@ -81,40 +76,38 @@ void forward(const Rows& rows, const Weight& shape, const T* x, int64_t stride_x
   });
 }
 
-// x: rows and columns in multiples of kUnit; beyond the rows and the hidden size it is zero.
-at::Tensor linear_forward(const at::Tensor& x, const at::Tensor& weight,
-                          const std::optional<at::Tensor>& bias, const at::Tensor& token_ids,
-                          const at::Tensor& temperature, double softcap,
-                          const std::optional<at::Tensor>& held,
-                          const std::optional<at::Tensor>& powers) {
+// out [4, N]. x: rows and columns in multiples of kUnit; beyond the rows and the hidden size it is zero.
+void linear_forward(const View& x, const View& weight, const View* bias, const View& token_ids,
+                    const View& temperature, double softcap, const View* held, const View* powers,
+                    const View& out) {
   const Rows rows(token_ids, temperature, softcap);
   const Weight shape(weight);
-  const auto out = at::empty({4, rows.count}, x.options().dtype(at::kFloat));
-  if (rows.count == 0) return out;
+  if (rows.count == 0) return;
   Held parts{};
-  if (powers.has_value()) {
-    parts.exponentials = held->data_ptr<at::BFloat16>();
-    parts.powers = powers->data_ptr<float>();
-  } else if (held.has_value()) {
-    parts.raw = held->data_ptr<float>();
+  if (powers != nullptr) {
+    parts.exponentials = held->as<BFloat16>();
+    parts.powers = powers->as<float>();
+  } else {
+    parts.raw = data_or_null(held);
   }
   with_types(x, weight, [&](const auto* x_data, const auto* weight_data) {
-    forward(rows, shape, x_data, x.size(1), weight_data, data_or_null(bias), parts,
-            out.template data_ptr<float>());
+    forward(rows, shape, x_data, x.columns, weight_data, data_or_null(bias), parts,
+            out.as<float>());
   });
-  return out;
 }
 
 }  // namespace
-}  // namespace codistill
 
-TORCH_LIBRARY_FRAGMENT(codistill_cpu, m) {
-  using namespace codistill;
-  // Shapes in kernels/codistill_kernels/_linear_cpu.py, the only caller.
-  m.def(
-      "linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor token_ids, Tensor temperature, "
-      "float softcap, Tensor(a!)? held, Tensor(b!)? powers) -> Tensor",
-      &linear_forward);
-  m.def("multiplies_bf16() -> bool", &multiplies_bf16);
-  m.def("tile_shape() -> (int, int)", [] { return std::make_tuple(kUnit, kPanel); });
+// Shapes in kernels/codistill_kernels/_linear_cpu.py.
+CODISTILL_EXPORT const char* codistill_linear_forward(
+    int64_t threads, const View& x, const View& weight, const View* bias, const View& token_ids,
+    const View& temperature, double softcap, const View* held, const View* powers, const View& out) {
+  return guarded(threads, [&] {
+    linear_forward(x, weight, bias, token_ids, temperature, softcap, held, powers, out);
+  });
 }
+
+CODISTILL_EXPORT int64_t codistill_tile_rows() { return kUnit; }
+CODISTILL_EXPORT int64_t codistill_panel() { return kPanel; }
+
+}  // namespace codistill

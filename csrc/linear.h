@@ -1,11 +1,7 @@
 // What the passes over a linear head share: its shape, its rows, and who works on what.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-
-#include <optional>
-
+#include "interface.h"
 #include "pack.h"
 #include "softmax.h"
 
@@ -19,11 +15,11 @@ struct Rows {
   const float* temperature;
   float softcap;
 
-  Rows(const at::Tensor& token_ids, const at::Tensor& temperature, double softcap)
-      : count(token_ids.size(0)),
+  Rows(const View& token_ids, const View& temperature, double softcap)
+      : count(token_ids.rows),
         padded(round_up(count, kUnit)),
-        token_ids(token_ids.const_data_ptr<int64_t>()),
-        temperature(temperature.const_data_ptr<float>()),
+        token_ids(token_ids.as<int64_t>()),
+        temperature(temperature.as<float>()),
         softcap(static_cast<float>(softcap)) {}
 
   Scale scale(int64_t row) const { return {softcap, temperature[row]}; }
@@ -38,7 +34,7 @@ struct Rows {
 struct Weight {
   int64_t vocab, hidden, panels;
 
-  explicit Weight(const at::Tensor& weight) : Weight(weight.size(0), weight.size(1)) {}
+  explicit Weight(const View& weight) : Weight(weight.rows, weight.columns) {}
   Weight(int64_t vocab, int64_t hidden)
       : vocab(vocab), hidden(hidden), panels((vocab + kPanel - 1) / kPanel) {}
 
@@ -75,7 +71,7 @@ void for_blocks(const Weight& shape, int64_t rows, Body body) {
     const int64_t in_whole = whole * tiles * slices;
     return units <= in_whole ? units / slices : whole * tiles + (units - in_whole) / last_slices;
   };
-  at::parallel_for(0, tiles * (whole * slices + last_slices), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, tiles * (whole * slices + last_slices), 1, [&](int64_t begin, int64_t end) {
     const int64_t stop = tiles_of(end);
     for (int64_t tile = tiles_of(begin), last; tile < stop; tile = last) {
       const int64_t block = tile / tiles;
@@ -85,29 +81,15 @@ void for_blocks(const Weight& shape, int64_t rows, Body body) {
   });
 }
 
-// Call body(const W* weight) with the type of the tensor.
-template <typename Body>
-void with_weight(const at::Tensor& weight, Body body) {
-  switch (weight.scalar_type()) {
-    case at::kBFloat16: return body(weight.const_data_ptr<at::BFloat16>());
-    case at::kHalf: return body(weight.const_data_ptr<at::Half>());
-    case at::kDouble: return body(weight.const_data_ptr<double>());
-    default: return body(weight.const_data_ptr<float>());
-  }
-}
-
 // Call body(const T* x, const W* weight) with the types that the two tensors have.
 template <typename Body>
-void with_types(const at::Tensor& x, const at::Tensor& weight, Body body) {
-  if (x.scalar_type() == at::kBFloat16) {
-    body(x.const_data_ptr<at::BFloat16>(), weight.const_data_ptr<at::BFloat16>());
-    return;
-  }
-  with_weight(weight, [&](const auto* data) { body(x.const_data_ptr<float>(), data); });
+void with_types(const View& x, const View& weight, Body body) {
+  if (x.dtype == DType::kBFloat16) return body(x.as<BFloat16>(), weight.as<BFloat16>());
+  with_type(weight, [&](const auto* data) { body(x.as<float>(), data); });
 }
 
-inline float* data_or_null(const std::optional<at::Tensor>& tensor) {
-  return tensor.has_value() ? tensor->data_ptr<float>() : nullptr;
+inline float* data_or_null(const View* tensor) {
+  return tensor == nullptr ? nullptr : tensor->as<float>();
 }
 
 }  // namespace codistill

@@ -5,8 +5,8 @@
 namespace codistill {
 namespace {
 
-CODISTILL_INLINE uint32_t word(at::BFloat16 first, at::BFloat16 second) {
-  return first.x | static_cast<uint32_t>(second.x) << 16;
+CODISTILL_INLINE uint32_t word(BFloat16 first, BFloat16 second) {
+  return first.bits | static_cast<uint32_t>(second.bits) << 16;
 }
 
 CODISTILL_INLINE uint32_t word(float value) {
@@ -156,23 +156,23 @@ CODISTILL_CLONES void write_scaled(const float* in, float factor, int64_t size, 
 #define CODISTILL_OPERANDS(T, W)                                                                  \
   template void pack_transposed<T, W>(const W*, int64_t, int64_t, int64_t, uint32_t*);            \
   template void pack<T, W>(const W*, int64_t, int64_t, int64_t, int64_t, uint32_t*);
-CODISTILL_OPERANDS(at::BFloat16, at::BFloat16)
-CODISTILL_OPERANDS(float, at::BFloat16)
-CODISTILL_OPERANDS(float, at::Half)
+CODISTILL_OPERANDS(BFloat16, BFloat16)
+CODISTILL_OPERANDS(float, BFloat16)
+CODISTILL_OPERANDS(float, Half)
 CODISTILL_OPERANDS(float, double)
 CODISTILL_OPERANDS(float, float)
 #undef CODISTILL_OPERANDS
 
-template void pack_scaled<at::BFloat16>(const at::BFloat16*, const int64_t*, const float*, int64_t,
+template void pack_scaled<BFloat16>(const BFloat16*, const int64_t*, const float*, int64_t,
                                         int64_t, int64_t, int64_t, uint32_t*);
 template void pack_scaled<float>(const float*, const int64_t*, const float*, int64_t, int64_t,
                                  int64_t, int64_t, uint32_t*);
-template void transpose_tile<at::BFloat16, at::BFloat16>(const at::BFloat16*, int64_t, at::BFloat16*);
-template void transpose_tile<float, at::BFloat16>(const at::BFloat16*, int64_t, float*);
+template void transpose_tile<BFloat16, BFloat16>(const BFloat16*, int64_t, BFloat16*);
+template void transpose_tile<float, BFloat16>(const BFloat16*, int64_t, float*);
 template void transpose_tile<float, float>(const float*, int64_t, float*);
-template void convert<float, at::BFloat16>(const at::BFloat16*, int64_t, float*);
-template void write_scaled<at::BFloat16>(const float*, float, int64_t, bool, at::BFloat16*);
-template void write_scaled<at::Half>(const float*, float, int64_t, bool, at::Half*);
+template void convert<float, BFloat16>(const BFloat16*, int64_t, float*);
+template void write_scaled<BFloat16>(const float*, float, int64_t, bool, BFloat16*);
+template void write_scaled<Half>(const float*, float, int64_t, bool, Half*);
 template void write_scaled<double>(const float*, float, int64_t, bool, double*);
 template void write_scaled<float>(const float*, float, int64_t, bool, float*);
 

@@ -3,9 +3,6 @@
 // Each panel of the vocabulary has two products, of either hidden size, into two tiles; the states of
 // both softmaxes come from the tiles while they are in cache. No logits are kept.
 
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include "linear.h"
 
 namespace codistill {
@@ -62,13 +59,12 @@ void block_states(Factor<T, Ws> student, Factor<T, Wt> teacher, const Weight& sh
   release<T>();
 }
 
-// [N] nats. x_s, x_t: rows in multiples of kUnit, of one dtype; the weights have the same number of rows.
-at::Tensor reverse_kl(const at::Tensor& x_s, const at::Tensor& weight_s, const at::Tensor& x_t,
-                      const at::Tensor& weight_t, const at::Tensor& temperature) {
-  const int64_t rows = temperature.size(0);
-  const auto out = at::empty({rows}, temperature.options());
-  if (rows == 0) return out;
-  TORCH_INTERNAL_ASSERT(x_s.scalar_type() == x_t.scalar_type());
+// out [N] nats. x_s, x_t: rows in multiples of kUnit, of one dtype; the weights have the same number of
+// rows.
+void reverse_kl(const View& x_s, const View& weight_s, const View& x_t, const View& weight_t,
+                const View& temperature, const View& out) {
+  const int64_t rows = temperature.rows;
+  if (rows == 0) return;
   const Weight shape(weight_s);
   const int64_t blocks = num_blocks(shape.panels);
   std::vector<PairState> states(blocks * rows);
@@ -77,9 +73,9 @@ at::Tensor reverse_kl(const at::Tensor& x_s, const at::Tensor& weight_s, const a
       // The caller gives both the same dtype; the other pairs of types need no code.
       if constexpr (std::is_same_v<std::decay_t<decltype(*data_s)>, std::decay_t<decltype(*data_t)>>)
         for_blocks(shape, rows, [&](int64_t block, int64_t first, int64_t last) {
-          block_states(Factor(data_s, x_s.size(1), w_s, weight_s.size(1)),
-                       Factor(data_t, x_t.size(1), w_t, weight_t.size(1)), shape, rows,
-                       temperature.const_data_ptr<float>(), block, first, last,
+          block_states(Factor(data_s, x_s.columns, w_s, weight_s.columns),
+                       Factor(data_t, x_t.columns, w_t, weight_t.columns), shape, rows,
+                       temperature.as<float>(), block, first, last,
                        states.data() + block * rows);
         });
     });
@@ -88,17 +84,17 @@ at::Tensor reverse_kl(const at::Tensor& x_s, const at::Tensor& weight_s, const a
     PairState state = states[row];
     for (int64_t block = 1; block < blocks; ++block)
       state = merge(state, states[block * rows + row]);
-    out.data_ptr<float>()[row] = divergence(state);
+    out.as<float>()[row] = divergence(state);
   }
-  return out;
 }
 
 }  // namespace
-}  // namespace codistill
 
-TORCH_LIBRARY_FRAGMENT(codistill_cpu, m) {
-  m.def(
-      "reverse_kl(Tensor x_s, Tensor weight_s, Tensor x_t, Tensor weight_t, Tensor temperature) -> "
-      "Tensor",
-      &codistill::reverse_kl);
+CODISTILL_EXPORT const char* codistill_reverse_kl(int64_t threads, const View& x_s,
+                                                  const View& weight_s, const View& x_t,
+                                                  const View& weight_t, const View& temperature,
+                                                  const View& out) {
+  return guarded(threads, [&] { reverse_kl(x_s, weight_s, x_t, weight_t, temperature, out); });
 }
+
+}  // namespace codistill

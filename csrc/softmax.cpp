@@ -131,7 +131,7 @@ CODISTILL_INLINE bool is_undefined(const float* z, int64_t valid, float max) {
 }
 
 // To the nearest, ties to even. v >= 0 or NaN.
-CODISTILL_INLINE void round_and_store(const Vec& v, at::BFloat16* out) {
+CODISTILL_INLINE void round_and_store(const Vec& v, BFloat16* out) {
   IntVec bits;
   std::memcpy(&bits, &v, sizeof(bits));
   bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -142,7 +142,7 @@ CODISTILL_INLINE void round_and_store(const Vec& v, at::BFloat16* out) {
 // The state of a row; with kKeep also exp(z) 2^-power, rounded.
 template <bool kKeep>
 CODISTILL_INLINE State state_of(const float* raw, int64_t valid, Scale scale, int64_t target,
-                                at::BFloat16* exponentials, float* power) {
+                                BFloat16* exponentials, float* power) {
   alignas(64) float buffer[kPanel];
   State out = empty_state();
   const float* z = scale_row(raw, valid, scale, buffer, out.sum.max);
@@ -221,7 +221,7 @@ State row_state(const float* raw, int64_t valid, Scale scale, int64_t target) {
 
 CODISTILL_CLONES
 State row_exponentials(const float* raw, int64_t valid, Scale scale, int64_t target,
-                       at::BFloat16* exponentials, float* power) {
+                       BFloat16* exponentials, float* power) {
   return state_of<true>(raw, valid, scale, target, exponentials, power);
 }
 

@@ -52,7 +52,7 @@ PairState merge(const PairState& a, const PairState& b);
 State row_state(const float* raw, int64_t valid, Scale scale, int64_t target);
 // The same, and the row's exponentials exp(z) 2^-power [kPanel], rounded; 0 from `valid` on.
 State row_exponentials(const float* raw, int64_t valid, Scale scale, int64_t target,
-                       at::BFloat16* exponentials, float* power);
+                       BFloat16* exponentials, float* power);
 // The power for a range with this maximum, a multiple of 64: where the largest logits of a row's
 // ranges are all between -11 and 33 nats, they share one.
 double power_of(float max);

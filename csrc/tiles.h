@@ -1,19 +1,14 @@
 // Matrix products on tiles: operands packed as ATen's brgemm wants them, fp32 sums.
 #pragma once
 
-#include <ATen/Context.h>
-#include <ATen/native/CPUBlas.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
-#if defined(__linux__) && !defined(_OPENMP)
-#error "compile with -fopenmp: at::parallel_for would run on one thread"
-#endif
+#include "clones.h"
+#include "dtypes.h"
+#include "products.h"
 
 namespace codistill {
 
@@ -31,15 +26,6 @@ inline int64_t slice_width() {
   return width;
 #else
   return 32;
-#endif
-}
-
-// Whether products of bf16 run on bf16 instructions; else operands are converted to fp32.
-inline bool multiplies_bf16() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512bf16") && at::globalContext().userEnabledMkldnn();
-#else
-  return false;
 #endif
 }
 
@@ -65,9 +51,10 @@ inline int64_t tile_height(int64_t first, int64_t rows) {
 }
 
 // Ask for a tile before it is needed: a product goes through its left operand in steps too short for
-// the hardware to foresee them. kWrite: it will be written.
+// the hardware to foresee them. kWrite: it will be written. Always inline: GCC takes a function that
+// only prefetches for one without effect, and drops its calls.
 template <bool kWrite = false, typename T>
-void prefetch(const T* tile, int64_t height, int64_t stride, int64_t width) {
+CODISTILL_INLINE void prefetch(const T* tile, int64_t height, int64_t stride, int64_t width) {
   constexpr int64_t kLine = 64 / sizeof(T);
   for (int64_t i = 0; i < height; ++i)
     for (int64_t k = 0; k < width; k += kLine) __builtin_prefetch(tile + i * stride + k, kWrite, 2);
@@ -79,16 +66,16 @@ void multiply(int64_t height, int64_t depth, const T* a, int64_t stride_a, const
               int64_t stride_c, bool add) {
   for (int64_t k = 0; k < depth; k += kDepth<T>) {
     const int64_t part = std::min(kDepth<T>, depth - k), width = slice_width();
-    at::native::cpublas::brgemm(height, width, part, stride_a, width, stride_c, add || k > 0, a + k,
-                                reinterpret_cast<const T*>(slice + packed_words<T>(k, width)), c,
-                                /*is_vnni=*/kPerWord<T> > 1);
+    products.of<T>()(height, width, part, stride_a, width, stride_c, add || k > 0, a + k,
+                     reinterpret_cast<const T*>(slice + packed_words<T>(k, width)), c,
+                     /*is_vnni=*/kPerWord<T> > 1);
   }
 }
 
 // For the end of a parallel region: gives back what brgemm holds of the core (AMX tiles).
 template <typename T>
 void release() {
-  at::native::cpublas::brgemm_release(/*is_vnni=*/kPerWord<T> > 1);
+  if (products.release != nullptr) products.release(/*is_vnni=*/kPerWord<T> > 1);
 }
 
 }  // namespace codistill

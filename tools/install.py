@@ -60,14 +60,13 @@ def extras(requirement) -> str:
 
 
 def main() -> int:
-    ok = pip("setuptools==78.1.1", "ninja")  # to build the extension; vLLM pins this setuptools
     if has_gpu():
         project = (".[train,vllm,bench,dev]",)
-        ok = ok and pip(f"torch=={TORCH}")
+        ok = pip(f"torch=={TORCH}")
     else:
         project = (".[train,bench,dev]", "-c", "constraints.txt")
-        ok = ok and install_cpu()
-    ok = ok and pip("--no-build-isolation", "-e", *project)
+        ok = install_cpu()
+    ok = ok and pip("-e", *project)
     if not ok:
         print("install: failed; pip's message stands above", file=sys.stderr)
     return 0 if ok else 1

@@ -1,8 +1,9 @@
 """Fused kernels of CoDistill-GRPO: log-probabilities, rewards and losses without [N, V] logits.
 
-Importing does no work: no GPU is asked for, no compiled extension is loaded.
+Importing does no work: no GPU is asked for, no compiled library is loaded.
 """
 
+from codistill_kernels._version import __version__
 from codistill_kernels.codistill import Scores, codistill_losses, codistill_scores
 from codistill_kernels.importance_weights import importance_weights
 from codistill_kernels.kl_penalty import kl_penalty
@@ -17,6 +18,7 @@ from codistill_kernels.selective_logps import selective_logps
 __all__ = [
     "PolicyLoss",
     "Scores",
+    "__version__",
     "codistill_losses",
     "codistill_scores",
     "downsample",

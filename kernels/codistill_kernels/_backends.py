@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from codistill_kernels import _native
 from codistill_kernels._checks import require
 
 log = logging.getLogger("codistill_kernels")
@@ -14,11 +15,11 @@ BACKENDS = ("auto", "triton", "cpu", "torch")
 
 
 @functools.cache
-def extension_error() -> str | None:
-    """Load the compiled extension; why it cannot be loaded, or None."""
+def library_error() -> str | None:
+    """Load the C++ library; why it cannot be loaded, or None."""
     try:
-        importlib.import_module("codistill_kernels._C")
-    except ImportError as error:
+        _native.library()
+    except OSError as error:
         return str(error)
     return None
 
@@ -60,13 +61,13 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     }[wanted]
     possible = wanted == fused or (interpreted and dtype != torch.float64)
     require(possible, f"backend {wanted!r}", expected, f"{dtype} on {device}")
-    error = triton_error() if wanted == "triton" else extension_error()
+    error = triton_error() if wanted == "triton" else library_error()
     if error is None:
         return wanted
     if backend != "auto":
         needed = {
             "triton": "triton installed",
-            "cpu": "the compiled extension (pip install --no-build-isolation .)",
+            "cpu": "its C++ library (install again, with a C++ compiler)",
         }[wanted]
         raise ValueError(f"backend {wanted!r} must have {needed}, got: {error}")
     report_fallback(wanted, error)

@@ -45,7 +45,7 @@ def workspace_bytes(
 
 
 def kind_of_chunks(hidden_states: Tensor, backend: str) -> "type[Chunks]":
-    # Chosen here, where torch.compile does not look: the extension is loaded at the first call.
+    # Chosen here, where torch.compile does not look: the library is loaded at the first call.
     chosen = _backends.choose(backend, hidden_states.device, hidden_states.dtype)
     if chosen == "triton":  # imported here: `import codistill_kernels` must not need Triton
         from codistill_kernels._linear_triton import TritonChunks

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from codistill_kernels import _native
 from codistill_kernels._head import Head, Plan
 
 ROWS = 4096  # at once, where nothing is held of their logits
@@ -38,7 +39,7 @@ class HeldLogits:
         self.dtype = operand_dtype(hidden_states, head.weight)
         self.x = operand(hidden_states, self.dtype)
         self.is_exact = is_exact or not both_bf16(hidden_states, head.weight)
-        tile_rows, panel = torch.ops.codistill_cpu.tile_shape()
+        tile_rows, panel = _native.tile_shape()
         panels = -(-len(self.weight) // panel)
         shape = (panels, round_up(len(token_ids), tile_rows) * panel)
         size, dtype = math.prod(shape), torch.float32 if self.is_exact else torch.bfloat16
@@ -62,7 +63,8 @@ class HeldLogits:
         if self.powers is None:
             self.dz = self.held.view(self.dtype)
             self.factors = torch.ones(len(kept), dtype=torch.float32)
-            torch.ops.codistill_cpu.finish_raw(
+            _native.call(
+                "finish_raw",
                 self.held,
                 self.dz,
                 kept,
@@ -76,7 +78,9 @@ class HeldLogits:
             return
         assert db is None
         self.dz, (ids, temperature) = self.held, tokens
-        self.factors = torch.ops.codistill_cpu.finish_exponentials(
+        self.factors = empty(len(kept))
+        _native.call(
+            "finish_exponentials",
             self.held,
             self.powers,
             kept,
@@ -86,19 +90,18 @@ class HeldLogits:
             coefficients[0].contiguous(),
             numbers,
             vocab,
+            self.factors,
         )
 
     def weight_gradient(self, dw: Tensor, *, add: bool = False) -> None:
         """Into the first V rows of dw [>= V, H], rounded once; with `add` added to them."""
-        torch.ops.codistill_cpu.weight_gradient(
-            self.dz, self.x, self.factors, self.kept, len(self.weight), dw, add
-        )
+        vocab = len(self.weight)
+        _native.call("weight_gradient", self.dz, self.x, self.factors, self.kept, vocab, dw, add)
 
     def hidden_gradient(self, dx: Tensor, rows: Tensor, *, add: bool = False) -> None:
         """Into rows [K] of dx [N, H], rounded once; with `add` added to them."""
-        torch.ops.codistill_cpu.hidden_gradient(
-            self.dz, self.weight, self.factors, rows, self.dtype, dx, add
-        )
+        product = _native.DTYPES[self.dtype]
+        _native.call("hidden_gradient", self.dz, self.weight, self.factors, rows, product, dx, add)
 
 
 class KeptRows:
@@ -276,7 +279,9 @@ def statistics_of(
 ) -> Tensor:
     """[4, R] of the rows of an `operand`; held, powers: written, see HeldLogits."""
     bias = None if head.bias is None else head.bias.float().contiguous()
-    return torch.ops.codistill_cpu.linear_forward(
+    out = empty(4, len(token_ids))
+    _native.call(
+        "linear_forward",
         x,
         weight,
         bias,
@@ -285,11 +290,13 @@ def statistics_of(
         head.softcap,
         held,
         powers,
+        out,
     )
+    return out
 
 
 def empty(*shape: int) -> Tensor:
-    """As the extension computes: whatever the process's default dtype is."""
+    """As the library computes: whatever the process's default dtype is."""
     return torch.empty(shape, dtype=torch.float32)
 
 
@@ -299,7 +306,7 @@ def both_bf16(hidden_states: Tensor, weight: Tensor) -> bool:
 
 def operand_dtype(hidden_states: Tensor, weight: Tensor) -> torch.dtype:
     """Of products. Where it is not bf16, bf16 and fp16 become fp32 tile by tile: none is lost."""
-    use_bf16 = both_bf16(hidden_states, weight) and torch.ops.codistill_cpu.multiplies_bf16()
+    use_bf16 = both_bf16(hidden_states, weight) and _native.multiplies_bf16()
     return torch.bfloat16 if use_bf16 else torch.float32
 
 
@@ -307,7 +314,7 @@ def operand(hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
     """Hidden states [R, H] in whole tiles of rows and of columns, zeros beyond; themselves, where
     they are such."""
     rows, width = hidden_states.shape
-    tile_rows, _ = torch.ops.codistill_cpu.tile_shape()
+    tile_rows, _ = _native.tile_shape()
     shape = (round_up(rows, tile_rows), round_up(width, 16))
     if hidden_states.dtype == dtype and shape == (rows, width):
         return hidden_states.contiguous()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from codistill_kernels import _backends
+from codistill_kernels import _backends, _native
 from codistill_kernels._checks import (
     require,
     require_device,
@@ -52,12 +52,14 @@ def reverse_kl(
         if chosen == "cpu":
             dtypes = operand_dtype(student, student_weight), operand_dtype(teacher, teacher_weight)
             common = torch.promote_types(*dtypes)
-            out[rows] = torch.ops.codistill_cpu.reverse_kl(
+            _native.call(
+                "reverse_kl",
                 operand(student, common),
                 student_weight,
                 operand(teacher, common),
                 teacher_weight,
                 temperature[rows],
+                out[rows],
             )
         else:
             out[rows] = divergence(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from codistill_kernels import _backends, _softmax_torch
+from codistill_kernels import _backends, _native, _softmax_torch
 from codistill_kernels._autograd import first_order_only, refuse_transforms
 from codistill_kernels._checks import (
     nan_where_outside,
@@ -40,9 +40,9 @@ def logits_statistics(
     if chosen != "torch" and logits.stride(1) != 1:
         logits = logits.contiguous()
     if chosen == "cpu":
-        return torch.ops.codistill_cpu.logits_statistics(
-            logits, vocab_size, token_ids, temperature, softcap
-        )
+        out = temperature.new_empty((4, len(logits)))
+        _native.call("logits_statistics", logits, vocab_size, token_ids, temperature, softcap, out)
+        return out
     if chosen == "triton":
         from codistill_kernels._softmax_triton import logit_statistics
 
@@ -82,9 +82,8 @@ def write_logits_gradients(
         result = out if out.stride(1) == 1 else torch.empty_like(in_rows)
         numbers = (coefficients.contiguous(), log_softmax.contiguous())
         if chosen == "cpu":
-            torch.ops.codistill_cpu.logits_gradients(
-                result, in_rows, vocab_size, token_ids, temperature, softcap, *numbers
-            )
+            token = (token_ids, temperature, softcap)
+            _native.call("logits_gradients", result, in_rows, vocab_size, *token, *numbers)
         else:
             from codistill_kernels._softmax_triton import logit_gradients
 

@@ -9,15 +9,15 @@ import torch
 import torch.distributed as dist
 from processes import spawn
 
-from codistill_kernels import _backends, linear_logps
+from codistill_kernels import _backends, _native, linear_logps
 
 MODULE = sys.modules["codistill_kernels.linear_logps"]
 
 
 @pytest.fixture
-def no_extension(monkeypatch):
-    caches = (_backends.extension_error, _backends.report_fallback)
-    monkeypatch.setitem(sys.modules, "codistill_kernels._C", None)  # importing it now fails
+def no_library(monkeypatch, tmp_path):
+    caches = (_native.library, _backends.library_error, _backends.report_fallback)
+    monkeypatch.setattr(_native, "PATH", tmp_path / _native.PATH.name)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -34,30 +34,30 @@ def inputs(rows=6, hidden=8, vocab=21, dtype=torch.float32):
     )
 
 
-def test_extension_is_built_and_chosen():
+def test_library_is_built_and_chosen():
     cpu = torch.device("cpu")
-    assert _backends.extension_error() is None
+    assert _backends.library_error() is None
     assert _backends.choose("auto", cpu, torch.bfloat16) == "cpu"
     assert _backends.choose("auto", cpu, torch.float64) == "torch"
 
 
-def test_without_extension_torch_serves_and_one_line_says_so(no_extension, caplog):
+def test_without_library_torch_serves_and_one_line_says_so(no_library, caplog):
     with caplog.at_level(logging.INFO, logger="codistill_kernels"):
         first, second = linear_logps(*inputs()), linear_logps(*inputs())
     assert torch.equal(first, second)
     assert len(caplog.records) == 1
-    assert "torch backend serves" in caplog.text and "codistill_kernels._C" in caplog.text
+    assert "torch backend serves for 'cpu'" in caplog.text and "C++ compiler" in caplog.text
 
 
-def test_without_extension_cpu_says_how_to_build_it(no_extension):
-    with pytest.raises(ValueError, match="backend 'cpu' must have the compiled extension .pip"):
+def test_without_library_cpu_says_how_to_build_it(no_library):
+    with pytest.raises(ValueError, match="'cpu' must have its C.. library .install again, with a"):
         linear_logps(*inputs(), backend="cpu")
 
 
 def test_import_does_no_work():
     code = (
         "import sys, codistill_kernels, torch\n"
-        "assert 'codistill_kernels._C' not in sys.modules\n"
+        "assert codistill_kernels._native.library.cache_info().currsize == 0\n"
         "assert not torch.cuda.is_initialized()\n"
         "assert not {'transformers', 'vllm', 'codistill', 'triton'} & set(sys.modules)"
     )

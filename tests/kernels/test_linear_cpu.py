@@ -4,7 +4,14 @@ import pytest
 import torch
 from numerics import BACKENDS, MatrixUnit, assert_as_accurate_as_eager, row_error, seeded
 
-from codistill_kernels import _linear, _linear_cpu, linear_logps, linear_policy_loss, reference
+from codistill_kernels import (
+    _linear,
+    _linear_cpu,
+    _native,
+    linear_logps,
+    linear_policy_loss,
+    reference,
+)
 from codistill_kernels._head import Head, Plan
 from codistill_kernels._linear_cpu import CpuChunks, HeldLogits
 
@@ -13,7 +20,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 
 @pytest.fixture(autouse=True)
-def extension():
+def library():
     _linear.kind_of_chunks(torch.empty(0), "cpu")  # loads it
 
 
@@ -50,11 +57,16 @@ def check(x, weight, ids, upstream, **options):
         assert_as_accurate_as_eager(name, ours, other.to(ours.dtype), right)
 
 
-@pytest.fixture(params=[True, False], ids=["as the CPU multiplies", "fp32 products"])
+@pytest.fixture(params=["as the CPU multiplies", "fp32", "without torch's products"])
 def products(request, monkeypatch):
-    """Those of bf16 instructions, and those of a CPU without them."""
-    if not request.param:
+    """Those of bf16 instructions; those of a CPU without them; those of the library itself."""
+    use = _native.library().codistill_use_products
+    if request.param == "fp32":
         monkeypatch.setattr(_linear_cpu, "operand_dtype", lambda *_: FP32)
+    elif request.param == "without torch's products":
+        use(None, None, None)
+    yield
+    use(*_native.products_of_torch())
 
 
 @pytest.fixture
