@@ -6,10 +6,34 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <cmath>
+
 #include "linear.h"
 
 namespace codistill {
 namespace {
+
+// How the raw logits of all rows of one model become logits.
+struct Scales {
+  const float* temperature;
+  float softcap;
+
+  Scales(const at::Tensor& temperature, double softcap)
+      : temperature(temperature.const_data_ptr<float>()), softcap(static_cast<float>(softcap)) {}
+
+  // The first `valid` raw logits of one row, in place. In fp64 where there is a softcap, rounded once: a low
+  // temperature magnifies each ulp.
+  void apply(int64_t row, int64_t valid, float* raw) const {
+    const float t = temperature[row];
+    if (softcap != 0.0f) {
+      const double cap = softcap, limit = cap / t;
+      for (int64_t j = 0; j < valid; ++j)
+        raw[j] = static_cast<float>(std::tanh(raw[j] / cap) * limit);
+    } else if (t != 1.0f) {
+      for (int64_t j = 0; j < valid; ++j) raw[j] /= t;
+    }
+  }
+};
 
 // Rows [first, last) of x times one panel of a weight, row tile by row tile.
 template <typename T, typename W>
@@ -18,14 +42,16 @@ struct Factor {
   int64_t stride_x;
   const W* weight;
   int64_t hidden;
+  Scales scales;
   std::vector<uint32_t> packed;
   std::vector<float> tile;
 
-  Factor(const T* x, int64_t stride_x, const W* weight, int64_t hidden)
+  Factor(const T* x, int64_t stride_x, const W* weight, int64_t hidden, Scales scales)
       : x(x),
         stride_x(stride_x),
         weight(weight),
         hidden(hidden),
+        scales(scales),
         packed(packed_words<T>(stride_x, kPanel)),
         tile(kRows * kPanel) {}
 
@@ -36,11 +62,17 @@ struct Factor {
   void multiply_rows(int64_t row, int64_t height, int64_t valid) {
     multiply_panel<T>(height, stride_x, x + row * stride_x, packed.data(), valid, tile.data());
   }
+
+  // Logits of row `row + i`, of the tile that starts at `row`; once.
+  const float* logits(int64_t row, int64_t i, int64_t valid) {
+    scales.apply(row + i, valid, tile.data() + i * kPanel);
+    return tile.data() + i * kPanel;
+  }
 };
 
 template <typename T, typename Ws, typename Wt>
 void block_states(Factor<T, Ws> student, Factor<T, Wt> teacher, const Weight& shape, int64_t rows,
-                  const float* temperature, int64_t block, int64_t first, int64_t last,
+                  int64_t block, int64_t first, int64_t last,
                   PairState* states) {
   const int64_t stop = std::min((block + 1) * kBlock, shape.panels);
   std::fill(states + first, states + last, empty_pair_state());
@@ -51,22 +83,23 @@ void block_states(Factor<T, Ws> student, Factor<T, Wt> teacher, const Weight& sh
     for (int64_t row = first; row < last; row += kRows) {
       student.multiply_rows(row, tile_height(row, rows), valid);
       teacher.multiply_rows(row, tile_height(row, rows), valid);
-      for (int64_t i = row; i < std::min(row + kRows, last); ++i) {
-        const int64_t at = (i - row) * kPanel;
-        const Scale scale{0.0f, temperature[i]};
-        states[i] = merge(states[i], row_pair_state(student.tile.data() + at,
-                                                    teacher.tile.data() + at, valid, scale));
-      }
+      const Scale none{0.0f, 1.0f};
+      for (int64_t i = 0; i < std::min(kRows, last - row); ++i)
+        states[row + i] =
+            merge(states[row + i], row_pair_state(student.logits(row, i, valid),
+                                                  teacher.logits(row, i, valid), valid, none));
     }
   }
   release<T>();
 }
 
 // [N] nats. x_s, x_t: rows in multiples of kUnit, of one dtype; the weights have the same number of rows.
-at::Tensor reverse_kl(const at::Tensor& x_s, const at::Tensor& weight_s, const at::Tensor& x_t,
-                      const at::Tensor& weight_t, const at::Tensor& temperature) {
-  const int64_t rows = temperature.size(0);
-  const auto out = at::empty({rows}, temperature.options());
+at::Tensor reverse_kl(const at::Tensor& x_s, const at::Tensor& weight_s,
+                      const at::Tensor& temperature_s, double softcap_s, const at::Tensor& x_t,
+                      const at::Tensor& weight_t, const at::Tensor& temperature_t,
+                      double softcap_t) {
+  const int64_t rows = temperature_s.size(0);
+  const auto out = at::empty({rows}, temperature_s.options());
   if (rows == 0) return out;
   TORCH_INTERNAL_ASSERT(x_s.scalar_type() == x_t.scalar_type());
   const Weight shape(weight_s);
@@ -77,10 +110,11 @@ at::Tensor reverse_kl(const at::Tensor& x_s, const at::Tensor& weight_s, const a
       // The caller gives both the same dtype; the other pairs of types need no code.
       if constexpr (std::is_same_v<std::decay_t<decltype(*data_s)>, std::decay_t<decltype(*data_t)>>)
         for_blocks(shape, rows, [&](int64_t block, int64_t first, int64_t last) {
-          block_states(Factor(data_s, x_s.size(1), w_s, weight_s.size(1)),
-                       Factor(data_t, x_t.size(1), w_t, weight_t.size(1)), shape, rows,
-                       temperature.const_data_ptr<float>(), block, first, last,
-                       states.data() + block * rows);
+          block_states(Factor(data_s, x_s.size(1), w_s, weight_s.size(1),
+                              Scales(temperature_s, softcap_s)),
+                       Factor(data_t, x_t.size(1), w_t, weight_t.size(1),
+                              Scales(temperature_t, softcap_t)),
+                       shape, rows, block, first, last, states.data() + block * rows);
         });
     });
   });
@@ -98,7 +132,7 @@ at::Tensor reverse_kl(const at::Tensor& x_s, const at::Tensor& weight_s, const a
 
 TORCH_LIBRARY_FRAGMENT(codistill_cpu, m) {
   m.def(
-      "reverse_kl(Tensor x_s, Tensor weight_s, Tensor x_t, Tensor weight_t, Tensor temperature) -> "
-      "Tensor",
+      "reverse_kl(Tensor x_s, Tensor weight_s, Tensor temperature_s, float softcap_s, Tensor x_t, "
+      "Tensor weight_t, Tensor temperature_t, float softcap_t) -> Tensor",
       &codistill::reverse_kl);
 }

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from codistill_kernels import _slabs
-from codistill_kernels._products_triton import Slabs, as_operands
+from codistill_kernels._products import as_operands
+from codistill_kernels._products_triton import Slabs
 from codistill_kernels._slabs import pieces
 from codistill_kernels._softmax_triton import BANNED, LOG2E, NUM_WARPS, divide, load_raw
 
