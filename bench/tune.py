@@ -105,7 +105,7 @@ def call_of(candidate: Candidate, device: torch.device) -> Callable[[], None]:
     if candidate.hidden is not None:
         x = torch.randn(rows, candidate.hidden, device=device, dtype=DTYPE)
         weight = torch.randn(segment, candidate.hidden, device=device, dtype=DTYPE)
-        return lambda: _products_triton.product(x, weight.T, slab)
+        return lambda: _products.product(x, weight.T, slab)
     slab.normal_()
     out = torch.empty(rows, segment, device=device, dtype=DTYPE)
     ids = torch.randint(0, segment, (rows,), device=device)

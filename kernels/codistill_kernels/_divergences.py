@@ -3,8 +3,8 @@ line of `DIVERGENCES`.
 
 A function gives the terms of the value and, beside them, the closed form of their slope by log p:
 with t_j = d value / d log p_j, every p_j by itself, the gradient by the student's logits is
-dz_j = t_j - p_j sum_k t_k. A part of t_j that is a multiple of p_j drops out, so that it may be left
-out. A test holds each slope to the derivative of the value, and both to reference.linear_divergence.
+dz_j = t_j - p_j sum_k t_k. A part of t_j that is a multiple of p_j drops out: it may be left out.
+A test holds each slope to the derivative of the value and both to reference.linear_divergence.
 """
 
 import math

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from codistill_kernels import _divergences, _slabs
-from codistill_kernels._head import Head
+from codistill_kernels import _slabs
+from codistill_kernels._divergences import divergences
 from codistill_kernels._linear import split_rows
 from codistill_kernels._pair_inputs import ModelInputs
 from codistill_kernels._products import fp32_sums, product
@@ -53,7 +53,7 @@ class Logits:
 
 
 class Gradients:
-    """Of the student's hidden states, weight and bias, summed over chunks in fp32 (fp64 for fp64)."""
+    """Of the student's hidden states, weight and bias, summed over chunks in fp32 (or fp64)."""
 
     def __init__(self, logits: Logits, needs: Sequence[bool]) -> None:
         self.logits, dtype = logits, logits.memory.dtype
@@ -100,7 +100,7 @@ def divergences_by_chunks(
     most = max(64, workspace // (2 * dtype.itemsize * padded_columns(vocab)))
     parts = [part for part in split_rows(rows, most) if len(part)]
     height = max(map(len, parts), default=0)
-    of_rows: Callable[..., Tensor] = _divergences.divergences
+    of_rows: Callable[..., Tensor] = divergences
     if backend == "triton":
         from codistill_kernels import _divergences_triton
 

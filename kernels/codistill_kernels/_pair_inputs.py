@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from codistill_kernels._checks import (
@@ -79,7 +78,7 @@ def prepare_pair(
         )
     ]
     mask, temperature = shape.flat(mask=mask, temperature=temperature)
-    vocab_size = check_inputs(*flat, mask, vocab_size)
+    vocab_size = check_inputs(flat[0], flat[1], mask, vocab_size)
     softcaps = of_both("softcap", softcap, "the student's, the teacher's")
     scales = of_both("logit_scale", logit_scale, "the student's, the teacher's")
     models = []
