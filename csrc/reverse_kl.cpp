@@ -21,8 +21,8 @@ struct Scales {
   Scales(const at::Tensor& temperature, double softcap)
       : temperature(temperature.const_data_ptr<float>()), softcap(static_cast<float>(softcap)) {}
 
-  // The first `valid` raw logits of one row, in place. In fp64 where there is a softcap, rounded once: a low
-  // temperature magnifies each ulp.
+  // The first `valid` raw logits of one row, in place. In fp64 where there is a softcap, rounded
+  // once: a low temperature magnifies each ulp.
   void apply(int64_t row, int64_t valid, float* raw) const {
     const float t = temperature[row];
     if (softcap != 0.0f) {
@@ -72,8 +72,7 @@ struct Factor {
 
 template <typename T, typename Ws, typename Wt>
 void block_states(Factor<T, Ws> student, Factor<T, Wt> teacher, const Weight& shape, int64_t rows,
-                  int64_t block, int64_t first, int64_t last,
-                  PairState* states) {
+                  int64_t block, int64_t first, int64_t last, PairState* states) {
   const int64_t stop = std::min((block + 1) * kBlock, shape.panels);
   std::fill(states + first, states + last, empty_pair_state());
   for (int64_t panel = block * kBlock; panel < stop; ++panel) {

@@ -14,6 +14,7 @@ from torch import Tensor
 from codistill_kernels import _slabs
 from codistill_kernels._divergences import divergences
 from codistill_kernels._linear import split_rows
+from codistill_kernels._pair_cpu import CpuPairChunks
 from codistill_kernels._pair_inputs import ModelInputs
 from codistill_kernels._products import fp32_sums, product
 from codistill_kernels._slabs import padded_columns, pieces, round_up
@@ -82,6 +83,47 @@ class Gradients:
             self.dx[rows] = dx
 
 
+class PairChunks:
+    """Divergences of chunks of rows, and the sums of their gradients: backends torch and triton."""
+
+    def __init__(
+        self,
+        student: ModelInputs,
+        teacher: ModelInputs,
+        vocab: int,
+        height: int,
+        needs: Sequence[bool],
+        of_rows: Callable[..., Tensor],
+    ) -> None:
+        """height: rows of a chunk at most. of_rows: as `_divergences.divergences`."""
+        dtype = student.head.temperature.dtype
+        self.student = Logits(student, vocab, height, dtype)
+        self.teacher = Logits(teacher, vocab, height, dtype)
+        self.gradients, self.needs_any = Gradients(self.student, needs), any(needs)
+        self.of_rows = of_rows
+
+    def divergences(
+        self, rows: Tensor, kind: str, jsd_weight: float, coefficients: Tensor | None
+    ) -> Tensor:
+        raw = self.student.of(rows)
+        values = self.of_rows(
+            raw,
+            self.teacher.of(rows),
+            self.student.head.of_rows(rows),
+            self.teacher.head.of_rows(rows),
+            kind,
+            jsd_weight,
+            coefficients,
+            raw if self.needs_any else None,
+        )
+        if self.needs_any:
+            self.gradients.add(rows, raw)
+        return values
+
+    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.gradients.dx, self.gradients.dw, self.gradients.db
+
+
 def divergences_by_chunks(
     student: ModelInputs,
     teacher: ModelInputs,
@@ -96,32 +138,22 @@ def divergences_by_chunks(
 ) -> Results:
     """Values [N] of `rows`, 0 elsewhere, and gradients (None where not needed) of their sum, each
     times its coefficient [N]. workspace: bytes that the logits of both models may take."""
-    dtype = student.head.temperature.dtype
-    most = max(64, workspace // (2 * dtype.itemsize * padded_columns(vocab)))
+    values = torch.zeros_like(student.head.temperature)
+    most = max(64, workspace // (2 * values.itemsize * padded_columns(vocab)))
     parts = [part for part in split_rows(rows, most) if len(part)]
     height = max(map(len, parts), default=0)
-    of_rows: Callable[..., Tensor] = divergences
-    if backend == "triton":
+    chunks: PairChunks | CpuPairChunks
+    if backend == "cpu":
+        chunks = CpuPairChunks(student, teacher, vocab, needs)
+    elif backend == "triton":
         from codistill_kernels import _divergences_triton
 
-        of_rows = _divergences_triton.divergences
         height = min(round_up(height, _slabs.ROW_PADDING), most)  # a product of few may sum apart
-    logits = Logits(student, vocab, height, dtype)
-    others = Logits(teacher, vocab, height, dtype)
-    gradients = Gradients(logits, needs)
-    values = torch.zeros_like(student.head.temperature)
+        of_rows = _divergences_triton.divergences
+        chunks = PairChunks(student, teacher, vocab, height, needs, of_rows)
+    else:
+        chunks = PairChunks(student, teacher, vocab, height, needs, divergences)
     for part in parts:
-        raw = logits.of(part)
-        values[part] = of_rows(
-            raw,
-            others.of(part),
-            student.head.of_rows(part),
-            teacher.head.of_rows(part),
-            kind,
-            jsd_weight,
-            None if coefficients is None else coefficients[part],
-            raw if any(needs) else None,
-        )
-        if any(needs):
-            gradients.add(part, raw)
-    return values, gradients.dx, gradients.dw, gradients.db
+        of_part = None if coefficients is None else coefficients[part]
+        values[part] = chunks.divergences(part, kind, jsd_weight, of_part)
+    return values, *chunks.results()

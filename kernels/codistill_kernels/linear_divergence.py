@@ -178,8 +178,8 @@ def linear_divergence(
             None: as many rows as both weights have.
         workspace_mib: memory that the logits of both models may take, 64 tokens' at least. None:
             256 tokens' or 128 MiB on a CPU, 2560 MiB or half of what is free on a GPU.
-        backend: "auto", "triton", "cpu" or "torch". "cpu" and "torch" are the same here: products
-            in fp32 and plain PyTorch between them.
+        backend: "auto", "triton", "cpu" (products in C++, PyTorch between them) or "torch". auto:
+            triton on a GPU, cpu on the CPU.
 
     Returns:
         (loss, {"divergence": [N] or [B, T], "tokens": scalar}), fp32 (fp64 for fp64 students),
@@ -188,7 +188,8 @@ def linear_divergence(
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value. The message names it.
 
-    Memory besides the inputs: the workspace, and the gradients of the student, its head's in fp32.
+    Memory besides the inputs: the workspace, on cpu and torch some 8 MiB blocks of rows, and the
+    gradients of the student, its head's summed in fp32.
     Source: reverse KL, Gu et al. 2024 (arXiv:2306.08543); jsd, generalized JSD of Agarwal et al.
     2024 (arXiv:2306.13649), Eq. 1. Definition: codistill_kernels.reference.linear_divergence.
     """

@@ -125,8 +125,8 @@ def linear_reverse_kl(
     mask: Tensor | None = None,
     **options,
 ) -> Tensor:
-    kl = DIVERGENCES["reverse_kl"](*pair_log_softmax(student, teacher, mask, **options))
-    return kl if mask is None else torch.where(mask, kl, 0.0)
+    out = kl(*pair_log_softmax(student, teacher, mask, **options))
+    return out if mask is None else torch.where(mask, out, 0.0)
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -139,9 +139,10 @@ def jsd(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
     return weight * kl(log_q, log_m) + (1 - weight) * kl(log_p, log_m)
 
 
-DIVERGENCES = {  # of the student's log p and the teacher's log q
-    "reverse_kl": lambda log_p, log_q, _=None: kl(log_p, log_q),
-    "forward_kl": lambda log_p, log_q, _=None: kl(log_q, log_p),
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    # of the student's log p, the teacher's log q and jsd_weight
+    "reverse_kl": lambda log_p, log_q, _: kl(log_p, log_q),
+    "forward_kl": lambda log_p, log_q, _: kl(log_q, log_p),
     "jsd": jsd,
 }
 
