@@ -23,6 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from codistill_kernels import (
+    _divergences,
+    _divergences_triton,
     _exponentials_triton,
     _reverse_kl_triton,
     _slabs,
@@ -40,12 +42,17 @@ KERNELS = {
         _softmax_triton.logit_gradients_kernel,
         _exponentials_triton.finish_exponentials_kernel,
         _reverse_kl_triton.pair_states_kernel,
+        _divergences_triton.pair_sums_kernel,
+        _divergences_triton.pair_gradients_kernel,
     )
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WIDE = 16  # bytes, the most that a load or store of a thread moved before sm_100
 OPTIONS = ("HAS_BIAS", "HAS_SOFTCAP")
 ENTROPY = "HAS_ENTROPY"
+PAIR_OPTIONS = ("STUDENT_SOFTCAP", "TEACHER_SOFTCAP")
+KINDS = tuple(_divergences.DIVERGENCES)
+NUMBERS = ("softcap", "student_softcap", "teacher_softcap", "jsd_weight", "log_odds")
 # Flags of sizes: in a vocabulary not divisible by 16, a slab has odd columns at its end and a
 # stride that is padded; logits of the caller have rows of an odd stride.
 ODD_COLUMNS, ODD_ROWS = "ODD_COLUMNS", "ODD_ROWS"
@@ -118,24 +125,33 @@ def variants() -> Iterator[Variant]:
         *(("fp32", "bf16", flags) for flags in ((), OPTIONS, (ODD_COLUMNS,))),
         *(("fp32", "fp32", flags) for flags in ((), OPTIONS, (ODD_ROWS,), (ODD_COLUMNS,))),
     )
+    pairs = ((), PAIR_OPTIONS, (ODD_COLUMNS,))
     launches = {
         "segment_states_kernel": states,
         "merge_states_kernel": (("", "", ()),),
         "logit_gradients_kernel": gradients,
         "finish_exponentials_kernel": (("bf16", "bf16", ()), ("fp32", "fp32", ())),
-        "pair_states_kernel": (("fp32", "", ()), ("fp32", "", (ODD_COLUMNS,))),
+        "pair_states_kernel": tuple(("fp32", "", flags) for flags in pairs),
+        "pair_sums_kernel": tuple(
+            ("fp32", "", (kind, *flags)) for kind in KINDS for flags in pairs
+        ),
+        "pair_gradients_kernel": tuple(
+            ("fp32", "fp32", (kind, *flags)) for kind in KINDS for flags in pairs
+        ),
     }
     for capability, (kernel, kinds) in itertools.product(CAPABILITIES, launches.items()):
         yield from (Variant(kernel, capability, *kind) for kind in kinds)
 
 
-def constants(variant: Variant) -> dict[str, int | bool]:
+def constants(variant: Variant) -> dict[str, int | bool | str]:
     every = dict(
         SEGMENT=_slabs.SEGMENT,
         STATES=_softmax_triton.STATES,
         BLOCK_N=_softmax_triton.MERGED_ROWS,
     )
-    every |= {name: name in variant.flags for name in (*OPTIONS, ENTROPY, "KEEP")}
+    every |= {name: name in variant.flags for name in (*OPTIONS, *PAIR_OPTIONS, ENTROPY, "KEEP")}
+    if variant.kernel.startswith("pair"):
+        every |= dict(KIND=next((kind for kind in KINDS if kind in variant.flags), ""))
     names = KERNELS[variant.kernel].arg_names
     return {name: value for name, value in every.items() if name in names}
 
@@ -149,7 +165,7 @@ def argument_type(name: str, variant: Variant) -> str:
         return f"*{variant.writes or 'fp32'}"
     if name.endswith("_ptr"):
         return "*fp32"
-    return "fp32" if name == "softcap" else "i32"
+    return "fp32" if name in NUMBERS else "i32"
 
 
 def is_divisible(name: str, kind: str, variant: Variant) -> bool:

@@ -22,7 +22,7 @@ from bench.shapes import head_shape
 from codistill_kernels import _slabs
 from codistill_kernels._head import Plan
 from codistill_kernels._linear_triton import TritonChunks
-from codistill_kernels._products_triton import fp32_sums, product
+from codistill_kernels._products import fp32_sums, product
 from codistill_kernels._softmax_triton import STATES, segment_states
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -21,7 +21,7 @@ import torch
 import triton
 
 from bench import results
-from codistill_kernels import _products_triton, _slabs, _softmax_triton
+from codistill_kernels import _products, _slabs, _softmax_triton
 
 ROWS = (2048, 4096, 8192)
 SEGMENTS = (4096, 8192, 16384)
@@ -105,7 +105,7 @@ def call_of(candidate: Candidate, device: torch.device) -> Callable[[], None]:
     if candidate.hidden is not None:
         x = torch.randn(rows, candidate.hidden, device=device, dtype=DTYPE)
         weight = torch.randn(segment, candidate.hidden, device=device, dtype=DTYPE)
-        return lambda: _products_triton.product(x, weight.T, slab)
+        return lambda: _products.product(x, weight.T, slab)
     slab.normal_()
     out = torch.empty(rows, segment, device=device, dtype=DTYPE)
     ids = torch.randint(0, segment, (rows,), device=device)
@@ -129,7 +129,7 @@ def constants_of(candidate: Candidate) -> Iterator[None]:
 
 def milliseconds(candidate: Candidate) -> float:
     """Median time on this GPU, of slabs that are not in its cache."""
-    with constants_of(candidate), _products_triton.fp32_sums:
+    with constants_of(candidate), _products.fp32_sums:
         call = call_of(candidate, torch.device("cuda"))
         return triton.testing.do_bench(call, return_mode="median")
 

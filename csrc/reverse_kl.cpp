@@ -3,10 +3,34 @@
 // Each panel of the vocabulary has two products, of either hidden size, into two tiles; the states of
 // both softmaxes come from the tiles while they are in cache. No logits are kept.
 
+#include <cmath>
+
 #include "linear.h"
 
 namespace codistill {
 namespace {
+
+// How the raw logits of all rows of one model become logits.
+struct Scales {
+  const float* temperature;
+  float softcap;
+
+  Scales(const View& temperature, double softcap)
+      : temperature(temperature.as<float>()), softcap(static_cast<float>(softcap)) {}
+
+  // The first `valid` raw logits of one row, in place. In fp64 where there is a softcap, rounded
+  // once: a low temperature magnifies each ulp.
+  void apply(int64_t row, int64_t valid, float* raw) const {
+    const float t = temperature[row];
+    if (softcap != 0.0f) {
+      const double cap = softcap, limit = cap / t;
+      for (int64_t j = 0; j < valid; ++j)
+        raw[j] = static_cast<float>(std::tanh(raw[j] / cap) * limit);
+    } else if (t != 1.0f) {
+      for (int64_t j = 0; j < valid; ++j) raw[j] /= t;
+    }
+  }
+};
 
 // Rows [first, last) of x times one panel of a weight, row tile by row tile.
 template <typename T, typename W>
@@ -15,14 +39,16 @@ struct Factor {
   int64_t stride_x;
   const W* weight;
   int64_t hidden;
+  Scales scales;
   std::vector<uint32_t> packed;
   std::vector<float> tile;
 
-  Factor(const T* x, int64_t stride_x, const W* weight, int64_t hidden)
+  Factor(const T* x, int64_t stride_x, const W* weight, int64_t hidden, Scales scales)
       : x(x),
         stride_x(stride_x),
         weight(weight),
         hidden(hidden),
+        scales(scales),
         packed(packed_words<T>(stride_x, kPanel)),
         tile(kRows * kPanel) {}
 
@@ -33,12 +59,17 @@ struct Factor {
   void multiply_rows(int64_t row, int64_t height, int64_t valid) {
     multiply_panel<T>(height, stride_x, x + row * stride_x, packed.data(), valid, tile.data());
   }
+
+  // Logits of row `row + i`, of the tile that starts at `row`; once.
+  const float* logits(int64_t row, int64_t i, int64_t valid) {
+    scales.apply(row + i, valid, tile.data() + i * kPanel);
+    return tile.data() + i * kPanel;
+  }
 };
 
 template <typename T, typename Ws, typename Wt>
 void block_states(Factor<T, Ws> student, Factor<T, Wt> teacher, const Weight& shape, int64_t rows,
-                  const float* temperature, int64_t block, int64_t first, int64_t last,
-                  PairState* states) {
+                  int64_t block, int64_t first, int64_t last, PairState* states) {
   const int64_t stop = std::min((block + 1) * kBlock, shape.panels);
   std::fill(states + first, states + last, empty_pair_state());
   for (int64_t panel = block * kBlock; panel < stop; ++panel) {
@@ -48,12 +79,11 @@ void block_states(Factor<T, Ws> student, Factor<T, Wt> teacher, const Weight& sh
     for (int64_t row = first; row < last; row += kRows) {
       student.multiply_rows(row, tile_height(row, rows), valid);
       teacher.multiply_rows(row, tile_height(row, rows), valid);
-      for (int64_t i = row; i < std::min(row + kRows, last); ++i) {
-        const int64_t at = (i - row) * kPanel;
-        const Scale scale{0.0f, temperature[i]};
-        states[i] = merge(states[i], row_pair_state(student.tile.data() + at,
-                                                    teacher.tile.data() + at, valid, scale));
-      }
+      const Scale none{0.0f, 1.0f};
+      for (int64_t i = 0; i < std::min(kRows, last - row); ++i)
+        states[row + i] =
+            merge(states[row + i], row_pair_state(student.logits(row, i, valid),
+                                                  teacher.logits(row, i, valid), valid, none));
     }
   }
   release<T>();
@@ -61,9 +91,10 @@ void block_states(Factor<T, Ws> student, Factor<T, Wt> teacher, const Weight& sh
 
 // out [N] nats. x_s, x_t: rows in multiples of kUnit, of one dtype; the weights have the same number of
 // rows.
-void reverse_kl(const View& x_s, const View& weight_s, const View& x_t, const View& weight_t,
-                const View& temperature, const View& out) {
-  const int64_t rows = temperature.rows;
+void reverse_kl(const View& x_s, const View& weight_s, const View& temperature_s, double softcap_s,
+                const View& x_t, const View& weight_t, const View& temperature_t, double softcap_t,
+                const View& out) {
+  const int64_t rows = temperature_s.rows;
   if (rows == 0) return;
   const Weight shape(weight_s);
   const int64_t blocks = num_blocks(shape.panels);
@@ -73,10 +104,10 @@ void reverse_kl(const View& x_s, const View& weight_s, const View& x_t, const Vi
       // The caller gives both the same dtype; the other pairs of types need no code.
       if constexpr (std::is_same_v<std::decay_t<decltype(*data_s)>, std::decay_t<decltype(*data_t)>>)
         for_blocks(shape, rows, [&](int64_t block, int64_t first, int64_t last) {
-          block_states(Factor(data_s, x_s.columns, w_s, weight_s.columns),
-                       Factor(data_t, x_t.columns, w_t, weight_t.columns), shape, rows,
-                       temperature.as<float>(), block, first, last,
-                       states.data() + block * rows);
+          block_states(
+              Factor(data_s, x_s.columns, w_s, weight_s.columns, Scales(temperature_s, softcap_s)),
+              Factor(data_t, x_t.columns, w_t, weight_t.columns, Scales(temperature_t, softcap_t)),
+              shape, rows, block, first, last, states.data() + block * rows);
         });
     });
   });
@@ -91,10 +122,13 @@ void reverse_kl(const View& x_s, const View& weight_s, const View& x_t, const Vi
 }  // namespace
 
 CODISTILL_EXPORT const char* codistill_reverse_kl(int64_t threads, const View& x_s,
-                                                  const View& weight_s, const View& x_t,
-                                                  const View& weight_t, const View& temperature,
-                                                  const View& out) {
-  return guarded(threads, [&] { reverse_kl(x_s, weight_s, x_t, weight_t, temperature, out); });
+                                                  const View& weight_s, const View& temperature_s,
+                                                  double softcap_s, const View& x_t,
+                                                  const View& weight_t, const View& temperature_t,
+                                                  double softcap_t, const View& out) {
+  return guarded(threads, [&] {
+    reverse_kl(x_s, weight_s, temperature_s, softcap_s, x_t, weight_t, temperature_t, softcap_t, out);
+  });
 }
 
 }  // namespace codistill

@@ -120,6 +120,7 @@ def test_first_call_imports_no_compiler():
         terms = (None, torch.ones(4))
         kernels.linear_policy_loss(x, weight, ids, *terms, normalizer=1.0)[0].backward()
         kernels.linear_reverse_kl((x, weight), (x, weight))
+        kernels.linear_divergence((x, weight), (x.detach(), 2 * weight))[0].backward()
         kernels.selective_logps(torch.randn(4, 9).requires_grad_(), ids).sum().backward()
         print([name for name in ("torch._dynamo", "sympy", "triton") if name in sys.modules])
     """)

@@ -7,6 +7,7 @@ from codistill_kernels._version import __version__
 from codistill_kernels.codistill import Scores, codistill_losses, codistill_scores
 from codistill_kernels.importance_weights import importance_weights
 from codistill_kernels.kl_penalty import kl_penalty
+from codistill_kernels.linear_divergence import linear_divergence
 from codistill_kernels.linear_logps import linear_logps
 from codistill_kernels.linear_policy_loss import linear_policy_loss
 from codistill_kernels.linear_reverse_kl import linear_reverse_kl
@@ -26,6 +27,7 @@ __all__ = [
     "importance_weights",
     "kd_rewards",
     "kl_penalty",
+    "linear_divergence",
     "linear_logps",
     "linear_policy_loss",
     "linear_reverse_kl",

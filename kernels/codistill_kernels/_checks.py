@@ -139,6 +139,18 @@ def require_scaling(
     require(valid, "softcap", "in 1e-30 .. 1e30, or None", softcap)
 
 
+def require_logit_scale(logit_scale: float) -> None:
+    valid = isinstance(logit_scale, Real) and 0 < logit_scale < math.inf
+    require(valid, "logit_scale", "a number > 0 and finite", logit_scale)
+
+
+def of_both(name: str, value: object, models: str) -> tuple:
+    """An option of two models: (the first one's, the second one's), or one for both."""
+    values = value if isinstance(value, tuple) else (value, value)
+    require(len(values) == 2, name, f"one for both, or ({models})", values)
+    return values
+
+
 def require_logps(name: str, logps: Tensor) -> None:
     require_tensor(name, logps)
     require(logps.ndim == 1, name, "[N]", tuple(logps.shape))

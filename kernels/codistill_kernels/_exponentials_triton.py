@@ -18,7 +18,8 @@ from torch import Tensor
 
 from codistill_kernels import _slabs
 from codistill_kernels._head import Head
-from codistill_kernels._products_triton import Slabs, fp32_sums, linear_states, product
+from codistill_kernels._products import fp32_sums, product
+from codistill_kernels._products_triton import Slabs, linear_states
 from codistill_kernels._slabs import pieces
 from codistill_kernels._softmax_triton import BASE, COARSE, LOG2E, NUM_WARPS, merge_states
 

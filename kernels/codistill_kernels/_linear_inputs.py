@@ -1,8 +1,6 @@
 """Checked arguments of the operations on a linear head."""
 
-import math
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 import torch.distributed as dist
@@ -15,6 +13,7 @@ from codistill_kernels._checks import (
     require_device,
     require_float,
     require_in_vocabulary,
+    require_logit_scale,
     require_mask,
     require_scaling,
     require_shape,
@@ -102,8 +101,7 @@ def prepare(
     """active: [...] bool, tokens that count; only their ids and hidden states need make sense."""
     lm_head_weight, bias, shard = local_head(lm_head_weight, bias, group)
     check_inputs(hidden_states, lm_head_weight, token_ids, bias, temperature, softcap)
-    valid = isinstance(logit_scale, Real) and 0 < logit_scale < math.inf
-    require(valid, "logit_scale", "a number > 0 and finite", logit_scale)
+    require_logit_scale(logit_scale)
     flat_ids, active = token_ids.reshape(-1), active.reshape(-1)
     # c tanh(s a / c) / T of raw logits a is c' tanh(a / c') / T' with c' = c / s and T' = T / s.
     per_token = temperatures(temperature, token_ids.shape, hidden_states, logit_scale).reshape(-1)

@@ -8,7 +8,8 @@ from torch import Tensor
 from codistill_kernels import _slabs
 from codistill_kernels._exponentials_triton import Exponentials
 from codistill_kernels._head import Head, Plan
-from codistill_kernels._products_triton import Slabs, fp32_sums, linear_states, operands, product
+from codistill_kernels._products import fp32_sums, product
+from codistill_kernels._products_triton import Slabs, linear_states, operands
 from codistill_kernels._slabs import padded_columns, pieces
 from codistill_kernels._softmax_triton import logit_gradients, merge_states
 

@@ -47,7 +47,7 @@ PARAMETERS = {  # CODES of each; csrc/ has their names
     "finish_raw": "tttttfttit",
     "hidden_gradient": "ttttitb",
     "weight_gradient": "ttttitb",
-    "reverse_kl": "tttttt",
+    "reverse_kl": "tttftttft",
     "logits_statistics": "tittft",
     "logits_gradients": "ttittftt",
 }

@@ -4,9 +4,7 @@ Logits exist as slabs, fp32 and never rounded, in memory that is used again. Sla
 shapes, so a row's result does not depend on the other rows.
 """
 
-import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -14,17 +12,11 @@ from torch import Tensor
 
 from codistill_kernels import _slabs
 from codistill_kernels._head import Head
+from codistill_kernels._products import as_operands, product
 from codistill_kernels._slabs import padded_columns, padded_rows, pieces
 from codistill_kernels._softmax_triton import STATES, segment_states
 
 # --- products ----------------------------------------------------------------------------------
-
-
-def as_operands(hidden_states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of stride 1, of one dtype: fp32 where they differ."""
-    if hidden_states.dtype != weight.dtype or weight.dtype == torch.float64:
-        hidden_states, weight = hidden_states.float(), weight.float()
-    return tuple(t if t.stride(1) == 1 else t.contiguous() for t in (hidden_states, weight))
 
 
 def operands(hidden_states: Tensor, head: Head) -> tuple[Tensor, Head]:
@@ -32,65 +24,6 @@ def operands(hidden_states: Tensor, head: Head) -> tuple[Tensor, Head]:
     x, weight = as_operands(hidden_states, head.weight)
     bias = None if head.bias is None else head.bias.float().contiguous()
     return x, replace(head, weight=weight, bias=bias, temperature=head.temperature.contiguous())
-
-
-def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """out = a @ b, or out += a @ b: summed in fp32, rounded once to the dtype of `out`."""
-    with torch.autocast(a.device.type, enabled=False):  # a caller's holds in here too
-        multiply(a, b, out, add=add)
-
-
-def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
-    if a.is_cuda and a.dtype != torch.float32:
-        if out.dtype != torch.float32:
-            assert not add
-            torch.mm(a, b, out=out)
-        elif add:
-            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-        else:
-            torch.mm(a, b, out_dtype=torch.float32, out=out)
-    elif add:
-        out.addmm_(a.float(), b.float())
-    elif out.dtype == torch.float32:
-        torch.mm(a.float(), b.float(), out=out)
-    else:
-        out.copy_(a.float() @ b.float())
-
-
-class Fp32Sums(AbstractContextManager):
-    """Where cuBLAS may not add up parts of a product that it has rounded to bf16 or fp16.
-
-    The settings are the process's, and each GPU's backward pass has a thread of its own: the first
-    to enter changes them, the last to leave puts them back.
-    """
-
-    NAMES = tuple(f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16"))
-
-    def __init__(self) -> None:
-        self.lock, self.inside = threading.Lock(), 0
-        self.before: dict[str, tuple[bool, bool]] = {}
-
-    def __enter__(self) -> None:
-        settings = torch.backends.cuda.matmul
-        with self.lock:
-            self.inside += 1
-            if self.inside == 1:
-                for name in self.NAMES:
-                    self.before[name] = (
-                        getattr(settings, name),
-                        getattr(settings, name + "_split_k"),
-                    )
-                    setattr(settings, name, (False, self.before[name][1]))
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.inside -= 1
-            if self.inside == 0:
-                for name, values in self.before.items():
-                    setattr(torch.backends.cuda.matmul, name, values)
-
-
-fp32_sums = Fp32Sums()
 
 
 class Slabs:

@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from codistill_kernels import _slabs
-from codistill_kernels._products_triton import Slabs, as_operands
+from codistill_kernels._products import as_operands
+from codistill_kernels._products_triton import Slabs
 from codistill_kernels._slabs import pieces
-from codistill_kernels._softmax_triton import BANNED, LOG2E, NUM_WARPS, divide, load_raw
+from codistill_kernels._softmax_triton import BANNED, LOG2E, NUM_WARPS, load_raw, scale
 
 STATES = 5  # of a segment: max and rest of the student, of the teacher, weighted difference
 
@@ -31,6 +32,15 @@ def exponentials(z):
     return maximum, rest, e, shifted
 
 
+@triton.jit
+def load_logits(
+    raw_ptr, row, cols, columns, stride_n, softcap, temperature, HAS_SOFTCAP: tl.constexpr
+):
+    """Logits z of a row, and the slope of the softcap."""
+    raw = load_raw(raw_ptr + row * stride_n, raw_ptr, cols, columns, False)
+    return scale(raw, cols < columns, softcap, temperature, HAS_SOFTCAP)
+
+
 # --- kernels -----------------------------------------------------------------------------------
 
 
@@ -38,21 +48,31 @@ def exponentials(z):
 def pair_states_kernel(
     student_ptr,
     teacher_ptr,
-    temperature_ptr,
+    student_temperature_ptr,
+    teacher_temperature_ptr,
     states_ptr,
     num_rows,
     columns,
     stride_n,
+    student_softcap,
+    teacher_softcap,
+    STUDENT_SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
     """states [STATES, num_rows] of the logits of both models, one row a program."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, SEGMENT)
-    temperature = tl.load(temperature_ptr + row)
-    raw_s = load_raw(student_ptr + row * stride_n, student_ptr, cols, columns, False)
-    raw_t = load_raw(teacher_ptr + row * stride_n, teacher_ptr, cols, columns, False)
-    max_s, rest_s, p_s, shifted_s = exponentials(divide(raw_s, temperature))
-    max_t, rest_t, _, shifted_t = exponentials(divide(raw_t, temperature))
+    temperature_s = tl.load(student_temperature_ptr + row)
+    temperature_t = tl.load(teacher_temperature_ptr + row)
+    z_s, _ = load_logits(
+        student_ptr, row, cols, columns, stride_n, student_softcap, temperature_s, STUDENT_SOFTCAP
+    )
+    z_t, _ = load_logits(
+        teacher_ptr, row, cols, columns, stride_n, teacher_softcap, temperature_t, TEACHER_SOFTCAP
+    )
+    max_s, rest_s, p_s, shifted_s = exponentials(z_s)
+    max_t, rest_t, _, shifted_t = exponentials(z_t)
     at = states_ptr + row
     tl.store(at, max_s)
     tl.store(at + num_rows, rest_s)
@@ -63,51 +83,75 @@ def pair_states_kernel(
 
 # --- launchers ---------------------------------------------------------------------------------
 
+Model = tuple[Tensor, Tensor, Tensor, float]
+"""Hidden states, weight, temperature, softcap."""
 
-def reverse_kl(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    temperature: Tensor,
-) -> Tensor:
+
+def reverse_kl(student: Model, teacher: Model) -> Tensor:
     """[N] KL(student || teacher), nats; both weights have the same number of rows."""
-    student = Slabs(*as_operands(student_hidden, student_weight))
-    teacher = Slabs(*as_operands(teacher_hidden, teacher_weight))
-    temperature = temperature.contiguous()
-    segments = list(pieces(len(student_weight), _slabs.SEGMENT))
-    shape = (len(segments), STATES, len(temperature))
-    states = torch.empty(shape, dtype=torch.float32, device=temperature.device)
+    slabs_s, slabs_t = (Slabs(*as_operands(*model[:2])) for model in (student, teacher))
+    (*_, temperature_s, softcap_s), (*_, temperature_t, softcap_t) = student, teacher
+    rows = len(temperature_s)
+    segments = list(pieces(len(student[1]), _slabs.SEGMENT))
+    states = temperature_s.new_empty((len(segments), STATES, rows))
     for number, columns in enumerate(segments):
-        for (rows, slab), (_, other) in zip(student.of(columns), teacher.of(columns), strict=True):
-            with torch.cuda.device_of(slab):
-                pair_states_kernel[(len(slab),)](
-                    slab,
-                    other,
-                    temperature[rows],
-                    states[number, :, rows],
-                    len(temperature),
-                    slab.shape[1],
-                    slab.stride(0),
-                    SEGMENT=_slabs.SEGMENT,
-                    num_warps=NUM_WARPS,
-                )
+        for (part, slab), (_, other) in zip(slabs_s.of(columns), slabs_t.of(columns), strict=True):
+            scaling = temperature_s[part], temperature_t[part], softcap_s, softcap_t
+            pair_states(slab, other, *scaling, states[number, :, part])
     return divergence(states)
+
+
+def pair_states(
+    student: Tensor,
+    teacher: Tensor,
+    student_temperature: Tensor,
+    teacher_temperature: Tensor,
+    student_softcap: float,
+    teacher_softcap: float,
+    states: Tensor,
+) -> None:
+    """Of raw logits [R, columns] of one stride, into states [STATES, R]."""
+    assert student.stride() == teacher.stride()
+    with torch.cuda.device_of(student):
+        pair_states_kernel[(len(student),)](
+            student,
+            teacher,
+            student_temperature,
+            teacher_temperature,
+            states,
+            states.stride(0),
+            student.shape[1],
+            student.stride(0),
+            student_softcap,
+            teacher_softcap,
+            STUDENT_SOFTCAP=student_softcap != 0,
+            TEACHER_SOFTCAP=teacher_softcap != 0,
+            SEGMENT=_slabs.SEGMENT,
+            num_warps=NUM_WARPS,
+        )
 
 
 def divergence(states: Tensor) -> Tensor:
     """[N] from the states [segments, STATES, N] of the whole vocabulary."""
     max_s, rest_s, max_t, rest_t, difference = states.unbind(1)
-    max_s, max_t = (torch.where(t < BANNED.value, -torch.inf, t) for t in (max_s, max_t))
+    max_s, max_t = with_infinities(max_s), with_infinities(max_t)
     student, student_rest = merge_segments(max_s, rest_s)
     teacher, teacher_rest = merge_segments(max_t, rest_t)
     shift = max_s - student
     factor = shift.exp()
     parts = factor * (difference + (shift - (max_t - teacher)) * (1 + rest_s))
     kl = torch.where(factor == 0, 0.0, parts).sum(0) / (1 + student_rest)
-    kl = kl - student_rest.log1p() + teacher_rest.log1p()
-    # A token that the teacher rules out and the student does not: 1e30 stood for infinity.
-    return torch.where(kl > 1e20, torch.inf, kl.clamp(min=0))  # below 0: rounding; NaN stays
+    return positive(kl - student_rest.log1p() + teacher_rest.log1p())
+
+
+def with_infinities(maxima: Tensor) -> Tensor:
+    return torch.where(maxima < BANNED.value, -torch.inf, maxima)
+
+
+def positive(divergences: Tensor) -> Tensor:
+    """Below 0 is rounding; NaN stays; 1e30 stood for the infinity of a token that one model rules
+    out and the other does not."""
+    return torch.where(divergences > 1e20, torch.inf, divergences.clamp(min=0))
 
 
 def merge_segments(maxima: Tensor, rests: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,14 +93,14 @@ def whole_head(name: str, weight: Tensor) -> Tensor:
         return weight
     expected = "whole on every process: .full_tensor()"
     require(all(p.is_replicate() for p in weight.placements), name, expected, weight.placements)
-    return weight.to_local()
+    return local_replica(weight)
 
 
 def local_replica(tensor: Tensor) -> Tensor:
     """Its gradient is that of this process's tokens; the DTensor's is the sum over processes."""
     from torch.distributed.tensor import Partial
 
-    return tensor.to_local(grad_placements=[Partial()])
+    return tensor.to_local(grad_placements=[Partial()] * len(tensor.placements))
 
 
 def nan_where_apart(temperature: Tensor, token_ids: Tensor, shard: Shard) -> Tensor:

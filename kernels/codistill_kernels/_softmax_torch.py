@@ -70,6 +70,11 @@ def gradients(
     entropy_part = c2 * target_logp.exp() * (target_shifted - mean)
     at_target = c0 * target_logp.expm1() + (c0 - c1) + entropy_part
     dz = dz.scatter_(1, here, torch.where(owned[:, None], at_target, dz.gather(1, here)))
+    return to_raw(dz, raw, temperature, softcap)
+
+
+def to_raw(dz: Tensor, raw: Tensor, temperature: Tensor, softcap: float) -> Tensor:
+    """d / d raw from d / dz, in place."""
     if softcap != 0:
         dz *= 1 - raw.div(softcap).tanh_().square_()
     return dz.div_(temperature[:, None])

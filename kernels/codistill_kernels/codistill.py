@@ -5,7 +5,13 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch.distributed as dist
 from torch import Tensor
 
-from codistill_kernels._checks import require, require_logps, require_shape, require_tensor
+from codistill_kernels._checks import (
+    of_both,
+    require,
+    require_logps,
+    require_shape,
+    require_tensor,
+)
 from codistill_kernels._estimators import OF_REWARDS
 from codistill_kernels.linear_policy_loss import linear_policy_loss
 from codistill_kernels.policy_loss import PolicyLoss
@@ -161,8 +167,7 @@ def codistill_losses(
         ("large_advantages", large_advantages),
     ):
         require_tensor(name, tensor, "token_ids", token_ids)
-    scales = logit_scale if isinstance(logit_scale, tuple) else (logit_scale, logit_scale)
-    require(len(scales) == 2, "logit_scale", "a number, or (small's, large's)", scales)
+    scales = of_both("logit_scale", logit_scale, "the small model's, the large one's")
     models = (
         (small, small_advantages, loss, scales[0]),
         (large, large_advantages, loss if large_loss is None else large_loss, scales[1]),

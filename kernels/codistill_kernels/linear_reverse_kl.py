@@ -4,23 +4,12 @@ import torch
 from torch import Tensor
 
 from codistill_kernels import _backends, _native
-from codistill_kernels._checks import (
-    require,
-    require_device,
-    require_float,
-    require_mask,
-    require_scaling,
-    require_shape,
-    require_tensor,
-)
-from codistill_kernels._head import compute_dtype
 from codistill_kernels._linear_cpu import ROWS as CPU_ROWS
 from codistill_kernels._linear_cpu import operand, operand_dtype
 from codistill_kernels._linear_torch import matmul
 from codistill_kernels._ops import custom_op, fake_of
-from codistill_kernels._shards import require_plain, whole_head
-from codistill_kernels._softmax_torch import statistics
-from codistill_kernels._tokens import TokenShape
+from codistill_kernels._pair_inputs import Scaling, Softcap, prepare_pair
+from codistill_kernels._softmax_torch import scale, statistics
 
 ROWS = {"cpu": CPU_ROWS, "torch": 128}  # at once; torch holds the logits of both models
 
@@ -31,47 +20,72 @@ ROWS = {"cpu": CPU_ROWS, "torch": 128}  # at once; torch holds the logits of bot
 def reverse_kl(
     student_hidden: Tensor,
     student_weight: Tensor,
+    student_temperature: Tensor,
+    student_softcap: float,
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
-    temperature: Tensor,
+    teacher_temperature: Tensor,
+    teacher_softcap: float,
     backend: str,
 ) -> Tensor:
     """[N] sum_v p_s (log p_s - log p_t)"""
+    student = (student_hidden, student_weight, student_temperature, student_softcap)
+    teacher = (teacher_hidden, teacher_weight, teacher_temperature, teacher_softcap)
     chosen = _backends.choose(backend, student_hidden.device, student_hidden.dtype)
     if chosen == "triton":
         from codistill_kernels import _reverse_kl_triton
 
-        return _reverse_kl_triton.reverse_kl(
-            student_hidden, student_weight, teacher_hidden, teacher_weight, temperature
-        )
-    out = torch.empty_like(temperature)
-    student_weight, teacher_weight = student_weight.contiguous(), teacher_weight.contiguous()
+        return _reverse_kl_triton.reverse_kl(student, teacher)
+    out = torch.empty_like(student_temperature)
+    of_rows = {"cpu": of_rows_cpu, "torch": of_rows_torch}[chosen]
     for first in range(0, len(out), ROWS[chosen]):
         rows = slice(first, first + ROWS[chosen])
-        student, teacher = student_hidden[rows], teacher_hidden[rows]
-        if chosen == "cpu":
-            dtypes = operand_dtype(student, student_weight), operand_dtype(teacher, teacher_weight)
-            common = torch.promote_types(*dtypes)
-            _native.call(
-                "reverse_kl",
-                operand(student, common),
-                student_weight,
-                operand(teacher, common),
-                teacher_weight,
-                temperature[rows],
-                out[rows],
+        out[rows] = of_rows(
+            *(
+                (hidden[rows], weight.contiguous(), temperature[rows], softcap)
+                for hidden, weight, temperature, softcap in (student, teacher)
             )
-        else:
-            out[rows] = divergence(
-                matmul(student, student_weight.T, out.dtype) / temperature[rows, None],
-                matmul(teacher, teacher_weight.T, out.dtype) / temperature[rows, None],
-            )
+        )
     return out
 
 
 @fake_of(reverse_kl)
-def _(student_hidden, student_weight, teacher_hidden, teacher_weight, temperature, backend):
-    return torch.empty_like(temperature)
+def _(
+    student_hidden,
+    student_weight,
+    student_temperature,
+    student_softcap,
+    teacher_hidden,
+    teacher_weight,
+    teacher_temperature,
+    teacher_softcap,
+    backend,
+):
+    return torch.empty_like(student_temperature)
+
+
+Rows = tuple[Tensor, Tensor, Tensor, float]
+"""Hidden states, weight, temperature, softcap."""
+
+
+def of_rows_cpu(student: Rows, teacher: Rows) -> Tensor:
+    common = torch.promote_types(*(operand_dtype(*model[:2]) for model in (student, teacher)))
+    (x_s, *others_s), (x_t, *others_t) = student, teacher
+    out = torch.empty(len(x_s), dtype=torch.float32)
+    _native.call(
+        "reverse_kl", operand(x_s, common), *others_s, operand(x_t, common), *others_t, out
+    )
+    return out
+
+
+def of_rows_torch(student: Rows, teacher: Rows) -> Tensor:
+    dtype = student[2].dtype
+    return divergence(
+        *(
+            scale(matmul(hidden, weight.T, dtype), temperature, softcap)
+            for hidden, weight, temperature, softcap in (student, teacher)
+        )
+    )
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
@@ -94,6 +108,8 @@ def linear_reverse_kl(
     mask: Tensor | None = None,
     *,
     temperature: float | Tensor = 1.0,
+    softcap: Softcap = None,
+    logit_scale: Scaling = 1.0,
     vocab_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -102,11 +118,15 @@ def linear_reverse_kl(
     out[n] = sum_v p[n, v] (log p[n, v] - log q[n, v])
     p = softmax_v(student_hidden @ student_weight.T / temperature), q likewise of the teacher
 
+    A reward: it has no gradient. `linear_divergence` is its differentiable twin.
+
     Args:
         student, teacher: (hidden states [N, H] or [B, T, H], lm_head weight [V, H]), each with its
             own H and V; fp32, bf16, fp16 or fp64. A weight may be a DTensor that is replicated.
         mask: [N] or [B, T] bool; where False the result is 0, whatever the hidden states hold.
         temperature: divides the logits of both, > 0: a number, or a tensor [N] or [B, T].
+        softcap, logit_scale: as in `linear_logps`; each one number for both models, or (the
+            student's, the teacher's).
         vocab_size: the vocabulary both have; weight rows from here on are outside both softmaxes.
             None: as many rows as both weights have.
         backend: "auto", "triton", "cpu" (C++) or "torch". auto: triton on a GPU, cpu on the CPU.
@@ -122,57 +142,21 @@ def linear_reverse_kl(
     Source: the divergence that Eq. 6 estimates from sampled tokens. Definition:
     codistill_kernels.reference.linear_reverse_kl.
     """
-    for name, model in (("student", student), ("teacher", teacher)):
-        require_plain(name, model[0])
-        require_tensor(name, model[1])
-    student_hidden = student[0]
-    is_known = student_hidden.ndim in (2, 3)
-    expected = "([N, H] or [B, T, H], [V, H])"
-    require(is_known, "student", expected, tuple(student_hidden.shape))
-    shape = TokenShape(student_hidden.shape[:-1])
-    student, teacher = (
-        (shape.flat_states(name, hidden), whole_head(name, weight))
-        for name, (hidden, weight) in (("student", student), ("teacher", teacher))
+    inputs = prepare_pair(
+        student,
+        teacher,
+        mask,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        vocab_size=vocab_size,
+        takes_bias=False,
     )
-    mask, temperature = shape.flat(mask=mask, temperature=temperature)
-    vocab_size = check_inputs(student, teacher, mask, temperature, vocab_size)
-    (student_hidden, student_weight), (teacher_hidden, teacher_weight) = (
-        (hidden.detach(), weight.detach()[:vocab_size]) for hidden, weight in (student, teacher)
-    )
-    dtype = compute_dtype(student_hidden)
-    device = student_hidden.device
-    per_token = torch.as_tensor(temperature, dtype=dtype, device=device).detach()
-    out = reverse_kl(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        per_token.expand(len(student_hidden)).contiguous(),
-        backend,
-    )
-    return shape.rows(out if mask is None else torch.where(mask, out, 0.0))
-
-
-def check_inputs(
-    student: tuple[Tensor, Tensor],
-    teacher: tuple[Tensor, Tensor],
-    mask: Tensor | None,
-    temperature: float | Tensor,
-    vocab_size: int | None,
-) -> int:
-    """vocab_size, resolved."""
-    tokens = len(student[0])
-    for name, (hidden, weight) in (("student", student), ("teacher", teacher)):
-        require(hidden.ndim == 2, name, "([N, H], [V, H])", tuple(hidden.shape))
-        require_shape(name, hidden, (tokens, hidden.shape[-1]), "([N, H], ...)")
-        require(weight.ndim == 2, name, "([N, H], [V, H])", tuple(weight.shape))
-        require_shape(name, weight, (len(weight), hidden.shape[-1]), "(..., [V, H])")
-        for tensor in (hidden, weight):
-            require_float(name, tensor)
-            require_device(name, tensor, "student", student[0])
-    require_mask(mask, tokens)
-    require_scaling(temperature, None, (tokens,))
-    common = min(len(student[1]), len(teacher[1]))
-    vocab_size = common if vocab_size is None else vocab_size
-    require(0 < vocab_size <= common, "vocab_size", f"in 1 .. {common}", vocab_size)
-    return vocab_size
+    parts: list[Tensor | float] = []
+    for model in (inputs.student, inputs.teacher):
+        head = model.head
+        weight = head.weight.detach()[: inputs.vocab]
+        parts += [model.hidden_states.detach(), weight, head.temperature, head.softcap]
+    out = reverse_kl(*parts, backend)
+    mask = inputs.mask
+    return inputs.shape.rows(out if mask is None else torch.where(mask, out, 0.0))

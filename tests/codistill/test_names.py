@@ -1,12 +1,14 @@
 """The configuration imports no torch, so it repeats names of codistill_kernels: they are the same
 there, in the rules about them, and in the documentation."""
 
+import re
 from pathlib import Path
 from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
+import codistill_kernels
 from codistill.config_algorithm import (
     DownsampleConfig,
     DownsampleMethod,
@@ -17,6 +19,7 @@ from codistill.config_algorithm import (
     RewardEstimator,
 )
 from codistill_kernels import PolicyLoss, downsample, kd_rewards, kl_penalty, policy_loss
+from codistill_kernels._divergences import DIVERGENCES
 from codistill_kernels._estimators import ESTIMATORS, OF_OBJECTIVES, OF_REWARDS
 from codistill_kernels._surrogates import SURROGATES
 from codistill_kernels.rewards import METHODS
@@ -105,3 +108,11 @@ def test_all_are_in_the_table_of_the_trainer():
     section = TEXT.split("## Down-sampling")[1].split("## ")[0]
     for name in METHODS:
         assert f"`{name}`" in section, name
+
+
+def test_names_in_the_guide_to_distillation_exist():
+    text = (ROOT / "docs" / "distillation.md").read_text()
+    functions = set(re.findall(r"`(linear_\w+|kd_\w+|kl_\w+)[`(]", text))
+    assert functions and all(hasattr(codistill_kernels, name) for name in functions)
+    assert all(f"`{name}`" in text for name in ESTIMATORS)
+    assert all(f'"{name}"' in text for name in DIVERGENCES)

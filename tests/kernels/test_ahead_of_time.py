@@ -11,9 +11,11 @@ from bench.ahead_of_time import (
     CAPABILITIES,
     ENTROPY,
     KERNELS,
+    KINDS,
     ODD_COLUMNS,
     ODD_ROWS,
     OPTIONS,
+    PAIR_OPTIONS,
     SHARED_LIMIT_KIB,
     TABLE,
     Variant,
@@ -26,6 +28,7 @@ from bench.ahead_of_time import (
     variants,
 )
 from codistill_kernels import (
+    _divergences_triton,
     _exponentials_triton,
     _linear_triton,
     _reverse_kl_triton,
@@ -41,7 +44,9 @@ SINGLE = {
     "segment_states_kernel": (3, 4),
     "logit_gradients_kernel": (9, 0),
     "finish_exponentials_kernel": (5, 1),
-    "pair_states_kernel": (1, 5),
+    "pair_states_kernel": (2, 5),
+    "pair_sums_kernel": (7, 3),
+    "pair_gradients_kernel": (10, 0),
 }
 # The passes that training spends its time on: (kernel, writes, flags), and the most instructions a
 # logit. At 19 of a pass that only reads, at 29 of one that writes bf16 besides, an H200 would wait
@@ -87,7 +92,7 @@ def test_rows_move_in_accesses_of_16_bytes(compiled):
         if row.kernel == "merge_states_kernel":  # a few numbers a row: there is no row of logits
             continue
         flags = row.flags.split()
-        models = 2 if row.kernel == "pair_states_kernel" else 1
+        models = 2 if row.kernel.startswith("pair") else 1
         loaded = models * row.logits_of_a_thread * BYTES[row.reads]
         stored = row.logits_of_a_thread * BYTES[row.writes]
         loads, stores = SINGLE[row.kernel]
@@ -134,7 +139,8 @@ class Launches:
     def note(self, *positional, num_warps: int, **flags):
         arguments = dict(zip(KERNELS[self.name].arg_names, positional, strict=False)) | flags
         odd = {name for name, value in arguments.items() if is_odd(value)}
-        parts = [name for name in (*OPTIONS, ENTROPY) if arguments.get(name)]
+        parts = [arguments["KIND"]] if "KIND" in arguments else []
+        parts += [name for name in (*OPTIONS, *PAIR_OPTIONS, ENTROPY) if arguments.get(name)]
         parts += [ODD_ROWS] if "stride_n" in odd else [ODD_COLUMNS] if "columns" in odd else []
         parts += ["KEEP"] if arguments.get("KEEP") else []
         reads, writes = (
@@ -146,6 +152,8 @@ class Launches:
         )
         if self.name == "merge_states_kernel":
             reads = writes = ""
+        if self.name == "pair_gradients_kernel":  # in place
+            writes = reads
         is_states = self.name == "segment_states_kernel" and "KEEP" not in parts
         variant = Variant(self.name, 90, reads, "" if is_states else writes, tuple(parts))
         for name, value in arguments.items():
@@ -168,7 +176,8 @@ def is_odd(value: object) -> bool:
 @pytest.fixture
 def launches(monkeypatch):
     found: set[Variant] = set()
-    for module in (_exponentials_triton, _reverse_kl_triton, _softmax_triton):
+    modules = (_divergences_triton, _exponentials_triton, _reverse_kl_triton, _softmax_triton)
+    for module in modules:
         for name in KERNELS:
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, Launches(name, found))
@@ -194,8 +203,12 @@ def launch_all(dtype: torch.dtype, vocab: int, *, options: bool) -> None:
     for db in (None, torch.zeros(vocab)) if options else (None,):
         gradients = torch.empty_like(x, dtype=torch.float32), None, db
         chunks.write_gradients(x, head, ids, *numbers, *gradients, workspace=0)
-    if not options:
-        _reverse_kl_triton.reverse_kl(x, weight, x, weight, temperature)
+    model = (x, weight, temperature, softcap)
+    _reverse_kl_triton.reverse_kl(model, model)
+    head = Head(weight, None, temperature, softcap)
+    raw, other = torch.zeros(2, rows, _slabs.padded_columns(vocab))[:, :, :vocab]
+    for kind in KINDS:
+        _divergences_triton.divergences(raw, other, head, head, kind, 0.5, None, raw)
     logits = torch.zeros(rows, vocab, dtype=dtype)
     if dtype == torch.bfloat16 or not options:
         token = ids, temperature, softcap, vocab

@@ -47,8 +47,10 @@ def check(student, teacher, backend, **options):
         (dict(std=8.0), dict(vocab_size=999, temperature=0.7)),
         (dict(rows=1, hidden=(63, 896), vocab=(7, 5)), dict()),
         (dict(rows=5, hidden=(8, 8), vocab=(40000, 40000)), dict()),
+        (dict(std=4.0), dict(logit_scale=0.5, softcap=4.0)),
+        (dict(), dict(logit_scale=(2.0, 0.3), softcap=(None, 3.0), temperature=0.7)),
     ],
-    ids=["sizes differ", "|z| to 60, cut", "one row", "large V"],
+    ids=["sizes differ", "|z| to 60, cut", "one row", "large V", "scaled", "scaled apart"],
 )
 def test_equals_fp64_as_well_as_eager(shapes, options, dtype, backend):
     check(*make_heads(dtype, **shapes), backend, **options)
@@ -131,7 +133,8 @@ def test_row_does_not_depend_on_other_rows_or_threads():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_op_passes_opcheck_and_compiles(backend):
     (hidden_s, weight_s), (hidden_t, weight_t) = make_heads(rows=5, vocab=(30, 30))
-    arguments = (hidden_s, weight_s, hidden_t, weight_t, torch.ones(5), backend)
+    models = (hidden_s, weight_s, torch.ones(5), 0.0, hidden_t, weight_t, torch.ones(5), 2.0)
+    arguments = (*models, backend)
     torch.library.opcheck(torch.ops.codistill.reverse_kl, arguments)
     torch._dynamo.reset()
     compiled = torch.compile(linear_reverse_kl, fullgraph=True, backend="aot_eager")
@@ -151,6 +154,11 @@ def test_op_passes_opcheck_and_compiles(backend):
         (dict(vocab_size=9), "vocab_size"),
         (dict(temperature=0.0), "temperature"),
         (dict(backend="gpu"), "backend"),
+        (dict(softcap=(None, 0.0)), "softcap"),
+        (dict(softcap=(None,)), "softcap"),
+        (dict(logit_scale=(1.0, -1.0)), "logit_scale"),
+        (dict(student=(torch.zeros(4, 3), torch.zeros(8, 3), None)), "student"),
+        (dict(teacher=(torch.zeros(4, 3), None)), "teacher"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

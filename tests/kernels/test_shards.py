@@ -15,6 +15,7 @@ from codistill_kernels import (
     PolicyLoss,
     _linear,
     codistill_losses,
+    linear_divergence,
     linear_logps,
     linear_policy_loss,
     linear_reverse_kl,
@@ -225,6 +226,14 @@ def replicated_head(rank: int, folder: str) -> None:
         linear_reverse_kl(student, teacher),
         linear_reverse_kl((student[0], head[0].to_local()), teacher),
     )
+    for parameter in head:
+        parameter.grad = None
+    local = [t.to_local().detach().requires_grad_() for t in head]
+    for parts in (head, local):
+        linear_divergence((student[0], *parts), teacher, kind="jsd")[0].backward()
+    for parameter, plain in zip(head, local, strict=True):
+        dist.all_reduce(plain.grad)
+        torch.testing.assert_close(parameter.grad.full_tensor(), plain.grad)
     leave()
 
 

@@ -13,6 +13,7 @@ SUITES = [
     HERE / f"test_{name}.py"
     for name in (
         "exponentials",
+        "linear_divergence",
         "linear_logps",
         "linear_policy_loss",
         "linear_reverse_kl",
