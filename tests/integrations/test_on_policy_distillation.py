@@ -17,7 +17,10 @@ def example():
     spec = importlib.util.spec_from_file_location("on_policy_distillation", FILE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of such models several only wait for each other
+    yield module
+    torch.set_num_threads(threads)
 
 
 def with_all_logits(student, teacher, mask, kind):
