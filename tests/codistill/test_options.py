@@ -283,4 +283,7 @@ def test_two_processes_do_what_one_does(settings, make_trainer, tmp_path):
             assert one.keys() == two.keys()
             for key in one:
                 if not key.startswith(("time/", "tokens_per_second")):
-                    assert math.isclose(one[key], two[key], rel_tol=2e-4, abs_tol=1e-5), key
+                    # Adam makes whole steps of gradients that are rounding alone; a ratio is the
+                    # exponential of what comes of it, the largest most of all.
+                    tolerance = 2e-3 if key.startswith("ratio/") else 2e-4
+                    assert math.isclose(one[key], two[key], rel_tol=tolerance, abs_tol=1e-5), key
