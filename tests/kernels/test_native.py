@@ -84,7 +84,7 @@ def test_library_of_other_sources_does_not_load(monkeypatch):
 def test_wrong_dtype_is_an_error():
     x, wide = torch.zeros(16, 16), torch.ones(1, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="codistill_reverse_kl: .* dtype"):
-        _native.call("reverse_kl", x, x, x, x, wide, torch.empty(1))
+        _native.call("reverse_kl", x, x, wide, 0.0, x, x, wide, 0.0, torch.empty(1))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
