@@ -209,7 +209,7 @@ class KeptLogits:
         self.token_ids, self.rows, self.head_rows = token_ids.contiguous(), rows, head_rows
         self.slabs = Slabs(x, self.head.weight, keeps=True)
         vocab = len(head.weight)
-        states = linear_states(self.slabs, head, self.token_ids, slice(0, vocab), True)
+        states = linear_states(self.slabs, self.head, self.token_ids, slice(0, vocab), True)
         self.statistics = merge_states(states, self.token_ids, vocab)
 
     def gradients(

@@ -384,6 +384,19 @@ def test_bf16_errors_are_at_most_twice_those_of_eager(monkeypatch, std, size, sh
     check((x, weight, ids, upstream), ours, temperature=0.9)
 
 
+@needs_triton
+def test_kept_logits_take_temperatures_and_bias_of_any_layout():
+    x, weight, ids, _ = make_case()
+    bias, every = torch.randn(2 * len(weight), generator=seeded(1))[::2], torch.arange(len(x))
+    found = []
+    for temperature, of_row in ((torch.tensor(0.7).expand(len(x)), bias), (None, bias.clone())):
+        temperature = torch.full((len(x),), 0.7) if temperature is None else temperature
+        head = Head(weight, of_row, temperature, 0.0)
+        kept = _linear_triton.TritonChunks.keep_logits(x, head, ids, every, len(weight))
+        found.append(kept.statistics)
+    assert torch.equal(*found)
+
+
 # --- memory ------------------------------------------------------------------------------------
 
 
