@@ -13,7 +13,7 @@
 
 namespace codistill {
 
-// Of the loops that the calling thread starts. Not a num_threads clause: libgomp takes its pool down
+// The threads of loops that the calling thread starts. Not a num_threads clause: libgomp takes its pool down
 // when that number changes from loop to loop.
 inline void set_num_threads(int64_t threads) {
 #ifdef _OPENMP

@@ -95,7 +95,7 @@ void multiply_tiles(int64_t m, int64_t n, int64_t k, int64_t stride_a, int64_t s
 
 }  // namespace codistill
 
-// Of torch's functions, null where it has none, those that multiply as expected are used from here on.
+// Torch's functions, null where it has none, are used from here on, if they multiply as expected.
 CODISTILL_EXPORT void codistill_use_products(codistill::Product<float> of_float,
                                              codistill::Product<codistill::BFloat16> of_bf16,
                                              void (*release)(bool)) {

@@ -44,7 +44,7 @@ int64_t packed_words(int64_t depth, int64_t width) {
   return depth / kPerWord<T> * round_up(width, slice_width());
 }
 
-// Of the tile from `first` on of a matrix with so many rows: kRows, or what is left, in eights: few
+// Height of the tile from `first` on in a matrix of so many rows: kRows, or what is left, in eights: few
 // sizes. An element is summed over `depth` in one order whatever the other rows are.
 inline int64_t tile_height(int64_t first, int64_t rows) {
   return std::min(kRows, round_up(rows - first, 8));

@@ -22,7 +22,7 @@ from codistill_kernels._softmax_torch import normalizers, scale, statistics, to_
 
 
 class Terms(NamedTuple):
-    """Of each token of the vocabulary, [R, V]."""
+    """What each token of the vocabulary adds, [R, V]."""
 
     value: Tensor
     slope: Tensor
@@ -69,8 +69,8 @@ DIVERGENCES: dict[str, Divergence] = {
 
 # --- rows of logits ----------------------------------------------------------------------------
 
-# Of a block of rows, 8 MiB a tensor; on a CPU 2**19 took 1.1 times as long: each operation starts
-# its threads.
+# Logits of a block of rows, 8 MiB a tensor; on a CPU 2**19 took 1.1 times as long: each operation
+# starts its threads.
 ELEMENTS = 2**21
 
 

@@ -25,7 +25,7 @@ from codistill_kernels._reverse_kl_triton import (
 )
 from codistill_kernels._softmax_triton import LOG2E, NUM_WARPS, divide
 
-# Of a segment: values and slopes of all tokens but one with most of the mass, and its log q.
+# Numbers of a segment: values and slopes of all tokens but one with most of the mass, its log q.
 SUMS = 3
 
 # --- tiles -------------------------------------------------------------------------------------

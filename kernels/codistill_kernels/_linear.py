@@ -28,7 +28,7 @@ WORKSPACE_MIB = 128  # on a CPU: exponentials of 1024 rows of 65536 logits in bf
 def workspace_bytes(
     workspace_mib: int | None, device: torch.device, vocab: int, *, is_shard: bool = False
 ) -> int:
-    """Of the caller's choice; else the device's default: on a GPU at most half of what is free, on
+    """The caller's choice; else the device's default: on a GPU at most half of what is free, on
     a CPU never so little that logits of a chunk would be computed twice.
 
     is_shard: all processes must choose alike, however much each has free.
@@ -266,7 +266,7 @@ def plan_for(
     is_exact: bool,
     rows: int | None = None,
 ) -> Plan:
-    """Of `vocab` logits of each row (of so many of them), within a workspace of so many bytes;
+    """The way of `vocab` logits a row (of so many rows), within a workspace of so many bytes;
     is_exact: `takes_logits`, so that raw ones are kept."""
     dtype = torch.promote_types(hidden_states.dtype, weight.dtype)
     if is_exact:
@@ -282,7 +282,7 @@ def plan_of_call(
     has_entropy_gradient: bool,
     needs: Sequence[bool],
 ) -> "tuple[type[Chunks], Plan]":
-    """Of so many of the rows that count, over the largest shard: all processes alike."""
+    """The way of so many of the rows that count, over the largest shard: all processes alike."""
     hidden_states, weight, *_ = inputs.tensors
     vocab, is_shard = inputs.shard.most_rows, inputs.shard.group is not None
     workspace = workspace_bytes(workspace_mib, hidden_states.device, vocab, is_shard=is_shard)

@@ -13,15 +13,14 @@ class TorchChunks:
     """Raw logits x . w + bias of one chunk of rows at a time."""
 
     HOLDS_LOGITS = True
+    ROWS = 256  # of a chunk whose logits need not be held; chosen, untested
+    BUFFERS = 3  # [R, V] tensors alive at once: raw logits, their exponentials, their gradient
+    FEW_ROWS = 0  # a chunk costs little besides its products
 
     @staticmethod
     def takes_logits(softcap: float, has_entropy_gradient: bool, needs: Sequence[bool]) -> bool:
         """Whether gradients take the logits, unrounded, not only their exponentials."""
         return True
-
-    ROWS = 256  # of a chunk whose logits need not be held; chosen, untested
-    BUFFERS = 3  # [R, V] tensors alive at once: raw logits, their exponentials, their gradient
-    FEW_ROWS = 0  # a chunk costs little besides its products
 
     def __init__(self, hidden_states: Tensor, head: Head, token_ids: Tensor) -> None:
         self.hidden_states, self.token_ids, self.head = hidden_states, token_ids, head

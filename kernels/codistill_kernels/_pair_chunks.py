@@ -19,9 +19,8 @@ from codistill_kernels._pair_inputs import ModelInputs
 from codistill_kernels._products import fp32_sums, product
 from codistill_kernels._slabs import padded_columns, pieces, round_up
 
-COLUMNS = (
-    4096  # vocabulary rows of a product; a CPU converts as many of a bf16 head; chosen, untested
-)
+# Vocabulary rows of a product; a CPU converts as many of a bf16 head. Chosen, untested.
+COLUMNS = 4096
 Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 

@@ -2,14 +2,12 @@
 of rows."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from codistill_kernels import _native
 from codistill_kernels._divergences import ELEMENTS, divergences
-from codistill_kernels._head import Head
 from codistill_kernels._linear_cpu import HeldLogits
 from codistill_kernels._pair_inputs import ModelInputs
 from codistill_kernels._slabs import pieces
@@ -74,8 +72,8 @@ class CpuPairChunks:
             values[part] = divergences(
                 raw,
                 teacher.rows(part),
-                cut(student.head, part),
-                cut(teacher.head, part),
+                student.head.of_rows(part),
+                teacher.head.of_rows(part),
                 kind,
                 jsd_weight,
                 None if coefficients is None else coefficients[part],
@@ -93,7 +91,3 @@ class CpuPairChunks:
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.dx, self.dw, self.db
-
-
-def cut(head: Head, part: slice) -> Head:
-    return replace(head, temperature=head.temperature[part])

@@ -82,7 +82,7 @@ def linear_policy_gradients(
     is_exact = chunks.HOLDS_LOGITS or chunks.takes_logits(softcap, loss.entropy_bonus != 0, needs)
     plan = plan_for(chunks, hidden_states, lm_head_weight, shard_rows, workspace, is_exact)
     arguments = (hidden_states, head, token_ids, terms, group, needs, backend)
-    if plan.way == "columns" or takes_two_passes(chunks, loss, needs):
+    if plan.way == "columns" or takes_two_passes(chunks, softcap, loss, needs):
         return two_passes(*arguments, workspace)
     return single_pass(*arguments, plan.rows)
 
@@ -120,10 +120,12 @@ def _(
     )
 
 
-def takes_two_passes(kind: "type[Chunks]", loss: PolicyLoss, needs: list[bool]) -> bool:
-    """A gradient at one token depends on others, there is none, or it is one that chunks of this
-    kind do not give."""
-    takes_logits = needs[2] or loss.entropy_bonus != 0
+def takes_two_passes(
+    kind: "type[Chunks]", softcap: float, loss: PolicyLoss, needs: list[bool]
+) -> bool:
+    """A gradient at one token depends on others, there is none, or it takes logits that chunks of
+    this kind do not hold."""
+    takes_logits = kind.takes_logits(softcap, loss.entropy_bonus != 0, needs)
     is_left = takes_logits and not kind.HOLDS_LOGITS
     return loss.needs_sequences or not any(needs) or is_left
 
@@ -359,13 +361,13 @@ def linear_policy_loss(
     numbers = (old_logps, advantages, inputs.active, normalizer, importance_weights, cu_seqlens)
     check_inputs(loss, inputs.tensors[4], *numbers)
     terms = Terms(old_logps, advantages, importance_weights, inputs.active, cu_seqlens, loss)
-    has_bonus = loss.entropy_bonus != 0
+    has_bonus, needs = loss.entropy_bonus != 0, inputs.needs()
     if torch.compiler.is_compiling():
         rows, in_chunks = None, True  # one op, whatever it does inside
     else:
-        rows, needs = inputs.active.nonzero().squeeze(1), inputs.needs()
+        rows = inputs.active.nonzero().squeeze(1)
         kind, plan = plan_of_call(inputs, len(rows), workspace_mib, backend, has_bonus, needs)
-        in_chunks = plan.way == "chunks" and not takes_two_passes(kind, loss, needs)
+        in_chunks = plan.way == "chunks" and not takes_two_passes(kind, inputs.softcap, loss, needs)
     if in_chunks:
         options = (workspace_mib, backend, reduce_hidden_gradient)
         return tokens.restored(*by_gradients(inputs, terms, normalizer, *options))
@@ -377,7 +379,7 @@ def linear_policy_loss(
             inputs.softcap,
             inputs.shard.group,
             backend,
-            has_gradient=any(inputs.needs()),
+            has_gradient=any(needs),
             has_entropy=True,
             has_entropy_gradient=has_bonus,
             workspace_mib=workspace_mib,
