@@ -44,7 +44,7 @@ class HeldLogits:
         shape = (panels, round_up(len(token_ids), tile_rows) * panel)
         size, dtype = math.prod(shape), torch.float32 if self.is_exact else torch.bfloat16
         if memory is None or memory.numel() < size:
-            memory = torch.empty(size, dtype=dtype)
+            memory = _native.empty((size,), dtype)
         self.memory = memory
         self.held = memory[:size].view(shape)
         self.powers = None if self.is_exact else empty(panels, len(token_ids))
@@ -134,7 +134,7 @@ class KeptRows:
             held.finish(kept, coefficients[:, rows], log_softmax[:, rows], db)
         dw = dx = None
         if needs[1]:
-            dw = torch.empty((self.head_rows, width), dtype=held.weight.dtype)
+            dw = _native.empty((self.head_rows, width), held.weight.dtype)
             dw[vocab if len(kept) else 0 :] = 0
             if len(kept):
                 held.weight_gradient(dw)
@@ -246,7 +246,7 @@ class CpuChunks:
     def weight_gradients(self) -> Tensor:
         """Memory that `gradients` fills at its first call and then adds to."""
         self.is_filled = False
-        return empty(*self.head.weight.shape)
+        return _native.empty(self.head.weight.shape, torch.float32)
 
     def gradients(
         self,
