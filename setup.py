@@ -93,7 +93,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["codistill", *find_packages("kernels")],
+    packages=[*find_packages(include=["codistill", "codistill.*"]), *find_packages("kernels")],
     package_data={"codistill_kernels": ["py.typed"]},
     package_dir={"codistill_kernels": "kernels/codistill_kernels"},
     install_requires=REQUIRES,

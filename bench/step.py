@@ -66,7 +66,7 @@ class RandomEngine:
         self.vocab_size = spec.vocab_size
 
     def generate(self, prompts, seeds, sampling):
-        from codistill.rollout import Completion
+        from codistill.engine import Completion
 
         completions = []
         for seed in seeds:
@@ -91,7 +91,7 @@ class CoinGrader:
         self.coin = np.random.default_rng(0)
 
     def grade(self, texts, answers):
-        from codistill.rewards import Grades
+        from codistill.grading import Grades
 
         return Grades((self.coin.random(len(texts)) < 0.5).tolist(), failures=0, timeouts=0)
 
@@ -102,7 +102,8 @@ def run_one(folder: Path, run: str, pair, rollouts: str, steps: int) -> list[dic
     from bench.random_models import random_policy
     from codistill import distributed
     from codistill.config import Config
-    from codistill.run import load_inputs, quiet_libraries
+    from codistill.inputs import load_inputs
+    from codistill.run import quiet_libraries
 
     choice = RUNS[run]
     problems = folder / "problems.jsonl"

@@ -23,8 +23,8 @@ def doctor(arguments: list[str]) -> None:
     config.check_processes(distributed.world_size())
     import torch
 
-    from codistill.rollout import engine_kind
-    from codistill.run import load_inputs
+    from codistill.engine import engine_kind
+    from codistill.inputs import load_inputs
     from codistill_kernels._backends import choose
 
     inputs = load_inputs(config)
@@ -46,8 +46,8 @@ def report(arguments: list[str]) -> None:
     require((folder / "summary.json").is_file(), "report", str(folder), "a run that has ended")
     from rich.console import Console
 
-    from codistill.console import print_summary
-    from codistill.report import plot
+    from codistill.output.console import print_summary
+    from codistill.output.report import plot
 
     plot(folder)
     print_summary(Console(), json.loads((folder / "summary.json").read_text()), folder)

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 
-from codistill.config import ConfigError, DataConfig, require
-from codistill.rewards import last_boxed
+from codistill.config import ConfigError, require
+from codistill.config.data import DataConfig
+from codistill.grading import last_boxed
 from codistill.templates import CHAT, encode, render
 
 PROBLEM_FIELDS = ("problem", "question", "prompt")

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from codistill.data import Problem
-from codistill.rewards import Grader
-from codistill.rollout import Engine, Sampling, prompt_seeds
+from codistill.engine import Engine, Sampling, prompt_seeds
+from codistill.grading import Grader
 
 EVALUATION_STREAM = 2**31  # in place of a step number: evaluations draw none of a step's seeds
 

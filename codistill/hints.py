@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from codistill.config import Config
+from codistill.engine import cut_at_end
 from codistill.model import Policy
-from codistill.rollout import cut_at_end
 
 HINT_STREAM = 2**32
 """Beside the seeds of a step's rollouts, which are below."""

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from codistill.batching import TokenBatch
-from codistill.config import OptimizerConfig
-from codistill.metrics import StepMetrics
+from codistill.batch import TokenBatch
+from codistill.config.schema import OptimizerConfig
 from codistill.model import Policy
+from codistill.output.metrics import StepMetrics
 from codistill_kernels import PolicyLoss, kl_penalty, policy_loss
 
 

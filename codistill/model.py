@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from codistill.batching import TokenBatch
+from codistill.batch import TokenBatch
 from codistill.config import Config, ConfigError, require
 from codistill_kernels import linear_logps
 

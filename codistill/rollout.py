@@ -1,261 +1,195 @@
-"""Generation. The only importer of vllm.
+"""From a step's problems to graded rollouts: prompts, hints, engine, grader."""
 
-An engine holds its own copy of one model's weights, writes completions with them and takes new
-weights from the trainer. Both engines sample from softmax(logits / temperature) over the
-tokenizer's tokens and return the log-probability of each sampled token under just that.
-"""
-
-import importlib.util
-import os
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from codistill.batching import TokenBatch
-from codistill.model import Policy, load_causal_lm
+from codistill.config import Config
+from codistill.data import Problem, draw, redraw
+from codistill.engine import Completion, Engine, Sampling, prompt_seeds
+from codistill.grading import Grader
+from codistill.hints import hint_length, hint_uniforms, write_hints
+from codistill.inputs import Inputs
+from codistill.model import Policy
+from codistill.output.metrics import StepMetrics
+from codistill.rewards import RolloutRewards
+from codistill.scoring import Rollouts
 
 
 @dataclass(frozen=True)
-class Completion:
-    """What was written after a prompt: its end token included, unless it was cut off."""
+class Group:
+    """M graded rollouts of one prompt."""
 
-    token_ids: list[int]
-    logps: list[float]
-    """Log-probability of each token that the engine sampled (nats): of the last ones, where the
-    first are a hint."""
-    truncated: bool
-    """The length limit, not an end token, stopped it."""
+    problem: Problem
+    completions: list[Completion]
+    hints: list[int]
+    texts: list[str]
+    accuracy: list[float]
+    format: list[float]
+    functions: dict[str, list[float]]
 
-
-@dataclass(frozen=True)
-class Sampling:
-    num_generations: int
-    """Completions a prompt; 1 if greedy."""
-    temperature: float
-    """Divides the logits; 0 is greedy."""
-    max_tokens: int
+    @property
+    def has_signal(self) -> bool:
+        """Some right, some wrong: else accuracy gives no advantage."""
+        return 0 < sum(self.accuracy) < len(self.accuracy)
 
 
-class SyncError(RuntimeError):
-    """Engine and trainer disagree on the probability of what the engine wrote."""
+class Generation:
+    """Writes and grades the rollouts of a step; each process those of its own prompts."""
 
+    def __init__(
+        self,
+        config: Config,
+        inputs: Inputs,
+        engine: Engine,
+        grader: Grader,
+        hinter: Policy | None,
+        device: torch.device,
+        end_token_ids: tuple[int, ...],
+    ) -> None:
+        self.config, self.inputs, self.engine = config, inputs, engine
+        self.rewards = RolloutRewards(config.reward, grader, inputs.reward_functions, device)
+        self.hinter, self.device, self.end_token_ids = hinter, device, end_token_ids
 
-class Engine(Protocol):
-    name: str
+    def rollouts(self, step: int, metrics: StepMetrics) -> Rollouts:
+        """M graded rollouts of each of this process's prompts in step `step`, from 1.
 
-    def generate(
-        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling
-    ) -> list[Completion]:
-        """`num_generations` completions of each prompt, prompt after prompt.
-
-        seeds: one a prompt. Same weights, prompts and seeds give the same completions.
+        With sampling rounds, those of the first prompts of all processes that have a signal, in the
+        order drawn; if there are too few, then of the first ones without.
         """
+        rank, processes = dist.get_rank(), dist.get_world_size()
+        wanted = self.config.rollout.prompts_per_step
+        groups: list[Group] = []
+        for number, indices in enumerate(self.rounds(step), start=1):
+            mine = self.write(step, indices[rank::processes].tolist(), metrics)
+            if self.config.rollout.sampling_rounds == 1:
+                return join(mine, self.device)
+            groups += gathered(mine)
+            metrics.maximum("rollout/sampling_rounds", number)
+            if sum(group.has_signal for group in groups) >= wanted:
+                break
+        groups.sort(key=lambda group: not group.has_signal)  # stable: else in the order drawn
+        return join(groups[:wanted][rank::processes], self.device)
 
-    def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take all weights of the model, Hugging Face names. Consumes the iterator to its end."""
+    def rounds(self, step: int) -> Iterator[np.ndarray]:
+        """Indices of the problems of each round of sampling."""
+        rollout, seed = self.config.rollout, self.config.seed
+        terms = (len(self.inputs.problems), rollout.prompts_per_step, step - 1, seed)
+        yield draw(*terms)
+        yield from itertools.islice(redraw(*terms), rollout.sampling_rounds - 1)
 
-    def close(self) -> None:
-        """Let go of what the engine holds, process groups included. The last call to it."""
+    def write(self, step: int, share: list[int], metrics: StepMetrics) -> list[Group]:
+        """A group of each of these problems."""
+        rollout = self.config.rollout
+        length = hint_length(self.config, step, len(self.inputs.problems))
+        if length:
+            hints, completions = self.write_with_hints(step, share, length, metrics)
+        else:
+            completions = self.engine.generate(
+                [self.inputs.problems[i].prompt_ids for i in share],
+                prompt_seeds(self.config.seed, step, share),
+                self.sampling(rollout.num_generations, rollout.max_completion_tokens),
+            )
+            hints = [0] * len(completions)
+        if self.config.hint.tokens:
+            metrics.mean_of("rollout/hint_tokens", torch.tensor(hints))
+            metrics.maximum("time/hint", 0.0)  # there in the steps without, too
+        return self.grade([self.inputs.problems[i] for i in share], completions, hints, metrics)
 
+    def sampling(self, num_generations: int, max_tokens: int) -> Sampling:
+        return Sampling(num_generations, self.config.rollout.temperature, max_tokens)
 
-@dataclass(frozen=True)
-class EngineSpec:
-    """What an engine must know of the model it runs."""
-
-    path: str
-    vocab_size: int
-    """Only ids below this are sampled: the tokenizer's, not the padded rows above."""
-    end_token_ids: tuple[int, ...]
-    max_model_tokens: int
-    """Longest prompt plus longest completion."""
-    dtype: torch.dtype
-    device: torch.device
-    kv_cache_gib: float
-
-
-def engine_kind(kind: str) -> str:
-    """Name of the engine that `kind` stands for: auto is vllm where it is installed."""
-    if kind == "auto":
-        return "vllm" if importlib.util.find_spec("vllm") else "hf"
-    return kind
-
-
-def make_engine(kind: str, spec: EngineSpec) -> Engine:
-    """kind: as in the configuration, rollout.engine."""
-    return VLLMEngine(spec) if engine_kind(kind) == "vllm" else HFEngine(spec)
-
-
-NEVER = -100.0  # the lowest logit bias that vLLM takes: a probability of about 1e-43
-
-
-class VLLMEngine:
-    """vLLM in this process; one engine a process, each with all weights (no tensor parallelism)."""
-
-    name = "vllm"
-
-    def __init__(self, spec: EngineSpec) -> None:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights reach it by reference
-        if spec.device.type == "cpu":
-            # The trainer shares these threads: pinning them to cores would slow both.
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-            # vLLM compiles a helper of its sampler: 4 to 15 s, and a compiler, for no gain here.
-            torch._dynamo.config.disable = True
-        import vllm
-
-        self.spec = spec
-        self.llm = vllm.LLM(
-            model=spec.path,
-            dtype=str(spec.dtype).removeprefix("torch."),
-            max_model_len=spec.max_model_tokens,
-            kv_cache_memory_bytes=int(spec.kv_cache_gib * 2**30),
-            distributed_executor_backend="external_launcher",
-            skip_tokenizer_init=True,
-            generation_config="vllm",  # the model's own file may add top-p or a penalty
-            logprobs_mode="processed_logprobs",
-            enforce_eager=spec.device.type == "cpu",
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
+    def write_with_hints(
+        self, step: int, share: list[int], length: int, metrics: StepMetrics
+    ) -> tuple[list[int], list[Completion]]:
+        """Tokens of each rollout's hint, and the rollouts: hint and what the engine made of it."""
+        rollout, seed = self.config.rollout, self.config.seed
+        count = rollout.num_generations
+        prompts = [self.inputs.problems[i].prompt_ids for i in share for _ in range(count)]
+        assert self.hinter is not None
+        with metrics.timer("time/hint"):
+            hints = write_hints(
+                self.hinter,
+                prompts,
+                hint_uniforms(seed, step, share, count, length),
+                temperature=rollout.temperature,
+                end_token_ids=self.end_token_ids,
+            )
+        # A hint that ended is the whole rollout.
+        open_rows = [row for row, hint in enumerate(hints) if hint[-1] not in self.end_token_ids]
+        seeds = prompt_seeds(seed, step, [i * count + j for i in share for j in range(count)])
+        written = self.engine.generate(
+            [prompts[row] + hints[row] for row in open_rows],
+            [seeds[row] for row in open_rows],
+            self.sampling(1, rollout.max_completion_tokens - length),
         )
-        # vLLM's own way to allow some ids only takes the list of them, 150 thousand a request.
-        rows = self.llm.llm_engine.model_config.get_vocab_size()
-        self.logit_bias = {row: NEVER for row in range(spec.vocab_size, rows)} or None
+        completions = [Completion(hint, [], truncated=False) for hint in hints]
+        for row, rest in zip(open_rows, written, strict=True):
+            completions[row] = Completion(hints[row] + rest.token_ids, rest.logps, rest.truncated)
+        return [len(hint) for hint in hints], completions
 
-    def generate(
-        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling
-    ) -> list[Completion]:
-        from vllm import SamplingParams
-
-        if not prompts:
-            return []
-        params = [
-            SamplingParams(
-                n=sampling.num_generations,
-                temperature=sampling.temperature,
-                max_tokens=sampling.max_tokens,
-                seed=seed,
-                logprobs=0,
-                flat_logprobs=True,
-                stop_token_ids=list(self.spec.end_token_ids),
-                logit_bias=self.logit_bias,
-                detokenize=False,
-            )
-            for seed in seeds
+    def grade(
+        self,
+        problems: list[Problem],
+        completions: list[Completion],
+        hints: list[int],
+        metrics: StepMetrics,
+    ) -> list[Group]:
+        count = self.config.rollout.num_generations
+        texts = [
+            self.inputs.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            for completion in completions
         ]
-        inputs = [{"prompt_token_ids": ids} for ids in prompts]
-        outputs = self.llm.generate(inputs, params, use_tqdm=False)
-        return [
-            Completion(
-                list(output.token_ids),
-                list(output.logprobs.logprobs),
-                truncated=output.finish_reason == "length",
-            )
-            for request in outputs
-            for output in sorted(request.outputs, key=lambda output: output.index)
-        ]
-
-    def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        # All weights in one call: vLLM takes a call for a whole model, and parts of it corrupt it.
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        if self.spec.device.type == "cpu":
-            self.llm.apply_model(repack_tied_head)
-        self.llm.reset_prefix_cache()
-
-    def close(self) -> None:
-        # Left to the end of the process, vLLM would look for process groups that are gone by then.
-        self.llm.llm_engine.engine_core.shutdown()
+        token_ids = [completion.token_ids for completion in completions]
+        each = [problem for problem in problems for _ in range(count)]
+        terms = self.rewards(each, texts, token_ids, metrics)
+        # Numbers, not tensors: they may be sent to other processes.
+        accuracy, form = terms.accuracy.tolist(), terms.format.tolist()
+        functions = {name: values.tolist() for name, values in terms.functions.items()}
+        groups = []
+        for problem, start in zip(problems, range(0, len(texts), count), strict=True):
+            part = slice(start, start + count)
+            added = {name: values[part] for name, values in functions.items()}
+            written = (completions[part], hints[part], texts[part])
+            groups.append(Group(problem, *written, accuracy[part], form[part], added))
+        unsolved = torch.tensor([not any(group.accuracy) for group in groups])
+        lengths = torch.tensor([len(tokens) for tokens in token_ids])
+        truncated = torch.tensor([completion.truncated for completion in completions])
+        metrics.mean_of("reward/zero_fraction", unsolved.float())
+        metrics.mean_of("rollout/mean_tokens", lengths)
+        metrics.mean_of("rollout/truncated_fraction", truncated.float())
+        metrics.total("rollout/tokens", lengths.sum())
+        return groups
 
 
-def repack_tied_head(model: torch.nn.Module) -> None:
-    """Renew the copy of a tied head that vLLM packs for the CPU.
+def join(groups: list[Group], device: torch.device) -> Rollouts:
+    """The rollouts of all groups, one after the other."""
 
-    The stream of weights names a tied matrix once, as the embedding, so vLLM renews that alone and
-    the head would go on with the weights it was loaded with.
-    """
-    config = model.config.get_text_config()
-    if getattr(config, "tie_word_embeddings", False):
-        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+    def tensor(values: Iterable[list[float]]) -> Tensor:
+        return torch.tensor([x for part in values for x in part], device=device)
 
-
-class HFEngine:
-    """Hugging Face `generate`: slower, but runs wherever the trainer does."""
-
-    name = "hf"
-    batch_size = 64
-    """Sequences a call of `generate`; chosen, untested."""
-
-    def __init__(self, spec: EngineSpec) -> None:
-        self.spec = spec
-        model = load_causal_lm(spec.path, dtype=spec.dtype).to(spec.device)
-        self.policy = Policy(model, vocab_size=spec.vocab_size).eval()
-
-    @torch.no_grad()
-    def generate(
-        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling
-    ) -> list[Completion]:
-        requests = [
-            (prompt, seed)
-            for prompt, seed in zip(prompts, seeds, strict=True)
-            for _ in range(sampling.num_generations)
-        ]
-        completions: list[Completion] = []
-        for start in range(0, len(requests), self.batch_size):
-            batch = requests[start : start + self.batch_size]
-            seed = batch[0][1] + start
-            completions += self.generate_batch([prompt for prompt, _ in batch], seed, sampling)
-        return completions
-
-    def generate_batch(
-        self, prompts: list[list[int]], seed: int, sampling: Sampling
-    ) -> list[Completion]:
-        width = max(map(len, prompts))
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-        greedy = sampling.temperature == 0
-        options = {} if greedy else dict(temperature=sampling.temperature, top_k=0, top_p=1.0)
-        lm, spec = self.policy.lm, self.spec
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            output = lm.generate(
-                input_ids=ids.to(spec.device),
-                attention_mask=mask.to(spec.device),
-                do_sample=not greedy,
-                max_new_tokens=sampling.max_tokens,
-                eos_token_id=list(spec.end_token_ids),
-                pad_token_id=spec.end_token_ids[0],
-                suppress_tokens=list(range(spec.vocab_size, lm.config.vocab_size)) or None,
-                **options,
-            )[:, width:].tolist()
-        written = [cut_at_end(tokens, spec.end_token_ids) for tokens in output]
-        batch = TokenBatch.build(prompts, [tokens for tokens, _ in written], spec.device)
-        logps = self.policy(batch, 1.0 if greedy else sampling.temperature)
-        return [
-            Completion(tokens, part.tolist(), truncated)
-            for (tokens, truncated), part in zip(written, batch.split(logps), strict=True)
-        ]
-
-    def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        parameters = dict(self.policy.lm.named_parameters())
-        with torch.no_grad():
-            for name, weight in weights:
-                parameters.pop(name).copy_(weight)
-        assert not parameters, f"weights not synced: {sorted(parameters)}"
-
-    def close(self) -> None:
-        del self.policy
+    return Rollouts(
+        problems=[group.problem for group in groups for _ in group.texts],
+        completions=[completion for group in groups for completion in group.completions],
+        hints=[hint for group in groups for hint in group.hints],
+        texts=[text for group in groups for text in group.texts],
+        accuracy=tensor(group.accuracy for group in groups),
+        format=tensor(group.format for group in groups),
+        functions={
+            name: tensor(group.functions[name] for group in groups) for name in groups[0].functions
+        },
+    )
 
 
-def cut_at_end(tokens: list[int], end_token_ids: tuple[int, ...]) -> tuple[list[int], bool]:
-    """Tokens up to and with the first end token, and whether there was none."""
-    for position, token in enumerate(tokens):
-        if token in end_token_ids:
-            return tokens[: position + 1], False
-    return tokens, True
-
-
-def prompt_seeds(seed: int, step: int, indices: Iterable[int]) -> list[int]:
-    """One seed a prompt, fixed by what is drawn alone: not by rank or place in the batch."""
-    return [int(np.random.default_rng([seed, step, i]).integers(2**48)) for i in indices]
+def gathered(mine: list[Group]) -> list[Group]:
+    """The groups of all processes, which have equally many, in the order their prompts were drawn:
+    by turns. Every process must call."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return [group for turn in zip(*parts, strict=True) for group in turn]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from codistill.advantages import advantages
-from codistill.batching import TokenBatch
+from codistill.batch import TokenBatch
 from codistill.config import Config
 from codistill.data import Problem
+from codistill.engine import Completion
 from codistill.model import Policy
-from codistill.rollout import Completion
 from codistill_kernels import downsample, importance_weights, kd_rewards, linear_reverse_kl
 
 CHOICE_STREAM = 2**33  # beside the seeds of rollouts and hints

@@ -10,13 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from codistill.config import Config
+from codistill.engine import EngineSpec, HFEngine, SyncError, make_engine
 from codistill.evaluation import evaluate
-from codistill.generation import Generation, Inputs
+from codistill.grading import Grader
+from codistill.inputs import Inputs
 from codistill.learner import Learner
-from codistill.metrics import StepMetrics
 from codistill.model import Policy, end_token_ids, freeze, load_policy
-from codistill.rewards import Grader
-from codistill.rollout import EngineSpec, HFEngine, SyncError, make_engine
+from codistill.objective import make_update
+from codistill.output.metrics import StepMetrics
+from codistill.rollout import Generation
 from codistill.scoring import (
     Rollouts,
     Scored,
@@ -29,7 +31,6 @@ from codistill.scoring import (
     task_rewards,
     with_advantages,
 )
-from codistill.updates import make_update
 from codistill_kernels import PolicyLoss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from codistill.rewards import Grades
+from codistill.grading import Grades
 
 
 def save_model(folder: Path, tokenizer, *, hidden: int, rows: int, seed: int, tied: bool) -> Path:

@@ -14,8 +14,8 @@ from tiny import merged, save_model
 from transformers import AutoTokenizer
 
 from codistill.config import Config
-from codistill.rewards import Grader
-from codistill.run import load_inputs
+from codistill.grading import Grader
+from codistill.inputs import load_inputs
 from codistill.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from codistill.config import Config, ConfigError, field_keys, load_config
+from codistill.config import Config, ConfigError, load_config
+from codistill.config.load import field_keys
 from codistill.run import run
 
 ROOT = Path(__file__).parents[2]

@@ -10,10 +10,11 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from codistill.batching import TokenBatch
-from codistill.config import ConfigError, DataConfig
+from codistill.batch import TokenBatch
+from codistill.config import ConfigError
+from codistill.config.data import DataConfig
 from codistill.data import draw, gold_answers, load_problems, overlap
-from codistill.rollout import cut_at_end, prompt_seeds
+from codistill.engine import cut_at_end, prompt_seeds
 
 
 def test_every_epoch_draws_every_problem_once():

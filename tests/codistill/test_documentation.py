@@ -8,7 +8,8 @@ import pytest
 import yaml
 from tiny import FakeGrader
 
-from codistill.config import Config, field_keys, load_config
+from codistill.config import Config, load_config
+from codistill.config.load import field_keys
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "algorithms.md").read_text()

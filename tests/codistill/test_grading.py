@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from codistill.config import ConfigError
-from codistill.rewards import Grader, Grades, format_reward, is_correct, is_only_text, with_alarm
+from codistill.grading import Grader, Grades, format_reward, is_correct, is_only_text, with_alarm
 
 ROOT = Path(__file__).parents[2]
 HANGS = "<answer>999999999^{999999999}</answer>"  # sympy computes the number
@@ -90,13 +90,13 @@ def test_grader_outlives_a_completion_that_hangs():
 
 def test_a_grading_process_ends_itself_where_nobody_is_left_to_end_it():
     assert with_alarm(9, max, 1, 2) == 2 and signal.alarm(0) == 0
-    code = "from codistill.rewards import with_alarm; with_alarm(0, pow, 9, 9**9)"
+    code = "from codistill.grading import with_alarm; with_alarm(0, pow, 9, 9**9)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGALRM
 
 
 def test_a_grading_process_is_ready_before_the_time_runs():
     code = (
-        "import signal, sys; from codistill.rewards import prepare_process; prepare_process()\n"
+        "import signal, sys; from codistill.grading import prepare_process; prepare_process()\n"
         "assert 'math_verify' in sys.modules and 'torch' not in sys.modules\n"
         "assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN"
     )

@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from processes import spawn
 
-from codistill.batching import TokenBatch
+from codistill.batch import TokenBatch
 from codistill.config import Config
 from codistill.data import Problem
+from codistill.engine import Completion
 from codistill.hints import hint_length, hint_uniforms, write_hints
 from codistill.model import load_policy
-from codistill.rollout import Completion
+from codistill.objective import make_update
 from codistill.scoring import Rollouts, Scored
-from codistill.updates import make_update
 
 CPU = torch.device("cpu")
 VOCAB, END, TEMPERATURE = 18, 1, 0.8

@@ -5,11 +5,11 @@ import torch.distributed as dist
 from processes import spawn
 from torch.distributed.tensor import DTensor
 
-from codistill.batching import TokenBatch
-from codistill.config import OptimizerConfig
+from codistill.batch import TokenBatch
+from codistill.config.schema import OptimizerConfig
 from codistill.learner import Learner, MicroBatch
-from codistill.metrics import StepMetrics
 from codistill.model import load_causal_lm, load_policy
+from codistill.output.metrics import StepMetrics
 from codistill_kernels import PolicyLoss, reference
 
 CPU = torch.device("cpu")

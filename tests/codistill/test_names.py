@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 import codistill_kernels
-from codistill.config_algorithm import (
+from codistill.config.algorithm import (
     DownsampleConfig,
     DownsampleMethod,
     KDConfig,

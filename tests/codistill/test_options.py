@@ -13,10 +13,10 @@ from tiny import FakeGrader, merged
 from codistill import checkpoint
 from codistill.config import Config
 from codistill.data import draw, redraw
-from codistill.generation import Group
-from codistill.metrics import StepMetrics
-from codistill.rollout import Completion
-from codistill.run import load_inputs
+from codistill.engine import Completion
+from codistill.inputs import load_inputs
+from codistill.output.metrics import StepMetrics
+from codistill.rollout import Group
 from codistill.trainer import Trainer
 
 END, VOCAB = 1, 18

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from codistill.advantages import beta_scales
-from codistill.config import Config, OptimizerConfig
+from codistill.config import Config
+from codistill.config.schema import OptimizerConfig
 from codistill.data import Problem
+from codistill.engine import Completion
 from codistill.learner import learning_rate_factor
-from codistill.rollout import Completion
 from codistill.scoring import Rollouts, alpha_at, score
 from codistill_kernels import kd_rewards
 from codistill_kernels._estimators import OF_REWARDS

@@ -5,7 +5,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from codistill.config import ConfigError, DataConfig
+from codistill.config import ConfigError
+from codistill.config.data import DataConfig
 from codistill.data import load_problems
 from codistill.templates import encode, render
 

@@ -15,7 +15,7 @@ from tiny import save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from codistill.batching import TokenBatch
+from codistill.batch import TokenBatch
 from codistill.model import Policy
 from codistill_kernels import codistill_losses, codistill_scores, policy_loss
 

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from codistill.config import Config, ConfigError, load_config
-from codistill.config_data import RewardConfig
+from codistill.config.data import RewardConfig
+from codistill.reward_functions import RewardError, RewardFunction, load_functions
 from codistill.run import run
-from codistill.user_rewards import RewardError, RewardFunction, load_functions
 
 MODULE = """
 import os
@@ -119,7 +119,7 @@ def test_an_exception_is_reported_with_its_place():
     with pytest.raises(RewardError) as error:
         call(reward)
     line = reward.__code__.co_firstlineno + 1
-    place = f"raised KeyError: 'nothing' (test_user_rewards.py, line {line})"
+    place = f"raised KeyError: 'nothing' (test_reward_functions.py, line {line})"
     assert str(error.value) == f"reward function my.reward {place}"
 
 

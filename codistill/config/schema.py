@@ -4,16 +4,13 @@ A run is one YAML file and `--section.key value` on the command line, which wins
 what it does and its unit; `python train.py --help` prints them all.
 """
 
-import argparse
-import difflib
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from codistill.config_algorithm import (
+from codistill.config.algorithm import (
     AdvantageConfig,
     DownsampleConfig,
     GRPOConfig,
@@ -21,8 +18,8 @@ from codistill.config_algorithm import (
     KDConfig,
     LossConfig,
 )
-from codistill.config_base import ConfigError, Section, require
-from codistill.config_data import DataConfig, RewardConfig
+from codistill.config.base import ConfigError, Section, require
+from codistill.config.data import DataConfig, RewardConfig
 
 
 class ModelConfig(Section):
@@ -166,7 +163,9 @@ class Config(BaseSettings):
                 raise ConfigError("small is missing: expected small or large, the model to train")
         for name in needed:
             if not values.get(name):
-                raise ConfigError(f"{name} is missing: expected {describe(name)}")
+                raise ConfigError(
+                    f"{name} is missing: expected {cls.model_fields[name].description}"
+                )
         return values
 
     @property
@@ -277,97 +276,3 @@ def check_models_learn(config: Config) -> None:
         order,
         f"small_first: algorithm {config.algorithm} trains one model",
     )
-
-
-def load_config(arguments: list[str]) -> Config:
-    """Read `--config FILE --section.key value ...`.
-
-    Raises:
-        ConfigError: the file is missing or not YAML, or a key or value is wrong.
-        SystemExit: `--help` was asked for (code 0).
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    known, overrides = parser.parse_known_args(arguments)
-    try:
-        return CliApp.run(
-            Config,
-            cli_args=overrides,
-            cli_exit_on_error=False,
-            **(read_yaml(known.config) if known.config else {}),
-        )
-    except SettingsError as error:
-        raise ConfigError(explain_argument(str(error))) from error
-    except ValidationError as error:
-        raise ConfigError(explain_field(error)) from error
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    require(path.is_file(), "--config", str(path), "a YAML file that exists")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"--config = {str(path)!r}: expected YAML: {' '.join(str(error).split())}"
-        ) from error
-    require(isinstance(content, dict), "--config", str(path), "a YAML file with section: keys")
-    return content
-
-
-def field_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """All keys of the configuration, dotted."""
-    keys = []
-    for name, field in model.model_fields.items():
-        section = section_of(field.annotation)
-        if section:
-            keys += field_keys(section, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
-    return keys
-
-
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The model behind a field that holds one, or one or None."""
-    kinds = (annotation, *get_args(annotation))
-    return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
-
-
-def explain_argument(message: str) -> str:
-    """One line for an argument that the command line does not know."""
-    words = message.split()
-    unknown = next((word for word in words if word.startswith("--")), None)
-    if unknown is None or "unrecognized" not in message:
-        return " ".join(words)
-    key, _, value = unknown[2:].partition("=")
-    rest = words[words.index(unknown) + 1 :]
-    return unknown_key(key, value or (rest[0] if rest else ""))
-
-
-def unknown_key(key: str, value: object) -> str:
-    keys = field_keys()
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    near = near or [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    hint = f"did you mean {near[0]}?" if near else "see --help for all keys"
-    return f"{key} = {value!r}: expected a known key; {hint}"
-
-
-def explain_field(error: ValidationError) -> str:
-    """One line for the first wrong field."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    original = first.get("ctx", {}).get("error")
-    if isinstance(original, ConfigError):
-        return f"{key}.{original}" if key else str(original)
-    if first["type"] == "extra_forbidden":
-        return unknown_key(key, first["input"])
-    if first["type"] == "missing":
-        return f"{key} is missing: expected {describe(key)}"
-    return f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-
-
-def describe(key: str) -> str:
-    model: Any = Config
-    for part in key.split("."):
-        field = model.model_fields[part]
-        model = section_of(field.annotation)
-    return field.description

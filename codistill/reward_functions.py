@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from codistill.config_base import ConfigError
+from codistill.config.base import ConfigError
 
 OWN_ARGUMENTS = ("prompts", "completions", "completion_ids", "prompt", "completion")
 """Columns of these names are not passed on: the arguments say it already."""

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from codistill.config import Config
 from codistill.data import Problem
-from codistill.rollout import Completion
+from codistill.engine import Completion
+from codistill.objective import make_update
 from codistill.scoring import Rollouts, Scored, engine_weights
-from codistill.updates import make_update
 from codistill_kernels import kl_penalty, policy_loss
 from codistill_kernels._estimators import OF_OBJECTIVES
 

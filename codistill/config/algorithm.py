@@ -4,7 +4,7 @@ from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from codistill.config_base import Section, require
+from codistill.config.base import Section, require
 
 
 class GRPOConfig(Section):

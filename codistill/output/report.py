@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from codistill.run_directory import read_rows
+from codistill.output.run_directory import read_rows
 
 EVALUATIONS_AVERAGED = 3
 

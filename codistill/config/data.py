@@ -5,7 +5,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from codistill.config_base import Section, require
+from codistill.config.base import Section, require
 from codistill.templates import is_template
 
 

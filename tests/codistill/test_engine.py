@@ -6,9 +6,9 @@ from processes import spawn
 from torch.distributed.tensor import DTensor
 
 from codistill import distributed
-from codistill.batching import TokenBatch
+from codistill.batch import TokenBatch
+from codistill.engine import EngineSpec, Sampling, make_engine
 from codistill.model import load_policy
-from codistill.rollout import EngineSpec, Sampling, make_engine
 
 VOCAB, END = 18, 1
 PROMPTS = [[3, 12, 4, 13], [5, 12, 5, 13], [9, 13]]

@@ -1,0 +1,261 @@
+"""Generation. The only importer of vllm.
+
+An engine holds its own copy of one model's weights, writes completions with them and takes new
+weights from the trainer. Both engines sample from softmax(logits / temperature) over the
+tokenizer's tokens and return the log-probability of each sampled token under just that.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from codistill.batch import TokenBatch
+from codistill.model import Policy, load_causal_lm
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was written after a prompt: its end token included, unless it was cut off."""
+
+    token_ids: list[int]
+    logps: list[float]
+    """Log-probability of each token that the engine sampled (nats): of the last ones, where the
+    first are a hint."""
+    truncated: bool
+    """The length limit, not an end token, stopped it."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    num_generations: int
+    """Completions a prompt; 1 if greedy."""
+    temperature: float
+    """Divides the logits; 0 is greedy."""
+    max_tokens: int
+
+
+class SyncError(RuntimeError):
+    """Engine and trainer disagree on the probability of what the engine wrote."""
+
+
+class Engine(Protocol):
+    name: str
+
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling
+    ) -> list[Completion]:
+        """`num_generations` completions of each prompt, prompt after prompt.
+
+        seeds: one a prompt. Same weights, prompts and seeds give the same completions.
+        """
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take all weights of the model, Hugging Face names. Consumes the iterator to its end."""
+
+    def close(self) -> None:
+        """Let go of what the engine holds, process groups included. The last call to it."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine must know of the model it runs."""
+
+    path: str
+    vocab_size: int
+    """Only ids below this are sampled: the tokenizer's, not the padded rows above."""
+    end_token_ids: tuple[int, ...]
+    max_model_tokens: int
+    """Longest prompt plus longest completion."""
+    dtype: torch.dtype
+    device: torch.device
+    kv_cache_gib: float
+
+
+def engine_kind(kind: str) -> str:
+    """Name of the engine that `kind` stands for: auto is vllm where it is installed."""
+    if kind == "auto":
+        return "vllm" if importlib.util.find_spec("vllm") else "hf"
+    return kind
+
+
+def make_engine(kind: str, spec: EngineSpec) -> Engine:
+    """kind: as in the configuration, rollout.engine."""
+    return VLLMEngine(spec) if engine_kind(kind) == "vllm" else HFEngine(spec)
+
+
+NEVER = -100.0  # the lowest logit bias that vLLM takes: a probability of about 1e-43
+
+
+class VLLMEngine:
+    """vLLM in this process; one engine a process, each with all weights (no tensor parallelism)."""
+
+    name = "vllm"
+
+    def __init__(self, spec: EngineSpec) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights reach it by reference
+        if spec.device.type == "cpu":
+            # The trainer shares these threads: pinning them to cores would slow both.
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+            # vLLM compiles a helper of its sampler: 4 to 15 s, and a compiler, for no gain here.
+            torch._dynamo.config.disable = True
+        import vllm
+
+        self.spec = spec
+        self.llm = vllm.LLM(
+            model=spec.path,
+            dtype=str(spec.dtype).removeprefix("torch."),
+            max_model_len=spec.max_model_tokens,
+            kv_cache_memory_bytes=int(spec.kv_cache_gib * 2**30),
+            distributed_executor_backend="external_launcher",
+            skip_tokenizer_init=True,
+            generation_config="vllm",  # the model's own file may add top-p or a penalty
+            logprobs_mode="processed_logprobs",
+            enforce_eager=spec.device.type == "cpu",
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+        )
+        # vLLM's own way to allow some ids only takes the list of them, 150 thousand a request.
+        rows = self.llm.llm_engine.model_config.get_vocab_size()
+        self.logit_bias = {row: NEVER for row in range(spec.vocab_size, rows)} or None
+
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling
+    ) -> list[Completion]:
+        from vllm import SamplingParams
+
+        if not prompts:
+            return []
+        params = [
+            SamplingParams(
+                n=sampling.num_generations,
+                temperature=sampling.temperature,
+                max_tokens=sampling.max_tokens,
+                seed=seed,
+                logprobs=0,
+                flat_logprobs=True,
+                stop_token_ids=list(self.spec.end_token_ids),
+                logit_bias=self.logit_bias,
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
+        inputs = [{"prompt_token_ids": ids} for ids in prompts]
+        outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        return [
+            Completion(
+                list(output.token_ids),
+                list(output.logprobs.logprobs),
+                truncated=output.finish_reason == "length",
+            )
+            for request in outputs
+            for output in sorted(request.outputs, key=lambda output: output.index)
+        ]
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        # All weights in one call: vLLM takes a call for a whole model, and parts of it corrupt it.
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        if self.spec.device.type == "cpu":
+            self.llm.apply_model(repack_tied_head)
+        self.llm.reset_prefix_cache()
+
+    def close(self) -> None:
+        # Left to the end of the process, vLLM would look for process groups that are gone by then.
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def repack_tied_head(model: torch.nn.Module) -> None:
+    """Renew the copy of a tied head that vLLM packs for the CPU.
+
+    The stream of weights names a tied matrix once, as the embedding, so vLLM renews that alone and
+    the head would go on with the weights it was loaded with.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "tie_word_embeddings", False):
+        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
+class HFEngine:
+    """Hugging Face `generate`: slower, but runs wherever the trainer does."""
+
+    name = "hf"
+    batch_size = 64
+    """Sequences a call of `generate`; chosen, untested."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        model = load_causal_lm(spec.path, dtype=spec.dtype).to(spec.device)
+        self.policy = Policy(model, vocab_size=spec.vocab_size).eval()
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling
+    ) -> list[Completion]:
+        requests = [
+            (prompt, seed)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+            for _ in range(sampling.num_generations)
+        ]
+        completions: list[Completion] = []
+        for start in range(0, len(requests), self.batch_size):
+            batch = requests[start : start + self.batch_size]
+            seed = batch[0][1] + start
+            completions += self.generate_batch([prompt for prompt, _ in batch], seed, sampling)
+        return completions
+
+    def generate_batch(
+        self, prompts: list[list[int]], seed: int, sampling: Sampling
+    ) -> list[Completion]:
+        width = max(map(len, prompts))
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+        greedy = sampling.temperature == 0
+        options = {} if greedy else dict(temperature=sampling.temperature, top_k=0, top_p=1.0)
+        lm, spec = self.policy.lm, self.spec
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            output = lm.generate(
+                input_ids=ids.to(spec.device),
+                attention_mask=mask.to(spec.device),
+                do_sample=not greedy,
+                max_new_tokens=sampling.max_tokens,
+                eos_token_id=list(spec.end_token_ids),
+                pad_token_id=spec.end_token_ids[0],
+                suppress_tokens=list(range(spec.vocab_size, lm.config.vocab_size)) or None,
+                **options,
+            )[:, width:].tolist()
+        written = [cut_at_end(tokens, spec.end_token_ids) for tokens in output]
+        batch = TokenBatch.build(prompts, [tokens for tokens, _ in written], spec.device)
+        logps = self.policy(batch, 1.0 if greedy else sampling.temperature)
+        return [
+            Completion(tokens, part.tolist(), truncated)
+            for (tokens, truncated), part in zip(written, batch.split(logps), strict=True)
+        ]
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        parameters = dict(self.policy.lm.named_parameters())
+        with torch.no_grad():
+            for name, weight in weights:
+                parameters.pop(name).copy_(weight)
+        assert not parameters, f"weights not synced: {sorted(parameters)}"
+
+    def close(self) -> None:
+        del self.policy
+
+
+def cut_at_end(tokens: list[int], end_token_ids: tuple[int, ...]) -> tuple[list[int], bool]:
+    """Tokens up to and with the first end token, and whether there was none."""
+    for position, token in enumerate(tokens):
+        if token in end_token_ids:
+            return tokens[: position + 1], False
+    return tokens, True
+
+
+def prompt_seeds(seed: int, step: int, indices: Iterable[int]) -> list[int]:
+    """One seed a prompt, fixed by what is drawn alone: not by rank or place in the batch."""
+    return [int(np.random.default_rng([seed, step, i]).integers(2**48)) for i in indices]
