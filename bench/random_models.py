@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from codistill.model import Policy, shard
+from codistill.config.schema import TrainingConfig
+from codistill.model import Policy, prepare
 
 BYTES_A_PARAMETER = 16  # fp32 weight, gradient and two Adam moments
 MEMORY_SHARE = 0.7  # of the device for those; activations, engine and bf16 copies take the rest
@@ -128,11 +129,9 @@ def write(pair: Pair, folder: Path, *, weights: bool, seed: int = 0) -> None:
 
 
 def random_policy(
-    path: str, *, vocab_size: int, dtype: torch.dtype, device: torch.device, checkpointing: bool
+    key: str, path: str, options: TrainingConfig, vocab_size: int, device: torch.device
 ) -> Policy:
     """`load_policy` of a folder without weights: they are made on the device, not read."""
     with device:
         lm = transformers.Qwen2ForCausalLM(transformers.AutoConfig.from_pretrained(path))
-    if checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return shard(Policy(lm, vocab_size=vocab_size).to(device).train(), dtype=dtype)
+    return prepare(lm, options, vocab_size, device)

@@ -127,7 +127,7 @@ def run_one(folder: Path, run: str, pair, rollouts: str, steps: int) -> list[dic
         downsample=dict(keep=KEPT),
         training=dict(
             steps=steps + 1,
-            micro_batch_size=8,
+            tokens_per_micro_batch=8 * (pair.prompt_tokens + pair.completion_tokens),
             dtype=pair.dtype,
             gradient_checkpointing=pair.checkpointing,
         ),

@@ -1,53 +1,143 @@
-"""From lists of tokens to the padded tensors of a forward pass. Masks come from lengths alone."""
+"""From rows of different lengths to the packed row of a forward pass. Nothing is padded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from codistill.attention import Group, Packing, group_indices
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of different lengths, one after the other, on the host."""
+
+    values: Tensor
+    """[N]"""
+    cu_seqlens: Tensor
+    """[S + 1] int64: row s is values[cu_seqlens[s] : cu_seqlens[s + 1]]."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]]) -> Self:
+        values = torch.tensor([value for row in rows for value in row], dtype=torch.int64)
+        return cls(values, torch.tensor([0, *accumulate(map(len, rows))]))
+
+    @classmethod
+    def cat(cls, parts: Sequence["Ragged"]) -> Self:
+        """All rows of all parts, in order."""
+        lengths = torch.cat([part.lengths for part in parts])
+        return cls(torch.cat([part.values for part in parts]), ends(lengths))
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """[S] int64."""
+        return self.cu_seqlens.diff()
+
+    def places(self, rows: Tensor) -> Tensor:
+        """[tokens of the rows] int64: where their values are, row after row."""
+        return runs(self.cu_seqlens[rows], self.lengths[rows])
+
+    def rows(self, rows: Tensor) -> "Ragged":
+        return Ragged(self.values[self.places(rows)], ends(self.lengths[rows]))
+
+
+def ends(lengths: Tensor) -> Tensor:
+    """[S] lengths -> [S + 1] cu_seqlens."""
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def runs(starts: Tensor, lengths: Tensor) -> Tensor:
+    """The numbers from starts[s] to starts[s] + lengths[s] - 1 of each s, one run after the other."""
+    shifts = starts - (lengths.cumsum(0) - lengths)
+    return torch.arange(int(lengths.sum())) + shifts.repeat_interleave(lengths)
+
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """S sequences (prompt, completion), padded on the right to T; N completion tokens in all."""
+    """S sequences (prompt, completion) in one row of L tokens; N completion tokens in all.
 
+    Without a sequence (S = N = 0) the row is one token, so that a forward pass has something to do.
+    """
+
+    rows: Tensor
+    """[S] int64: which of all rollouts these are."""
+    index: Tensor
+    """[N] int64: which of all rollouts' tokens these are."""
     input_ids: Tensor
-    """[S, T] int64; padding is id 0, whatever that token is."""
-    attention_mask: Tensor
-    """[S, T] int64; 1 on prompt and completion."""
+    """[1, L] int64"""
+    position_ids: Tensor
+    """[1, L] int64, from 0 in each sequence."""
     positions: Tensor
-    """[N] int64, index into the flattened S * T: the position that predicts each token."""
+    """[N] int64: the place in the row that predicts each completion token."""
     token_ids: Tensor
     """[N] int64: completion tokens, sequence after sequence, end token included."""
     cu_seqlens: Tensor
-    """[S + 1] int64: tokens of sequence s are cu_seqlens[s] : cu_seqlens[s + 1]."""
+    """[S + 1] int64: completion tokens of sequence s are cu_seqlens[s] : cu_seqlens[s + 1]."""
+    packing: Packing
+    """Of the row's sequences, prompts included."""
 
     @classmethod
     def build(
-        cls,
-        prompts: Sequence[list[int]],
-        completions: Sequence[list[int]],
-        device: torch.device,
+        cls, prompts: Ragged, completions: Ragged, rows: Sequence[int], device: torch.device
     ) -> Self:
-        assert all(prompts) and all(completions), "a prompt or a completion is empty"
-        pairs = list(zip(prompts, completions, strict=True))
-        width = max(len(prompt) + len(completion) for prompt, completion in pairs)
-        input_ids = torch.zeros(len(pairs), width, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        positions = []
-        for row, (prompt, completion) in enumerate(pairs):
-            length = len(prompt) + len(completion)
-            input_ids[row, :length] = torch.tensor(prompt + completion)
-            attention_mask[row, :length] = 1
-            # Logits at t predict token t + 1: the last prompt token predicts the first of these.
-            first = row * width + len(prompt) - 1
-            positions.append(torch.arange(first, first + len(completion)))
-        lengths = torch.tensor([0] + [len(completion) for completion in completions])
-        tokens = [token for completion in completions for token in completion]
-        tensors = (input_ids, attention_mask, torch.cat(positions), torch.tensor(tokens))
-        return cls(*(tensor.to(device) for tensor in (*tensors, lengths.cumsum(0))))
+        """Of these rows, which are sorted: no sequence is longer than the one before it."""
+        chosen = torch.tensor(rows, dtype=torch.int64)
+        before, after = prompts.lengths[chosen], completions.lengths[chosen]
+        lengths = before + after
+        starts = lengths.cumsum(0) - lengths
+        index = completions.places(chosen)
+        places = runs(starts + before, after)
+        input_ids = torch.zeros(max(1, int(lengths.sum())), dtype=torch.int64)
+        input_ids[runs(starts, before)] = prompts.values[prompts.places(chosen)]
+        input_ids[places] = completions.values[index]
+        widths = lengths.tolist() or [1]
+        position_ids = torch.cat([torch.arange(width) for width in widths])
+        groups = group_indices(widths)
+        cu_seqlens = torch.tensor([0, *accumulate(widths)])
+        *tensors, sequences = to_device(
+            [
+                *(chosen, index, input_ids[None], position_ids[None]),
+                *(places - 1, completions.values[index], ends(after)),
+                *(tensor for group in groups for tensor in group[2:]),
+                cu_seqlens,
+            ],
+            device,
+        )
+        moved = iter(tensors[7:])
+        packing = Packing(
+            tuple(Group(part, width, next(moved), next(moved)) for part, width, *_ in groups),
+            sequences.int(),
+            widths[0],
+        )
+        return cls(*tensors[:7], packing)
 
-    def split(self, per_token: Tensor) -> Sequence[Tensor]:
-        """[N] -> S tensors, one a sequence."""
-        return per_token.split(self.cu_seqlens.diff().tolist())
+
+def to_device(parts: Sequence[Tensor | None], device: torch.device) -> list:
+    """int64 tensors of any shape, None left as it is, in one copy."""
+    if device.type == "cpu":
+        return list(parts)
+    tensors = [part for part in parts if part is not None]
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).pin_memory()
+    pieces = iter(flat.to(device, non_blocking=True).split([t.numel() for t in tensors]))
+    return [None if part is None else next(pieces).view(part.shape) for part in parts]
+
+
+def pack(lengths: Tensor, limit: int) -> list[list[int]]:
+    """Cut rows, the longest first, into parts of at most `limit` tokens, or of one longer row.
+
+    lengths: [S] tokens of each row.
+    """
+    order = lengths.argsort(descending=True, stable=True).tolist()
+    parts: list[list[int]] = []
+    tokens = limit
+    for row, length in zip(order, lengths[order].tolist(), strict=True):
+        if tokens + length > limit:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(row)
+        tokens += length
+    return parts

@@ -37,6 +37,16 @@ def helpers() -> int:
     return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
+def largest(number: float, device: "torch.device") -> float:
+    """The largest that any process brings. Collective."""
+    import torch
+    import torch.distributed as dist
+
+    found = torch.tensor(number, dtype=torch.float64, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.item()
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes files and prints."""
     return os.environ.get("RANK", "0") == "0"

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codistill.batch import TokenBatch
 from codistill.model import Policy, load_causal_lm
 
 
@@ -181,61 +180,32 @@ def repack_tied_head(model: torch.nn.Module) -> None:
 
 
 class HFEngine:
-    """Hugging Face `generate`: slower, but runs wherever the trainer does."""
+    """The model's own forward pass: slower, but runs wherever the trainer does."""
 
     name = "hf"
     batch_size = 64
-    """Sequences a call of `generate`; chosen, untested."""
+    """Sequences that are sampled together; chosen, untested."""
 
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
         model = load_causal_lm(spec.path, dtype=spec.dtype).to(spec.device)
         self.policy = Policy(model, vocab_size=spec.vocab_size).eval()
 
-    @torch.no_grad()
     def generate(
         self, prompts: list[list[int]], seeds: list[int], sampling: Sampling
     ) -> list[Completion]:
-        requests = [
-            (prompt, seed)
-            for prompt, seed in zip(prompts, seeds, strict=True)
-            for _ in range(sampling.num_generations)
-        ]
+        count, ends = sampling.num_generations, self.spec.end_token_ids
+        rows = [prompt for prompt in prompts for _ in range(count)]
+        uniforms = [np.random.default_rng(s).random((count, sampling.max_tokens)) for s in seeds]
+        draws = np.concatenate([np.empty((0, sampling.max_tokens)), *uniforms])
         completions: list[Completion] = []
-        for start in range(0, len(requests), self.batch_size):
-            batch = requests[start : start + self.batch_size]
-            seed = batch[0][1] + start
-            completions += self.generate_batch([prompt for prompt, _ in batch], seed, sampling)
+        for start in range(0, len(rows), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            written = self.policy.sample(rows[part], draws[part], sampling.temperature, ends)
+            for ids, logps in zip(*written, strict=True):
+                token_ids, truncated = cut_at_end(ids, ends)
+                completions.append(Completion(token_ids, logps[: len(token_ids)], truncated))
         return completions
-
-    def generate_batch(
-        self, prompts: list[list[int]], seed: int, sampling: Sampling
-    ) -> list[Completion]:
-        width = max(map(len, prompts))
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-        greedy = sampling.temperature == 0
-        options = {} if greedy else dict(temperature=sampling.temperature, top_k=0, top_p=1.0)
-        lm, spec = self.policy.lm, self.spec
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            output = lm.generate(
-                input_ids=ids.to(spec.device),
-                attention_mask=mask.to(spec.device),
-                do_sample=not greedy,
-                max_new_tokens=sampling.max_tokens,
-                eos_token_id=list(spec.end_token_ids),
-                pad_token_id=spec.end_token_ids[0],
-                suppress_tokens=list(range(spec.vocab_size, lm.config.vocab_size)) or None,
-                **options,
-            )[:, width:].tolist()
-        written = [cut_at_end(tokens, spec.end_token_ids) for tokens in output]
-        batch = TokenBatch.build(prompts, [tokens for tokens, _ in written], spec.device)
-        logps = self.policy(batch, 1.0 if greedy else sampling.temperature)
-        return [
-            Completion(tokens, part.tolist(), truncated)
-            for (tokens, truncated), part in zip(written, batch.split(logps), strict=True)
-        ]
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         parameters = dict(self.policy.lm.named_parameters())

@@ -36,8 +36,8 @@ def write_hints(
     hints: list[list[int]] = []
     for start in range(0, len(prompts), ROWS):
         rows = slice(start, start + ROWS)
-        for tokens in policy.sample(prompts[rows], uniforms[rows], temperature):
-            hints.append(cut_at_end(tokens, end_token_ids)[0])
+        tokens, _ = policy.sample(prompts[rows], uniforms[rows], temperature)
+        hints += [cut_at_end(row, end_token_ids)[0] for row in tokens]
     return hints
 
 

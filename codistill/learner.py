@@ -1,48 +1,19 @@
 """One model in training: a sharded policy, its optimizer, its learning-rate schedule."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from codistill import distributed
 from codistill.batch import TokenBatch
 from codistill.config.schema import OptimizerConfig
 from codistill.model import Policy
+from codistill.objective import Objective
 from codistill.output.metrics import StepMetrics
 from codistill_kernels import PolicyLoss, kl_penalty, policy_loss
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one forward and backward pass trains on: S rollouts, N tokens."""
-
-    tokens: TokenBatch
-    old_logps: Tensor
-    """[N] under the policy that wrote the rollouts: in codistill the small model's, for both."""
-    advantages: Tensor
-    """[S]"""
-    mask: Tensor
-    """[N] bool: the tokens in the loss."""
-    weights: Tensor | None = None
-    """[S] what each token of a rollout counts; None: 1."""
-    importance_weights: Tensor | None = None
-    """[N] correction for an engine that is not the trainer; None: 1."""
-    penalties: tuple["Penalty", ...] = ()
-
-
-@dataclass(frozen=True)
-class Penalty:
-    """coefficient * KL(model in training || another one), subtracted from the objective (Eq. 2)."""
-
-    name: str
-    coefficient: float
-    estimator: str
-    """One of `kl_penalty`."""
-    logps: Tensor
-    """[N] of the other model."""
 
 
 class Learner:
@@ -73,49 +44,41 @@ class Learner:
 
     def backward(
         self,
-        micro_batches: Iterable[MicroBatch],
+        batches: Sequence[TokenBatch],
+        objective: Objective,
         metrics: StepMetrics,
         *,
-        normalizer: float,
         temperature: float,
     ) -> None:
-        """Add the gradient of the loss: a sum over tokens, divided by `normalizer`, which counts
-        all processes.
+        """Add the gradient of the loss, minus the objective. Collective: each batch is one.
 
-        Every process must bring the same number of micro-batches: each is a collective.
+        Raises:
+            RuntimeError: on all processes, if they bring different numbers of batches.
         """
-        for micro_batch in micro_batches:
-            loss = self.micro_loss(micro_batch, metrics, normalizer, temperature)
+        count, device = len(batches), objective.mask.device
+        most, least = distributed.largest(count, device), -distributed.largest(-count, device)
+        if most != least:
+            raise RuntimeError(f"between {least} and {most} batches in one process: expected as many")
+        for number, batch in enumerate(batches, start=1):
+            self.policy.reduce_head(number == count)
+            loss = self.loss_of(batch, objective, metrics, temperature)
             loss.backward()
             metrics.total(f"loss/{self.name}", loss.detach() / self.inner_epochs)
 
-    def micro_loss(
-        self, batch: MicroBatch, metrics: StepMetrics, normalizer: float, temperature: float
+    def loss_of(
+        self, batch: TokenBatch, objective: Objective, metrics: StepMetrics, temperature: float
     ) -> Tensor:
-        logps = self.policy(batch.tokens, temperature)
-        advantages, cu_seqlens = batch.advantages, batch.tokens.cu_seqlens
-        # Every surrogate is positively homogeneous in the advantage: a weight may go there.
-        loss, stats = policy_loss(
-            logps,
-            batch.old_logps,
-            advantages if batch.weights is None else advantages * batch.weights,
-            batch.mask,
-            loss=self.loss,
-            normalizer=normalizer,
-            importance_weights=batch.importance_weights,
-            cu_seqlens=cu_seqlens,
-        )
+        """The part of the loss that the tokens of a batch make."""
+        terms = objective.terms(batch)
+        if not objective.penalties:  # in one pass over the head
+            loss, stats = self.policy.policy_loss(batch, temperature, loss=self.loss, **terms)
+            self.record(stats, metrics)
+            return loss
+        logps = self.policy(batch, temperature)
+        loss, stats = policy_loss(logps, loss=self.loss, cu_seqlens=batch.cu_seqlens, **terms)
         self.record(stats, metrics)
-        for penalty in batch.penalties:
-            kl, kl_stats = kl_penalty(
-                logps,
-                penalty.logps,
-                batch.mask,
-                estimator=penalty.estimator,
-                normalizer=normalizer,
-                weights=batch.weights,
-                cu_seqlens=None if batch.weights is None else cu_seqlens,
-            )
+        for penalty in objective.penalties:
+            kl, kl_stats = kl_penalty(logps, **objective.penalty_terms(penalty, batch))
             loss = loss + penalty.coefficient * kl
             tokens = kl_stats["tokens"]
             metrics.mean(f"kl/{self.name}_{penalty.name}", kl_stats["kl"] * tokens, tokens)
@@ -139,11 +102,9 @@ class Learner:
 
     def record(self, stats: dict[str, Tensor], metrics: StepMetrics) -> None:
         prefix, tokens = f"ratio/{self.name}", stats["tokens"]
-        total = stats["ratio_mean"] * tokens
         low, high = stats["clip_fraction_low"], stats["clip_fraction_high"]
-        metrics.mean(f"{prefix}_mean", total, tokens)
-        squared = total.square() / (tokens * stats["ess"]).clamp(min=1e-30)
-        metrics.mean(f"{prefix}_squared", squared, tokens)
+        metrics.mean(f"{prefix}_mean", stats["ratio_mean"] * tokens, tokens)
+        metrics.mean(f"{prefix}_square_mean", stats["ratio_square_mean"] * tokens, tokens)
         metrics.mean(f"{prefix}_clip_fraction", (low + high) * tokens, tokens)
         metrics.mean(f"{prefix}_kl", stats["approx_kl"] * tokens, tokens)
         metrics.maximum(f"{prefix}_max", stats["ratio_max"])

@@ -5,7 +5,9 @@ A `Policy` is a causal language model whose forward pass ends in log-probabiliti
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,11 +29,21 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import is_flash_attn_2_available
 
-from codistill.batch import TokenBatch
+from codistill.attention import packed_attention
+from codistill.batch import Ragged, TokenBatch
 from codistill.config import Config, ConfigError, require
-from codistill_kernels import linear_logps
+from codistill.config.schema import TrainingConfig
+from codistill_kernels import linear_logps, linear_policy_loss
+from codistill_kernels.integrations.transformers import linear_head
 
+AttentionName = Literal["sdpa", "flash"]
+IMPLEMENTATIONS = {"sdpa": "codistill_packed", "flash": "flash_attention_2"}
+AttentionInterface.register(IMPLEMENTATIONS["sdpa"], packed_attention)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+GAP_LIMIT = 1e-3  # nats, of `gap_to_definition` in fp32; rounding makes 1e-6
 ROWS_OF_HEAD = 16384  # copied to fp32 at once: 0.2 GiB of a 7B model's; chosen, untested
 
 
@@ -41,91 +54,142 @@ def quiet_transformers() -> None:
 
 
 class Policy(nn.Module):
-    """pi(token | prompt, tokens before) of a causal language model."""
+    """pi(token | prompt, tokens before) of a causal language model, on packed sequences.
 
-    def __init__(self, lm: PreTrainedModel, *, vocab_size: int) -> None:
+    Raises:
+        ValueError: what the model does to its logits is none of what the kernels compute.
+    """
+
+    def __init__(
+        self, lm: PreTrainedModel, *, vocab_size: int, attention: AttentionName = "sdpa"
+    ) -> None:
         super().__init__()
-        self.lm = lm
-        self.vocab_size = vocab_size
-        self.softcap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
+        linear_head(lm)  # refuses now what it would refuse in the first step
+        self.lm, self.vocab_size = lm, vocab_size
+        self.use_attention(attention)
+
+    def use_attention(self, attention: AttentionName) -> None:
+        self.attention = attention
+        self.lm.set_attn_implementation(IMPLEMENTATIONS[attention])
 
     def forward(self, batch: TokenBatch, temperature: float) -> Tensor:
         """Log-probability of each completion token, [N] fp32 nats, at the given temperature."""
-        head = self.lm.get_output_embeddings()
         return linear_logps(
             self.hidden_states(batch),
-            head.weight,
-            batch.token_ids,
-            bias=head.bias,
+            token_ids=batch.token_ids,
             temperature=temperature,
-            softcap=self.softcap,
             vocab_size=self.vocab_size,
+            **linear_head(self.lm),
+        )
+
+    def policy_loss(
+        self, batch: TokenBatch, temperature: float, **terms: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and statistics of `linear_policy_loss`, in one pass over the head."""
+        return linear_policy_loss(
+            self.hidden_states(batch),
+            token_ids=batch.token_ids,
+            cu_seqlens=batch.cu_seqlens,
+            temperature=temperature,
+            vocab_size=self.vocab_size,
+            **linear_head(self.lm),
+            **terms,
         )
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
         """[N, H] at the position that predicts each completion token."""
+        packing = batch.packing
+        within: dict[str, Any] = {"packing": packing}
+        if self.attention == "flash":
+            ends, longest = packing.cu_seqlens, packing.longest
+            within = dict(
+                cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest
+            )
         output = self.lm.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **within
         )
-        return output.last_hidden_state.flatten(0, 1)[batch.positions]
+        return output.last_hidden_state[0].index_select(0, batch.positions)
 
-    def head_inputs(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """(hidden states [N, H], lm_head weight [V, H]), whole, until the policy runs again.
-
-        Raises:
-            NotImplementedError: the head does more than multiply.
-        """
-        head = self.lm.get_output_embeddings()
-        if head.bias is not None or self.softcap is not None:
-            raise NotImplementedError("kd.estimator exact: an lm_head with a bias or a softcap")
-        return self.hidden_states(batch), head.weight
+    def head_inputs(self, batch: TokenBatch) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """((hidden states [N, H], lm_head weight [V, H], bias), softcap and logit scale), whole,
+        until the policy runs again."""
+        head = linear_head(self.lm)
+        model = (self.hidden_states(batch), head.pop("lm_head_weight"), head.pop("bias"))
+        return model, head
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[list[int]], uniforms: np.ndarray, temperature: float
-    ) -> list[list[int]]:
-        """T tokens after each prompt, from softmax(logits / temperature), with a KV cache.
+        self,
+        prompts: Sequence[list[int]],
+        uniforms: np.ndarray,
+        temperature: float,
+        end_token_ids: tuple[int, ...] = (),
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Tokens after each prompt, from softmax(logits / temperature), and their log-probabilities
+        (nats), with a KV cache; the most probable tokens at temperature 0.
 
         uniforms: [S, T] in [0, 1); token t of row s is the inverse distribution function of
-        uniforms[s, t]. Exactly T forward passes, whatever is sampled: each is a collective.
+        uniforms[s, t]. T tokens each, fewer where `end_token_ids` have ended all rows. Without
+        these there are T forward passes, whatever is sampled: each is a collective.
         """
-        training = self.training
-        self.eval()  # in training, gradient checkpointing would switch the cache off
         width = max(map(len, prompts))
         device = next(self.parameters()).device
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         draws = torch.tensor(uniforms, dtype=torch.float64, device=device)
-        cache, tokens = None, []
-        for draw in draws.T:
-            output = self.lm.base_model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = output.past_key_values
-            logits = self.logits(output.last_hidden_state[:, -1]).double()
-            reached = (logits / temperature).softmax(dim=1).cumsum(dim=1)
-            # Rounding may leave the last sum below a draw.
-            ids = torch.searchsorted(reached, draw[:, None].contiguous(), right=True)
-            ids = ids.clamp(max=self.vocab_size - 1)
-            tokens.append(ids)
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            positions = positions[:, -1:] + 1
-        self.train(training)
-        return torch.cat(tokens, dim=1).tolist()
+        ends = torch.tensor(end_token_ids, dtype=torch.int64, device=device)
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        cache, tokens, logps = None, [], []
+        with self.unpacked():
+            for draw in draws.T:
+                output = self.lm.base_model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                cache = output.past_key_values
+                ids, logp = drawn(self.logits(output.last_hidden_state[:, -1]), draw, temperature)
+                tokens.append(ids)
+                logps.append(logp)
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                positions = positions[:, -1:] + 1
+                if end_token_ids:
+                    ended |= torch.isin(ids[:, 0], ends)
+                    if ended.all():
+                        break
+        return torch.cat(tokens, dim=1).tolist(), torch.cat(logps, dim=1).tolist()
+
+    @contextmanager
+    def unpacked(self) -> Iterator[None]:
+        """For generation: rows padded on the left, a KV cache, no dropout."""
+        training = self.training
+        self.eval()  # in training, gradient checkpointing would switch the cache off
+        self.lm.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            self.use_attention(self.attention)
+            self.train(training)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[S, H] -> [S, V] fp32, never rounded to the dtype of the forward pass, as in training."""
-        head = self.lm.get_output_embeddings()
-        parts = head.weight[: self.vocab_size].split(ROWS_OF_HEAD)
+        head = linear_head(self.lm)
+        parts = head["lm_head_weight"][: self.vocab_size].split(ROWS_OF_HEAD)
         logits = torch.cat([hidden_states.float() @ part.float().T for part in parts], dim=1)
-        if head.bias is not None:
-            logits = logits + head.bias[: self.vocab_size].float()
-        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+        if head["bias"] is not None:
+            logits = logits + head["bias"][: self.vocab_size].float()
+        logits = head["logit_scale"] * logits
+        softcap = head["softcap"]
+        return logits if softcap is None else softcap * (logits / softcap).tanh()
+
+    def reduce_head(self, wanted: bool) -> None:
+        """Whether the next backward pass sums the gradient of embedding and head over the processes;
+        else it is kept and added to: once a step is enough."""
+        if isinstance(self, FSDPModule):
+            self.set_requires_gradient_sync(wanted, recurse=False)
 
     def release(self) -> None:
         """Give back the weights that a forward pass has gathered and keeps: embedding and head."""
@@ -140,16 +204,34 @@ class Policy(nn.Module):
             yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def shard(policy: Policy, *, dtype: torch.dtype) -> Policy:
-    """Shard over all processes with FSDP2: fp32 weights, forward and backward in `dtype`.
+def drawn(logits: Tensor, draw: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The token [S, 1] that each draw [S] in [0, 1) stands for, and its log-probability [S, 1]."""
+    logits = logits.double()
+    if temperature == 0:
+        ids = logits.argmax(dim=1, keepdim=True)
+        return ids, logits.log_softmax(dim=1).gather(1, ids)
+    logps = (logits / temperature).log_softmax(dim=1)
+    reached = logps.exp().cumsum(dim=1)
+    # Rounding may leave the last sum below a draw.
+    ids = torch.searchsorted(reached, draw[:, None].contiguous(), right=True)
+    ids = ids.clamp(max=logits.shape[1] - 1)
+    return ids, logps.gather(1, ids)
+
+
+def shard(policy: Policy, *, dtype: torch.dtype, head_dtype: torch.dtype) -> Policy:
+    """Shard over all processes with FSDP2: fp32 weights; layers run in `dtype`, embedding, last norm
+    and head in `head_dtype`.
 
     Gradients are summed over the processes, not averaged: the losses divide by a global count.
     """
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+
+    def precision(param_dtype: torch.dtype) -> MixedPrecisionPolicy:
+        return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+
     for layer in policy.lm.base_model.layers:
-        fully_shard(layer, mp_policy=precision)
-    fully_shard(policy, mp_policy=precision)
-    for method in ("sample", "head_inputs"):
+        fully_shard(layer, mp_policy=precision(dtype))
+    fully_shard(policy, mp_policy=precision(head_dtype))
+    for method in ("sample", "head_inputs", "policy_loss"):
         register_fsdp_forward_method(policy, method)
     for module in policy.modules():
         if isinstance(module, FSDPModule):
@@ -163,15 +245,65 @@ def load_causal_lm(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
 
 
+def chosen_attention(name: str, device: torch.device, dtype: torch.dtype) -> AttentionName:
+    """The implementation that `training.attention` stands for: flash where flash-attn is installed,
+    the device is a GPU and the forward pass in bfloat16."""
+    has_flash = device.type == "cuda" and dtype == torch.bfloat16 and is_flash_attn_2_available()
+    require(
+        name != "flash" or has_flash,
+        "training.attention",
+        name,
+        "sdpa or auto: flash needs a GPU, training.dtype bfloat16 and flash-attn installed",
+    )
+    return "flash" if has_flash and name != "sdpa" else "sdpa"
+
+
 def load_policy(
-    path: str, *, vocab_size: int, dtype: torch.dtype, device: torch.device, checkpointing: bool
+    key: str, path: str, options: TrainingConfig, vocab_size: int, device: torch.device
 ) -> Policy:
-    """A sharded policy, ready to train."""
-    lm = load_causal_lm(path, dtype=torch.float32)
-    if checkpointing:
+    """A sharded policy, ready to train.
+
+    Raises:
+        ConfigError: under configuration key `key`, the model is none that can be trained.
+    """
+    lm = load_causal_lm(path, dtype=torch.float32).to(device)
+    try:
+        gap = gap_to_definition(Policy(lm.eval(), vocab_size=vocab_size))
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(f"{key} = {path!r}: {error}") from error
+    expected = f"a model of known attention and head; log-probabilities are {gap:.1e} nats off"
+    require(gap <= GAP_LIMIT, key, path, expected)
+    return prepare(lm, options, vocab_size, device)
+
+
+def prepare(
+    lm: PreTrainedModel, options: TrainingConfig, vocab_size: int, device: torch.device
+) -> Policy:
+    """A sharded policy of a model on the device, ready to train."""
+    dtype = DTYPES[options.dtype]
+    if options.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(lm, vocab_size=vocab_size).to(device)
-    return shard(policy.train(), dtype=dtype)
+    attention = chosen_attention(options.attention, device, dtype)
+    policy = Policy(lm, vocab_size=vocab_size, attention=attention)
+    head_dtype = dtype if options.head_dtype == "same" else torch.float32
+    return shard(policy.train(), dtype=dtype, head_dtype=head_dtype)
+
+
+@torch.no_grad()
+def gap_to_definition(policy: Policy) -> float:
+    """Largest difference (nats) between log-probabilities of two packed sequences and what the
+    model's own forward pass, with its own attention and head, says of each alone."""
+    rows, device = [[0, 1, 2], [1, 0]], next(policy.parameters()).device
+    batch = TokenBatch.build(Ragged.of(rows), Ragged.of(rows), [0, 1], device)
+    packed = policy(batch, 1.0)
+    policy.lm.set_attn_implementation("eager")
+    alone = []
+    for row in rows:
+        ids = torch.tensor([row + row], device=device)
+        logits = policy.lm(input_ids=ids).logits[0, len(row) - 1 : -1, : policy.vocab_size].float()
+        alone.append(logits.log_softmax(dim=1).gather(1, ids[:, len(row) :].T)[:, 0])
+    policy.use_attention(policy.attention)
+    return (packed - torch.cat(alone)).abs().max().item()
 
 
 def freeze(policy: Policy) -> Policy:

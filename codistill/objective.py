@@ -1,117 +1,153 @@
-"""From scored rollouts to what the update of one model trains on."""
+"""What the update of one model maximizes, over all of this process's rollouts."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from codistill.batch import TokenBatch
 from codistill.config import Config
-from codistill.learner import MicroBatch, Penalty
-from codistill.scoring import Rollouts, Scored
+from codistill.rollout import Rollouts
+from codistill.scoring import Scored
 
 
 @dataclass(frozen=True)
-class Update:
-    """Micro-batches of this process and the count that the sum over all processes is divided by."""
+class Penalty:
+    """coefficient * KL(model in training || another one), subtracted from the objective (Eq. 2)."""
 
-    micro_batches: list[MicroBatch]
-    normalizer: float
+    name: str
+    coefficient: float
+    estimator: str
+    """One of `kl_penalty`."""
+    logps: Tensor
+    """[N] of the other model."""
 
 
-def make_update(
-    config: Config,
-    name: str,
-    rollouts: Rollouts,
-    scored: Scored,
-    device: torch.device,
-    *,
-    alpha: float = 0.0,
-) -> Update:
-    """Of the model `name`: the rollouts kept, with its advantages. Every process must call.
+@dataclass(frozen=True)
+class Objective:
+    """Terms of `policy_loss` and `kl_penalty` for S rollouts of N tokens.
+
+    1/normalizer sum over tokens in `mask` of weight * surrogate(ratio to old_logps, advantage)
+    """
+
+    old_logps: Tensor
+    """[N] under the policy that wrote the rollouts: in codistill the small model's, for both."""
+    advantages: Tensor
+    """[S]"""
+    mask: Tensor
+    """[N] bool: the tokens in the loss."""
+    normalizer: float | Tensor
+    """Counts all processes."""
+    weights: Tensor | None = None
+    """[S] of each token of a rollout; None: 1."""
+    importance_weights: Tensor | None = None
+    """[N] correction for an engine that is not the trainer; None: 1."""
+    penalties: tuple[Penalty, ...] = ()
+
+    def terms(self, batch: TokenBatch) -> dict[str, Any]:
+        """Arguments of `policy_loss` for the tokens of a batch.
+
+        Every surrogate is positively homogeneous in the advantage: a weight may go there.
+        """
+        advantages, weights = self.advantages, self.importance_weights
+        if self.weights is not None:
+            advantages = advantages * self.weights
+        return dict(
+            old_logps=self.old_logps[batch.index],
+            advantages=advantages[batch.rows],
+            mask=self.mask[batch.index],
+            normalizer=self.normalizer,
+            importance_weights=None if weights is None else weights[batch.index],
+        )
+
+    def penalty_terms(self, penalty: Penalty, batch: TokenBatch) -> dict[str, Any]:
+        """Arguments of `kl_penalty` for the tokens of a batch."""
+        by_rollout = None if self.weights is None else self.weights[batch.rows]
+        return dict(
+            reference_logps=penalty.logps[batch.index],
+            mask=self.mask[batch.index],
+            estimator=penalty.estimator,
+            normalizer=self.normalizer,
+            weights=by_rollout,
+            cu_seqlens=None if by_rollout is None else batch.cu_seqlens,
+        )
+
+
+def make_objective(
+    config: Config, name: str, rollouts: Rollouts, scored: Scored, *, alpha: float = 0.0
+) -> Objective:
+    """Of the model `name`: the rollouts kept, with its advantages. Collective.
 
     alpha: weight of the KD term where it is in the objective.
     """
-    size, rows = config.training.micro_batch_size, scored.kept.tolist()
-    masks = [loss_mask(config, name, rollouts, row) for row in rows]
-    micro_batches = []
-    for start in range(0, len(rows), size):
-        part = slice(start, start + size)
-        micro_batches.append(
-            MicroBatch(
-                tokens=rollouts.batch(rows[part], device),
-                old_logps=torch.cat(
-                    [old_logps(config, name, rollouts, scored, row) for row in rows[part]]
-                ),
-                advantages=scored.advantages[name][part],
-                mask=torch.cat(masks[part]).to(device),
-                weights=rollout_weights(config, masks[part], device),
-                importance_weights=of_rows(scored.importance_weights, rows[part]),
-                penalties=penalties(config, name, scored, part, alpha),
-            )
-        )
-    tokens = torch.tensor(float(sum(mask.sum() for mask in masks)), device=device)
-    return Update(micro_batches, normalizer(config, tokens))
+    advantages = scored.credit.advantages[name]
+    mask = loss_mask(config, name, rollouts)
+    lengths = rollouts.completions.lengths
+    in_loss = torch.segment_reduce(mask.float(), "sum", lengths=lengths)
+    weights = None
+    if config.loss.normalization == "sequence":  # 1/|o| of Eq. 2, tokens in the loss counted
+        weights = (1 / in_loss.clamp(min=1)).to(advantages)
+    kept = scored.credit.kept.to(lengths.device)
+    return Objective(
+        old_logps=old_logps(config, name, rollouts, scored),
+        advantages=advantages,
+        mask=mask.to(advantages.device),
+        normalizer=normalizer(config, in_loss[kept].sum().to(advantages.device)),
+        weights=weights,
+        importance_weights=scored.importance_weights,
+        penalties=penalties(config, name, scored, alpha),
+    )
 
 
-def normalizer(config: Config, tokens: Tensor) -> float:
+def normalizer(config: Config, tokens: Tensor) -> float | Tensor:
     """What the sum over tokens of all processes is divided by; tokens: in this process's loss."""
     # 1/prompts * 1/G of Eq. 2, Eq. 5 and Eq. 10, prompts counted over all processes.
     kept = config.rollout.prompts_per_step * config.kept
-    if config.loss.normalization == "constant":
-        return kept * config.rollout.max_completion_tokens
-    if config.loss.normalization == "sequence":
-        return kept
-    if dist.is_initialized():
-        dist.all_reduce(tokens)
-    return max(1.0, tokens.item())
+    match config.loss.normalization:
+        case "constant":
+            return kept * config.rollout.max_completion_tokens
+        case "sequence":
+            return kept
+        case "tokens":
+            tokens = tokens.double()
+            if dist.is_initialized():
+                dist.all_reduce(tokens)
+            return tokens.clamp(min=1)
 
 
-def rollout_weights(config: Config, masks: list[Tensor], device: torch.device) -> Tensor | None:
-    """[S] 1/|o| of Eq. 2, tokens in the loss counted; None where a rollout's length is nothing."""
-    if config.loss.normalization != "sequence":
-        return None
-    return 1 / torch.tensor([max(1.0, float(mask.sum())) for mask in masks], device=device)
-
-
-def old_logps(config: Config, name: str, rollouts: Rollouts, scored: Scored, row: int) -> Tensor:
-    """[tokens of the rollout]: the denominator of the importance ratio.
+def old_logps(config: Config, name: str, rollouts: Rollouts, scored: Scored) -> Tensor:
+    """[N] the denominator of the importance ratio.
 
     The writer's, of every token (Eq. 5, Eq. 10); in Eq. 8 those of the large model, where it wrote.
     """
-    hint, old = rollouts.hints[row], scored.logps[config.writer][row]
+    old = scored.logps[config.writer]
+    is_hint = rollouts.is_hint.to(old.device)
     if config.loss.old_logps == "engine":
-        old = torch.cat([old[:hint], old.new_tensor(rollouts.completions[row].logps)])
-    if name == "small" and config.hint.loss == "importance" and hint:
-        old = torch.cat([scored.logps["large"][row][:hint], old[hint:]])
+        old = torch.where(is_hint, old, rollouts.engine_logps.to(old))
+    if name == "small" and config.hint.loss == "importance":
+        old = torch.where(is_hint, scored.logps["large"], old)
     return old
 
 
-def loss_mask(config: Config, name: str, rollouts: Rollouts, row: int) -> Tensor:
-    """[tokens of the rollout] bool: which are in the loss."""
-    completion = rollouts.completions[row]
-    mask = torch.ones(len(completion.token_ids), dtype=torch.bool)
+def loss_mask(config: Config, name: str, rollouts: Rollouts) -> Tensor:
+    """[N] bool: which tokens are in the loss of a rollout that is kept."""
+    mask = torch.ones_like(rollouts.is_hint)
     if name == "small" and config.hint.loss == "masked":
-        mask[: rollouts.hints[row]] = False
-    if completion.truncated and config.rollout.truncated == "mask":
-        mask[:] = False
+        mask = ~rollouts.is_hint
+    if config.rollout.truncated == "mask":
+        mask = mask & ~rollouts.truncated.repeat_interleave(rollouts.completions.lengths)
     return mask
 
 
-def penalties(
-    config: Config, name: str, scored: Scored, part: slice, alpha: float
-) -> tuple[Penalty, ...]:
-    """Of a part of the rollouts kept: beta's of Eq. 2, and the KD term where it is one."""
+def penalties(config: Config, name: str, scored: Scored, alpha: float) -> tuple[Penalty, ...]:
+    """Those of the objective: beta's of Eq. 2, and the KD term where it is one."""
     found = []
     if config.loss.beta:
-        reference = torch.cat(scored.reference_logps[name][part])
+        reference = scored.reference_logps[name]
         found.append(Penalty("reference", config.loss.beta, "k3", reference))
     in_objective = config.kd.placement == "objective"
     if name == "small" and scored.teacher_logps is not None and in_objective:
-        teacher = torch.cat([scored.teacher_logps[row] for row in scored.kept[part].tolist()])
-        found.append(Penalty("kd", alpha, config.kd.chosen_estimator, teacher))
+        found.append(Penalty("kd", alpha, config.kd.chosen_estimator, scored.teacher_logps))
     return tuple(found)
-
-
-def of_rows(per_rollout: list[Tensor] | None, rows: list[int]) -> Tensor | None:
-    return None if per_rollout is None else torch.cat([per_rollout[row] for row in rows])

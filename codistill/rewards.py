@@ -14,7 +14,7 @@ from codistill.reward_functions import RewardError, RewardFunction
 
 
 class RewardTerms(NamedTuple):
-    """The terms of r, each [S]."""
+    """The terms of r, each [S], on the host."""
 
     accuracy: Tensor
     """1.0 where the answer is right, else 0.0."""
@@ -32,9 +32,8 @@ class RolloutRewards:
         config: RewardConfig,
         grader: Grader,
         functions: list[RewardFunction],
-        device: torch.device,
     ) -> None:
-        self.config, self.grader, self.functions, self.device = config, grader, functions, device
+        self.config, self.grader, self.functions = config, grader, functions
 
     def __call__(
         self,
@@ -52,7 +51,7 @@ class RolloutRewards:
             grades = self.grader.grade(texts, [problem.answers for problem in problems])
             form = [format_reward(text) if self.config.format else 0.0 for text in texts]
             functions = self.call_functions(problems, texts, token_ids, metrics)
-        terms = RewardTerms(self.tensor(grades.correct), self.tensor(form), functions)
+        terms = RewardTerms(floats(grades.correct), floats(form), functions)
         metrics.mean_of("reward/accuracy", terms.accuracy)
         metrics.mean_of("reward/format", terms.format)
         metrics.total("grade/failures", grades.failures)
@@ -77,11 +76,12 @@ class RolloutRewards:
             stop_together(error)
             known = [value for value in values if value is not None]
             metrics.mean(f"reward/{function.name}", sum(known), len(known))
-            terms[function.name] = function.weight * self.tensor([v or 0.0 for v in values])
+            terms[function.name] = function.weight * floats([v or 0.0 for v in values])
         return terms
 
-    def tensor(self, values: list) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self.device)
+
+def floats(values: list) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def stop_together(error: RewardError | None) -> None:

@@ -1,15 +1,18 @@
-"""From a step's problems to graded rollouts: prompts, hints, engine, grader."""
+"""Rollouts, and how a step's problems become some: prompts, hints, engine, grades."""
 
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from codistill import distributed
+from codistill.batch import Ragged, TokenBatch, pack
 from codistill.config import Config
 from codistill.data import Problem, draw, redraw
 from codistill.engine import Completion, Engine, Sampling, prompt_seeds
@@ -18,26 +21,132 @@ from codistill.hints import hint_length, hint_uniforms, write_hints
 from codistill.inputs import Inputs
 from codistill.model import Policy
 from codistill.output.metrics import StepMetrics
-from codistill.rewards import RolloutRewards
-from codistill.scoring import Rollouts
+from codistill.rewards import RewardTerms, RolloutRewards
 
 
 @dataclass(frozen=True)
-class Group:
-    """M graded rollouts of one prompt."""
+class Rollouts:
+    """S = prompts x M graded completions of the writer, prompt after prompt, N tokens in all; on the
+    host."""
 
-    problem: Problem
-    completions: list[Completion]
-    hints: list[int]
+    problems: list[Problem]
+    """[S] each problem M times."""
     texts: list[str]
-    accuracy: list[float]
-    format: list[float]
-    functions: dict[str, list[float]]
+    """[S]"""
+    prompts: Ragged
+    """[S] token ids of each prompt."""
+    completions: Ragged
+    """[S] token ids of each completion, its hint and its end token included."""
+    engine_logps: Tensor
+    """[N] fp32, log-probability of each token as the engine sampled it (nats); NaN in a hint."""
+    hint_lengths: Tensor
+    """[S] int64: how many of a completion's first tokens the large model wrote."""
+    truncated: Tensor
+    """[S] bool: cut off by max_completion_tokens."""
+    accuracy: Tensor
+    """[S] 1.0 where the answer is right, else 0.0."""
+    format: Tensor
+    """[S] format reward; zeros where the run has none."""
+    functions: dict[str, Tensor]
+    """[S] what each reward function of the user's adds, weight included."""
+
+    @classmethod
+    def of(
+        cls,
+        problems: list[Problem],
+        texts: list[str],
+        completions: Sequence[Completion],
+        hint_lengths: list[int],
+        rewards: RewardTerms,
+    ) -> Self:
+        """From what the engine wrote and the grader found; everything is [S]."""
+        hints = zip(completions, hint_lengths, strict=True)
+        logps = [value for c, hint in hints for value in (*[torch.nan] * hint, *c.logps)]
+        return cls(
+            problems,
+            texts,
+            Ragged.of([problem.prompt_ids for problem in problems]),
+            Ragged.of([completion.token_ids for completion in completions]),
+            torch.tensor(logps, dtype=torch.float32),
+            torch.tensor(hint_lengths),
+            torch.tensor([completion.truncated for completion in completions]),
+            *rewards,
+        )
+
+    def __len__(self) -> int:
+        return len(self.problems)
 
     @property
-    def has_signal(self) -> bool:
-        """Some right, some wrong: else accuracy gives no advantage."""
-        return 0 < sum(self.accuracy) < len(self.accuracy)
+    def tokens(self) -> int:
+        """N"""
+        return len(self.completions.values)
+
+    @property
+    def rewards(self) -> Tensor:
+        """r of Eq. 6 as graded, [S]."""
+        return self.accuracy + self.format + sum(self.functions.values())
+
+    @cached_property
+    def is_hint(self) -> Tensor:
+        """[N] bool: tokens that the large model wrote."""
+        lengths, starts = self.completions.lengths, self.completions.cu_seqlens[:-1]
+        place = torch.arange(self.tokens) - starts.repeat_interleave(lengths)
+        return place < self.hint_lengths.repeat_interleave(lengths)
+
+    def has_signal(self, group_size: int) -> Tensor:
+        """[prompts] bool: some of a prompt's rollouts are right, some wrong; else accuracy gives no
+        advantage."""
+        right = self.accuracy.view(-1, group_size).sum(dim=1)
+        return (right > 0) & (right < group_size)
+
+    def rows(self, rows: Tensor) -> "Rollouts":
+        """Some of the rollouts, in the order of `rows` [K]."""
+        places, chosen = self.completions.places(rows), rows.tolist()
+        return Rollouts(
+            [self.problems[row] for row in chosen],
+            [self.texts[row] for row in chosen],
+            self.prompts.rows(rows),
+            self.completions.rows(rows),
+            self.engine_logps[places],
+            self.hint_lengths[rows],
+            self.truncated[rows],
+            self.accuracy[rows],
+            self.format[rows],
+            {name: values[rows] for name, values in self.functions.items()},
+        )
+
+    @classmethod
+    def cat(cls, parts: Sequence["Rollouts"]) -> Self:
+        """All rollouts of all parts, in order."""
+        values: list[Any] = []
+        for field in fields(cls):
+            found = [getattr(part, field.name) for part in parts]
+            values.append(joined(found))
+        return cls(*values)
+
+    def batches(
+        self, rows: Sequence[int], tokens: int, device: torch.device
+    ) -> list[TokenBatch]:
+        """These rollouts in rows of at most `tokens` tokens, prompts included.
+
+        Collective: every process gets as many, some of them perhaps without a rollout.
+        """
+        lengths = (self.prompts.lengths + self.completions.lengths)[list(rows)]
+        parts = [[rows[place] for place in part] for part in pack(lengths, tokens)]
+        parts += [[]] * (distributed.largest(len(parts), device) - len(parts))
+        return [TokenBatch.build(self.prompts, self.completions, p, device) for p in parts]
+
+
+def joined(parts: list) -> Any:
+    """One of tensors, lists, `Ragged`s, or dicts of tensors, one after the other."""
+    match parts[0]:
+        case Tensor():
+            return torch.cat(parts)
+        case Ragged():
+            return Ragged.cat(parts)
+        case dict():
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return list(itertools.chain.from_iterable(parts))
 
 
 class Generation:
@@ -50,12 +159,11 @@ class Generation:
         engine: Engine,
         grader: Grader,
         hinter: Policy | None,
-        device: torch.device,
         end_token_ids: tuple[int, ...],
     ) -> None:
         self.config, self.inputs, self.engine = config, inputs, engine
-        self.rewards = RolloutRewards(config.reward, grader, inputs.reward_functions, device)
-        self.hinter, self.device, self.end_token_ids = hinter, device, end_token_ids
+        self.rewards = RolloutRewards(config.reward, grader, inputs.reward_functions)
+        self.hinter, self.end_token_ids = hinter, end_token_ids
 
     def rollouts(self, step: int, metrics: StepMetrics) -> Rollouts:
         """M graded rollouts of each of this process's prompts in step `step`, from 1.
@@ -64,18 +172,21 @@ class Generation:
         order drawn; if there are too few, then of the first ones without.
         """
         rank, processes = dist.get_rank(), dist.get_world_size()
-        wanted = self.config.rollout.prompts_per_step
-        groups: list[Group] = []
+        group_size = self.config.rollout.num_generations
+        rounds: list[Rollouts] = []
         for number, indices in enumerate(self.rounds(step), start=1):
             mine = self.write(step, indices[rank::processes].tolist(), metrics)
             if self.config.rollout.sampling_rounds == 1:
-                return join(mine, self.device)
-            groups += gathered(mine)
+                return mine
+            rounds.append(gathered(mine, group_size))
             metrics.maximum("rollout/sampling_rounds", number)
-            if sum(group.has_signal for group in groups) >= wanted:
+            signals = torch.cat([part.has_signal(group_size) for part in rounds])
+            if signals.sum() >= self.config.rollout.prompts_per_step:
                 break
-        groups.sort(key=lambda group: not group.has_signal)  # stable: else in the order drawn
-        return join(groups[:wanted][rank::processes], self.device)
+        # Stable, so that prompts are in the order drawn, those with a signal first.
+        order = signals.int().argsort(descending=True, stable=True)
+        prompts = order[: self.config.rollout.prompts_per_step][rank::processes]
+        return Rollouts.cat(rounds).rows(members(prompts, group_size))
 
     def rounds(self, step: int) -> Iterator[np.ndarray]:
         """Indices of the problems of each round of sampling."""
@@ -84,23 +195,24 @@ class Generation:
         yield draw(*terms)
         yield from itertools.islice(redraw(*terms), rollout.sampling_rounds - 1)
 
-    def write(self, step: int, share: list[int], metrics: StepMetrics) -> list[Group]:
-        """A group of each of these problems."""
+    def write(self, step: int, share: list[int], metrics: StepMetrics) -> Rollouts:
+        """M rollouts of each of these problems."""
         rollout = self.config.rollout
         length = hint_length(self.config, step, len(self.inputs.problems))
         if length:
-            hints, completions = self.write_with_hints(step, share, length, metrics)
+            hint_lengths, completions = self.write_with_hints(step, share, length, metrics)
         else:
             completions = self.engine.generate(
                 [self.inputs.problems[i].prompt_ids for i in share],
                 prompt_seeds(self.config.seed, step, share),
                 self.sampling(rollout.num_generations, rollout.max_completion_tokens),
             )
-            hints = [0] * len(completions)
+            hint_lengths = [0] * len(completions)
         if self.config.hint.tokens:
-            metrics.mean_of("rollout/hint_tokens", torch.tensor(hints))
+            metrics.mean_of("rollout/hint_tokens", torch.tensor(hint_lengths))
             metrics.maximum("time/hint", 0.0)  # there in the steps without, too
-        return self.grade([self.inputs.problems[i] for i in share], completions, hints, metrics)
+        problems = [self.inputs.problems[i] for i in share for _ in range(rollout.num_generations)]
+        return self.graded(problems, completions, hint_lengths, metrics)
 
     def sampling(self, num_generations: int, max_tokens: int) -> Sampling:
         return Sampling(num_generations, self.config.rollout.temperature, max_tokens)
@@ -134,62 +246,38 @@ class Generation:
             completions[row] = Completion(hints[row] + rest.token_ids, rest.logps, rest.truncated)
         return [len(hint) for hint in hints], completions
 
-    def grade(
+    def graded(
         self,
         problems: list[Problem],
         completions: list[Completion],
-        hints: list[int],
+        hint_lengths: list[int],
         metrics: StepMetrics,
-    ) -> list[Group]:
-        count = self.config.rollout.num_generations
-        texts = [
-            self.inputs.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-            for completion in completions
-        ]
+    ) -> Rollouts:
+        """Everything is [S]."""
         token_ids = [completion.token_ids for completion in completions]
-        each = [problem for problem in problems for _ in range(count)]
-        terms = self.rewards(each, texts, token_ids, metrics)
-        # Numbers, not tensors: they may be sent to other processes.
-        accuracy, form = terms.accuracy.tolist(), terms.format.tolist()
-        functions = {name: values.tolist() for name, values in terms.functions.items()}
-        groups = []
-        for problem, start in zip(problems, range(0, len(texts), count), strict=True):
-            part = slice(start, start + count)
-            added = {name: values[part] for name, values in functions.items()}
-            written = (completions[part], hints[part], texts[part])
-            groups.append(Group(problem, *written, accuracy[part], form[part], added))
-        unsolved = torch.tensor([not any(group.accuracy) for group in groups])
-        lengths = torch.tensor([len(tokens) for tokens in token_ids])
-        truncated = torch.tensor([completion.truncated for completion in completions])
-        metrics.mean_of("reward/zero_fraction", unsolved.float())
+        decode = self.inputs.tokenizer.decode
+        texts = [decode(ids, skip_special_tokens=True) for ids in token_ids]
+        terms = self.rewards(problems, texts, token_ids, metrics)
+        rollouts = Rollouts.of(problems, texts, completions, hint_lengths, terms)
+        lengths, count = rollouts.completions.lengths, self.config.rollout.num_generations
+        is_unsolved = rollouts.accuracy.view(-1, count).sum(dim=1) == 0
+        metrics.mean_of("reward/zero_fraction", is_unsolved.float())
         metrics.mean_of("rollout/mean_tokens", lengths)
-        metrics.mean_of("rollout/truncated_fraction", truncated.float())
-        metrics.total("rollout/tokens", lengths.sum())
-        return groups
+        metrics.mean_of("rollout/truncated_fraction", rollouts.truncated.float())
+        metrics.total("rollout/tokens", rollouts.tokens)
+        return rollouts
 
 
-def join(groups: list[Group], device: torch.device) -> Rollouts:
-    """The rollouts of all groups, one after the other."""
-
-    def tensor(values: Iterable[list[float]]) -> Tensor:
-        return torch.tensor([x for part in values for x in part], device=device)
-
-    return Rollouts(
-        problems=[group.problem for group in groups for _ in group.texts],
-        completions=[completion for group in groups for completion in group.completions],
-        hints=[hint for group in groups for hint in group.hints],
-        texts=[text for group in groups for text in group.texts],
-        accuracy=tensor(group.accuracy for group in groups),
-        format=tensor(group.format for group in groups),
-        functions={
-            name: tensor(group.functions[name] for group in groups) for name in groups[0].functions
-        },
-    )
+def members(prompts: Tensor, group_size: int) -> Tensor:
+    """[P] numbers of prompts -> [P * group_size] numbers of their rollouts."""
+    return (prompts[:, None] * group_size + torch.arange(group_size)).flatten()
 
 
-def gathered(mine: list[Group]) -> list[Group]:
-    """The groups of all processes, which have equally many, in the order their prompts were drawn:
-    by turns. Every process must call."""
+def gathered(mine: Rollouts, group_size: int) -> Rollouts:
+    """The rollouts of all processes, which have equally many prompts, in the order these were drawn:
+    interleaved by rank. Collective."""
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
-    return [group for turn in zip(*parts, strict=True) for group in turn]
+    whole = Rollouts.cat(parts)
+    prompts = torch.arange(len(whole) // group_size).view(len(parts), -1).T.flatten()
+    return whole.rows(members(prompts, group_size))

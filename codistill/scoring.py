@@ -1,126 +1,100 @@
-"""What happens to rollouts between generation and training (section 3 of the paper).
+"""From rollouts to what training needs of them (section 3 of the paper).
 
-engine -> Rollouts -> log-probabilities of the models -> effective reward (Eq. 6)
-       -> top and bottom G/2 of M (section 3.3) -> advantages of those that learn (Eq. 7)
+log-probabilities of the models -> effective reward (Eq. 6) -> top and bottom G/2 of M (section 3.3)
+-> advantages of those that learn (Eq. 7)
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from codistill.advantages import advantages
 from codistill.batch import TokenBatch
 from codistill.config import Config
-from codistill.data import Problem
-from codistill.engine import Completion
+from codistill.engine import SyncError
 from codistill.model import Policy
+from codistill.output.metrics import StepMetrics
+from codistill.rollout import Rollouts
 from codistill_kernels import downsample, importance_weights, kd_rewards, linear_reverse_kl
 
 CHOICE_STREAM = 2**33  # beside the seeds of rollouts and hints
+# Nats; rounding makes 2e-7 on average, 1e-4 on one of a million tokens.
+FLOAT32_GAP_LIMIT = 1e-3
+# Nats. An engine and a trainer that round each in its own way: 1e-2 on average, 0.1 on one of a
+# thousand tokens (tiny models), a few times that where a model is large. A wrong head: 0.9, 3.7.
+BFLOAT16_MEAN_GAP_LIMIT, BFLOAT16_QUANTILE_GAP_LIMIT = 0.1, 1.0
+QUANTILE = 0.99
 
 
-@dataclass(frozen=True)
-class Rollouts:
-    """S = prompts x M graded completions of the writer, prompt after prompt."""
+class Credit(NamedTuple):
+    """What S = prompts x M rollouts are worth, and who learns how much from them."""
 
-    problems: list[Problem]
-    """[S] each problem M times."""
-    completions: list[Completion]
-    hints: list[int]
-    """[S] how many of a rollout's first tokens the large model wrote."""
-    texts: list[str]
-    accuracy: Tensor
-    """[S] 1.0 where the answer is right, else 0.0."""
-    format: Tensor
-    """[S] format reward; zeros where the run has none."""
-    functions: dict[str, Tensor] = field(default_factory=dict)
-    """[S] what each reward function of the user's adds, weight included."""
-
-    @property
-    def rewards(self) -> Tensor:
-        """r of Eq. 6 as graded, [S]."""
-        return self.accuracy + self.format + sum(self.functions.values())
-
-    @property
-    def lengths(self) -> Tensor:
-        """[S] tokens of each rollout, its hint included."""
-        return torch.tensor([len(c.token_ids) for c in self.completions])
-
-    @property
-    def truncated(self) -> Tensor:
-        """[S] bool: cut off by max_completion_tokens."""
-        return torch.tensor([completion.truncated for completion in self.completions])
-
-    def batch(self, rows: Sequence[int], device: torch.device) -> TokenBatch:
-        prompts = [self.problems[row].prompt_ids for row in rows]
-        return TokenBatch.build(prompts, [self.completions[row].token_ids for row in rows], device)
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What the models make of the rollouts: all that training needs. K = prompts x G."""
-
-    logps: dict[str, list[Tensor]]
-    """[S] tensors [tokens of s] of each model loaded, before it is trained on them (nats)."""
-    teacher_logps: list[Tensor] | None
-    """[S] tensors: those of the large model that the KD term takes; None in grpo."""
     kd_rewards: Tensor | None
     """[S] alpha-weighted KD reward; None in grpo, which has no teacher."""
     effective_rewards: Tensor
     """[S] r~ of Eq. 6; r where there is no KD reward."""
     kept: Tensor
-    """[K] int64, rows of the rollouts to train on, rising."""
+    """[K] int64, K = prompts x G: the rollouts to train on, rising."""
     advantages: dict[str, Tensor]
-    """[K] of each model that learns: the large one of codistill from r, any other from r~."""
-    reference_logps: dict[str, list[Tensor]] = field(default_factory=dict)
-    """[K] tensors of each model that learns under what it was at the start, with loss.beta > 0."""
-    importance_weights: list[Tensor] | None = None
-    """[S] tensors: trainer over engine, truncated, with loss.importance_cap."""
+    """[S] of each model that learns, 0 where a rollout is not kept: the large one of codistill from
+    r, any other from r~."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the models make of the rollouts: all that training needs, on its device.
+
+    [N] tensors are 0 where a token was not asked for.
+    """
+
+    credit: Credit
+    batches: list[TokenBatch]
+    """The rollouts kept, as forward passes take them."""
+    logps: dict[str, Tensor]
+    """[N] of each model loaded, before it is trained on them (nats)."""
+    teacher_logps: Tensor | None = None
+    """[N] those of the large model that the KD term takes; None in grpo."""
+    reference_logps: dict[str, Tensor] = field(default_factory=dict)
+    """[N] of the rollouts kept, of each model that learns under what it was at the start, with
+    loss.beta > 0."""
+    importance_weights: Tensor | None = None
+    """[N] trainer over engine, truncated, with loss.importance_cap."""
 
 
 @torch.no_grad()
-def rollout_logps(
-    policy: Policy,
-    rollouts: Rollouts,
-    rows: Sequence[int],
-    *,
-    temperature: float,
-    batch_size: int,
-    device: torch.device,
-) -> list[Tensor]:
-    """Log-probabilities of these rollouts under `policy`, one tensor a rollout."""
-    logps: list[Tensor] = []
-    for start in range(0, len(rows), batch_size):
-        batch = rollouts.batch(rows[start : start + batch_size], device)
-        logps += batch.split(policy(batch, temperature))
+def token_logps(
+    policy: Policy, batches: Sequence[TokenBatch], tokens: int, temperature: float
+) -> Tensor:
+    """[tokens] log-probabilities under `policy` (nats) where the batches have a token, else 0."""
+    logps = torch.zeros(tokens, device=batches[0].token_ids.device)
+    for batch in batches:
+        logps[batch.index] = policy(batch, temperature)
     return logps
 
 
 @torch.no_grad()
 def divergences(
-    small: Policy,
-    large: Policy,
-    rollouts: Rollouts,
-    *,
-    temperature: float,
-    batch_size: int,
-    device: torch.device,
-) -> list[Tensor]:
-    """KL(small || large) of the next token before each token of each rollout, whole vocabulary."""
-    found: list[Tensor] = []
-    for start in range(0, len(rollouts.completions), batch_size):
-        rows = range(start, min(start + batch_size, len(rollouts.completions)))
-        batch = rollouts.batch(rows, device)
-        kl = linear_reverse_kl(
-            small.head_inputs(batch),
-            large.head_inputs(batch),
+    small: Policy, large: Policy, batches: Sequence[TokenBatch], tokens: int, temperature: float
+) -> Tensor:
+    """[tokens] KL(small || large) of the next token before each, whole vocabulary (nats)."""
+    found = torch.zeros(tokens, device=batches[0].token_ids.device)
+    for batch in batches:
+        student, student_head = small.head_inputs(batch)
+        teacher, teacher_head = large.head_inputs(batch)
+        found[batch.index] = linear_reverse_kl(
+            student,
+            teacher,
             temperature=temperature,
+            softcap=(student_head["softcap"], teacher_head["softcap"]),
+            logit_scale=(student_head["logit_scale"], teacher_head["logit_scale"]),
             vocab_size=small.vocab_size,
         )
-        found += batch.split(kl)
     return found
 
 
@@ -132,69 +106,70 @@ def alpha_at(config: Config, step: int, total_steps: int) -> float:
     return start + (end - start) * (step - 1) / max(1, total_steps - 1)
 
 
-def score(
+def assign_credit(
     config: Config,
     rollouts: Rollouts,
-    logps: dict[str, list[Tensor]],
+    logps: dict[str, Tensor],
     *,
     step: int = 1,
     total_steps: int = 1,
-    kl: list[Tensor] | None = None,
-) -> Scored:
-    """Effective rewards, the rollouts kept, and advantages. Every process must call.
+    kl: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> Credit:
+    """Effective rewards, the rollouts kept, and advantages. Collective.
 
-    logps: of each model that the algorithm loads, one tensor a rollout. kl: what `divergences`
-    gives, for the estimator "exact". step: of total_steps, where alpha or a random choice changes.
+    logps: [N] of each model that the algorithm loads. kl: [N] what `divergences` gives, for the
+    estimator "exact". step: of total_steps, where alpha or a random choice changes. kept: those
+    that an earlier call has chosen.
     """
-    rewards = task_rewards(config, rollouts)
-    effective, kd, teacher = rewards, None, None
-    if config.algorithm != "grpo":
-        teacher, alpha = logps["large"], alpha_at(config, step, total_steps)
-        effective = effective_rewards(config, rewards, logps["small"], teacher, kl, alpha)
+    device = logps[config.writer].device
+    rewards = credited(config, rollouts, rollouts.rewards).to(device)
+    accuracy = credited(config, rollouts, rollouts.accuracy).to(device)
+    effective, kd = rewards, None
+    if config.has_teacher:
+        alpha = alpha_at(config, step, total_steps)
+        cu_seqlens = rollouts.completions.cu_seqlens.to(device)
+        effective = effective_rewards(config, rewards, cu_seqlens, logps, kl, alpha)
         kd = effective - rewards
-    kept = choose(config, rollouts, effective, step)
-    scored = Scored(logps, teacher, kd, effective, kept, {})
-    return with_advantages(config, rollouts, scored)
-
-
-def task_rewards(config: Config, rollouts: Rollouts) -> Tensor:
-    """r of Eq. 6, [S]."""
-    return credited(config, rollouts, rollouts.rewards)
+    if kept is None:
+        kept = choose(config, rollouts, effective, step)
+    learned = {}
+    for name in config.trained:
+        # Eq. 10: the large model is the teacher, it learns from the reward alone.
+        source = effective if name == config.writer else rewards
+        learned[name] = torch.zeros_like(source)
+        learned[name][kept] = advantages(config, source, accuracy, kept)
+    return Credit(kd, effective, kept, learned)
 
 
 def credited(config: Config, rollouts: Rollouts, values: Tensor) -> Tensor:
     """[S] values; 0 where a rollout was cut off and the run gives no reward for that."""
     if config.rollout.truncated != "zero_reward":
         return values
-    return torch.where(rollouts.truncated.to(values.device), 0.0, values)
+    return torch.where(rollouts.truncated, 0.0, values)
 
 
 def effective_rewards(
     config: Config,
     rewards: Tensor,
-    small: list[Tensor],
-    large: list[Tensor],
-    kl: list[Tensor] | None,
+    cu_seqlens: Tensor,
+    logps: dict[str, Tensor],
+    kl: Tensor | None,
     alpha: float,
 ) -> Tensor:
-    """r~ of Eq. 6, [S]; r where the KD term is in the objective.
-
-    small, large: log-probabilities, one tensor a rollout.
-    """
+    """r~ of Eq. 6, [S]; r where the KD term is in the objective. Arguments as of `assign_credit`."""
     if config.kd.placement == "objective":
         return rewards
-    lengths = torch.tensor([0] + [len(part) for part in small])
-    student, teacher = torch.cat(small), torch.cat(large)
-    estimator = config.kd.chosen_estimator
+    student, teacher, estimator = logps["small"], logps["large"], config.kd.chosen_estimator
     if estimator == "exact":
         assert kl is not None, "of `divergences`"
         # k1 sums log-ratios, whose expectation is minus the divergence: here it is itself.
-        student, teacher, estimator = torch.zeros_like(student), -torch.cat(kl), "k1"
+        student, teacher, estimator = torch.zeros_like(kl), -kl, "k1"
     return kd_rewards(
         rewards,
         teacher,
         student,
-        lengths.cumsum(0).to(rewards.device),
+        cu_seqlens,
         alpha=alpha,
         max_completion_tokens=config.rollout.max_completion_tokens,
         estimator=estimator,
@@ -206,7 +181,7 @@ def choose(config: Config, rollouts: Rollouts, effective: Tensor, step: int) -> 
     method, by = config.downsample.method, config.downsample.by
     if method == "none":
         return torch.arange(len(effective), device=effective.device)
-    lengths = rollouts.lengths.to(effective)
+    lengths = rollouts.completions.lengths.to(effective)
     scores = {
         "effective_reward": effective,
         "shortness": -lengths,
@@ -219,25 +194,47 @@ def choose(config: Config, rollouts: Rollouts, effective: Tensor, step: int) -> 
     return downsample(scores, generations, config.kept, method=method, seed=seed)
 
 
-def with_advantages(config: Config, rollouts: Rollouts, scored: Scored) -> Scored:
-    """The same with the advantages that follow from its effective rewards."""
-    rewards, found = task_rewards(config, rollouts), {}
-    accuracy = credited(config, rollouts, rollouts.accuracy)
-    for name in config.trained:
-        # Eq. 10: the large model learns from the reward alone, it is the one to be like.
-        learned = scored.effective_rewards if name == config.writer else rewards
-        found[name] = advantages(config, learned, accuracy, scored.kept)
-    return replace(scored, advantages=found)
+def engine_weights(config: Config, rollouts: Rollouts, sampled: Tensor) -> Tensor | None:
+    """[N] min(trainer/engine, cap) of each token, 1 in a hint; None without a cap.
 
-
-def engine_weights(
-    config: Config, rollouts: Rollouts, sampled: list[Tensor]
-) -> list[Tensor] | None:
-    """[S] tensors: min(trainer/engine, cap) of each token, 1 of a hint's; None without a cap."""
+    sampled: [N] the trainer's log-probabilities, at the temperature of sampling.
+    """
     if config.loss.importance_cap is None:
         return None
-    found = []
-    for ours, completion, hint in zip(sampled, rollouts.completions, rollouts.hints, strict=True):
-        theirs = torch.cat([ours[:hint], ours.new_tensor(completion.logps)])
-        found.append(importance_weights(ours, theirs, truncate=config.loss.importance_cap))
-    return found
+    theirs = rollouts.engine_logps.to(sampled)
+    theirs = torch.where(theirs.isnan(), sampled, theirs)
+    return importance_weights(sampled, theirs, truncate=config.loss.importance_cap)
+
+
+def check_gap(
+    config: Config, rollouts: Rollouts, sampled: Tensor, engine: str, metrics: StepMetrics
+) -> None:
+    """Compare the trainer with the engine, on the tokens that the engine wrote. Collective.
+
+    sampled: [N] the trainer's log-probabilities, at the temperature of sampling.
+
+    Raises:
+        SyncError: on all processes, if on one of them they differ by more than a limit.
+    """
+    theirs = rollouts.engine_logps.to(sampled)
+    gap = (sampled - theirs)[~rollouts.is_hint.to(sampled.device)].abs()
+    found = sampled.new_zeros(3)
+    if len(gap):
+        quantile = gap.kthvalue(math.ceil(QUANTILE * len(gap))).values
+        found = torch.stack([gap.max(), gap.mean(), quantile])
+    metrics.mean_of("rollout/logp_gap_mean", gap)
+    metrics.maximum("rollout/logp_gap_max", found[0])
+    limit = config.rollout.logp_gap_limit
+    limits = (limit or FLOAT32_GAP_LIMIT, math.inf, math.inf)
+    if limit is None and config.training.dtype == "bfloat16":
+        limits = (math.inf, BFLOAT16_MEAN_GAP_LIMIT, BFLOAT16_QUANTILE_GAP_LIMIT)
+    # A maximum over processes may lose a NaN.
+    found = found.nan_to_num(nan=math.inf)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)  # all processes stop, or none
+    kinds = ("at most", "on average", f"on {QUANTILE:.0%} of the tokens, at most,")
+    for value, most, kind in zip(found.tolist(), limits, kinds, strict=True):
+        if value > most:
+            raise SyncError(
+                f"{engine} and the trainer differ by {value:.2e} nats {kind} in a token's "
+                f"log-probability, more than {most:.0e}; see rollout.logp_gap_limit"
+            )

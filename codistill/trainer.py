@@ -9,32 +9,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from codistill.batch import TokenBatch
 from codistill.config import Config
-from codistill.engine import EngineSpec, HFEngine, SyncError, make_engine
+from codistill.engine import EngineSpec, HFEngine, make_engine
 from codistill.evaluation import evaluate
 from codistill.grading import Grader
 from codistill.inputs import Inputs
 from codistill.learner import Learner
-from codistill.model import Policy, end_token_ids, freeze, load_policy
+from codistill.model import DTYPES, Policy, end_token_ids, freeze, load_policy
+from codistill.objective import make_objective
 from codistill.objective import make_update
 from codistill.output.metrics import StepMetrics
-from codistill.rollout import Generation
+from codistill.rollout import Generation, Rollouts
 from codistill.scoring import (
-    Rollouts,
     Scored,
     alpha_at,
+    assign_credit,
+    check_gap,
     divergences,
-    effective_rewards,
     engine_weights,
-    rollout_logps,
-    score,
-    task_rewards,
-    with_advantages,
+    token_logps,
 )
 from codistill_kernels import PolicyLoss
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-FLOAT32_GAP_LIMIT = 1e-3  # nats; rounding makes 2e-7 on average, 1e-4 on one of a million tokens
 
 
 class Trainer:
@@ -76,7 +72,6 @@ class Trainer:
             self.engine,
             grader,
             hinter=self.policies.get("large"),
-            device=device,
             end_token_ids=self.end_token_ids,
         )
 
@@ -94,13 +89,8 @@ class Trainer:
         )
 
     def load_policy(self, name: str) -> Policy:
-        return load_policy(
-            self.config.model(name).path,
-            vocab_size=len(self.inputs.tokenizer),
-            dtype=self.dtype,
-            device=self.device,
-            checkpointing=self.config.training.gradient_checkpointing,
-        )
+        path, vocab_size = self.config.model(name).path, len(self.inputs.tokenizer)
+        return load_policy(f"{name}.path", path, self.config.training, vocab_size, self.device)
 
     def make_learner(self, name: str) -> Learner:
         options, large = self.config.loss, name == "large"
@@ -146,34 +136,32 @@ class Trainer:
 
     def score(self, step: int, rollouts: Rollouts, metrics: StepMetrics) -> Scored:
         """Log-probabilities of all models, effective reward, down-sampling, advantages."""
-        config, rows = self.config, range(len(rollouts.completions))
-        logps = {name: self.logps(p, rollouts, rows) for name, p in self.policies.items()}
+        config, tokens = self.config, rollouts.tokens
+        everything = self.batches(rollouts, range(len(rollouts)))
+        logps = {name: self.logps(p, everything, tokens) for name, p in self.policies.items()}
         sampled = logps[config.writer]  # as the engine sampled: at its temperature
-        if config.logp_temperature != config.rollout.temperature:
-            sampled = self.logps(
-                self.policies[config.writer], rollouts, rows, config.rollout.temperature
-            )
-        self.check_gap(rollouts, sampled, metrics)
-        scored = score(
-            config,
-            rollouts,
+        if (temperature := config.rollout.temperature) != config.logp_temperature:
+            writer = self.policies[config.writer]
+            sampled = token_logps(writer, everything, tokens, temperature)
+        check_gap(config, rollouts, sampled, self.engine.name, metrics)
+        kl = self.divergences(everything, tokens)
+        terms = dict(step=step, total_steps=self.total_steps)
+        credit = assign_credit(config, rollouts, logps, kl=kl, **terms)
+        batches = self.batches(rollouts, credit.kept.tolist())
+        scored = Scored(
+            credit,
+            batches,
             logps,
-            step=step,
-            total_steps=self.total_steps,
-            kl=self.divergences(rollouts),
-        )
-        kept = scored.kept.tolist()
-        scored = replace(
-            scored,
-            reference_logps={n: self.logps(p, rollouts, kept) for n, p in self.references.items()},
+            teacher_logps=logps["large"] if config.has_teacher else None,
+            reference_logps={n: self.logps(p, batches, tokens) for n, p in self.references.items()},
             importance_weights=engine_weights(config, rollouts, sampled),
         )
         for policy in (*self.frozen.values(), *self.references.values()):
             policy.release()
-        if scored.kd_rewards is not None:
-            metrics.mean_of("reward/kd", scored.kd_rewards)
-            metrics.mean_of("reward/effective", scored.effective_rewards)
-        metrics.mean_of("reward/kept_accuracy", rollouts.accuracy[scored.kept])
+        if credit.kd_rewards is not None:
+            metrics.mean_of("reward/kd", credit.kd_rewards)
+            metrics.mean_of("reward/effective", credit.effective_rewards)
+        metrics.mean_of("reward/kept_accuracy", rollouts.accuracy[credit.kept.cpu()])
         return scored
 
     def score_again(self, step: int, rollouts: Rollouts, scored: Scored) -> Scored:
@@ -181,73 +169,32 @@ class Trainer:
 
         The rollouts kept stay: the large model has been trained on them.
         """
-        rows = range(len(rollouts.completions))
-        teacher = self.logps(self.policies["large"], rollouts, rows)
-        kl, alpha = self.divergences(rollouts), alpha_at(self.config, step, self.total_steps)
-        rewards, small = task_rewards(self.config, rollouts), scored.logps["small"]
-        effective = effective_rewards(self.config, rewards, small, teacher, kl, alpha)
-        scored = replace(
-            scored,
-            teacher_logps=teacher,
-            effective_rewards=effective,
-            kd_rewards=effective - rewards,
-        )
-        return with_advantages(self.config, rollouts, scored)
-
-    def logps(
-        self,
-        policy: Policy,
-        rollouts: Rollouts,
-        rows: Sequence[int],
-        temperature: float | None = None,
-    ) -> list[Tensor]:
-        """Of the rollouts `rows`, at the temperature of training by default."""
-        return rollout_logps(
-            policy,
+        everything, tokens = self.batches(rollouts, range(len(rollouts))), rollouts.tokens
+        teacher = self.logps(self.policies["large"], everything, tokens)
+        credit = assign_credit(
+            self.config,
             rollouts,
-            rows,
-            temperature=self.config.logp_temperature if temperature is None else temperature,
-            batch_size=self.config.training.micro_batch_size,
-            device=self.device,
+            scored.logps | {"large": teacher},
+            step=step,
+            total_steps=self.total_steps,
+            kl=self.divergences(everything, tokens),
+            kept=scored.credit.kept,
         )
+        return replace(scored, credit=credit, teacher_logps=teacher)
 
-    def divergences(self, rollouts: Rollouts) -> list[Tensor] | None:
-        """Of small from large at every token, where the KD reward is exact."""
-        if "large" not in self.policies or self.config.kd.chosen_estimator != "exact":
+    def divergences(self, batches: Sequence[TokenBatch], tokens: int) -> Tensor | None:
+        """[tokens] KL(small, large) before each token, where the KD reward is exact."""
+        if not self.config.has_teacher or self.config.kd.chosen_estimator != "exact":
             return None
-        return divergences(
-            self.policies["small"],
-            self.policies["large"],
-            rollouts,
-            temperature=self.config.logp_temperature,
-            batch_size=self.config.training.micro_batch_size,
-            device=self.device,
-        )
+        small, large = self.policies["small"], self.policies["large"]
+        return divergences(small, large, batches, tokens, self.config.logp_temperature)
 
-    def check_gap(
-        self, rollouts: Rollouts, writer_logps: list[Tensor], metrics: StepMetrics
-    ) -> None:
-        """Compare the trainer with the engine, on the tokens that the engine wrote.
+    def logps(self, policy: Policy, batches: Sequence[TokenBatch], tokens: int) -> Tensor:
+        """[tokens] at the temperature of training."""
+        return token_logps(policy, batches, tokens, self.config.logp_temperature)
 
-        Raises:
-            SyncError: on all processes, if they differ by more than the limit on one.
-        """
-        engine_logps = [logp for completion in rollouts.completions for logp in completion.logps]
-        ours = [logps[hint:] for logps, hint in zip(writer_logps, rollouts.hints, strict=True)]
-        gap = (torch.tensor(engine_logps, device=self.device) - torch.cat(ours)).abs()
-        largest = gap.max() if len(gap) else gap.new_zeros(())
-        metrics.mean_of("rollout/logp_gap_mean", gap)
-        metrics.maximum("rollout/logp_gap_max", largest)
-        limit = self.config.rollout.logp_gap_limit
-        if limit is None:
-            limit = FLOAT32_GAP_LIMIT if self.dtype == torch.float32 else math.inf
-        largest = largest.clone()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)  # all processes stop, or none
-        if not largest.item() <= limit:  # a NaN stops too
-            raise SyncError(
-                f"{self.engine.name} and the trainer differ by {largest.item():.2e} nats on a "
-                f"token's log-probability, more than rollout.logp_gap_limit = {limit:.0e}"
-            )
+    def batches(self, rollouts: Rollouts, rows: Sequence[int]) -> list[TokenBatch]:
+        return rollouts.batches(rows, self.config.training.tokens_per_micro_batch, self.device)
 
     def update(
         self, name: str, step: int, rollouts: Rollouts, scored: Scored, metrics: StepMetrics
@@ -256,12 +203,12 @@ class Trainer:
         learner = self.learners[name]
         with metrics.timer(f"time/update_{name}"):
             alpha = alpha_at(self.config, step, self.total_steps)
-            update = make_update(self.config, name, rollouts, scored, self.device, alpha=alpha)
+            objective = make_objective(self.config, name, rollouts, scored, alpha=alpha)
             for _ in range(self.config.training.inner_epochs):
                 learner.backward(
-                    update.micro_batches,
+                    scored.batches,
+                    objective,
                     metrics,
-                    normalizer=update.normalizer,
                     temperature=self.config.logp_temperature,
                 )
                 learner.step(metrics)
@@ -301,10 +248,10 @@ def finish(numbers: dict[str, float]) -> dict[str, float]:
     numbers.setdefault("rollout/logp_gap_mean", 0.0)
     for name in ("small", "large"):
         if f"loss/{name}" in numbers:
-            for statistic in ("mean", "squared", "clip_fraction", "kl"):
+            for statistic in ("mean", "square_mean", "clip_fraction", "kl"):
                 numbers.setdefault(f"ratio/{name}_{statistic}", 0.0)
-            mean, squared = (numbers[f"ratio/{name}_{s}"] for s in ("mean", "squared"))
-            numbers[f"ratio/{name}_ess"] = mean**2 / squared if squared else 0.0
-            del numbers[f"ratio/{name}_squared"]
+            mean, squares = (numbers[f"ratio/{name}_{s}"] for s in ("mean", "square_mean"))
+            numbers[f"ratio/{name}_ess"] = mean**2 / squares if squares else 0.0
+            del numbers[f"ratio/{name}_square_mean"]
     numbers["tokens_per_second"] = numbers.pop("rollout/tokens") / numbers["time/step"]
     return numbers

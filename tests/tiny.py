@@ -7,7 +7,13 @@ from pathlib import Path
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from codistill.batch import Ragged, TokenBatch, pack
+from codistill.data import Problem
+from codistill.engine import Completion
 from codistill.grading import Grades
+from codistill.rewards import RewardTerms
+from codistill.rollout import Rollouts
+from codistill.scoring import token_logps
 
 
 def save_model(folder: Path, tokenizer, *, hidden: int, rows: int, seed: int, tied: bool) -> Path:
@@ -48,3 +54,26 @@ class FakeGrader:
             for text, gold in zip(texts, answers, strict=True)
         ]
         return Grades(correct, 0, 0)
+
+
+def packed_logps(policy, prompts: list, completions: list, temperature: float) -> torch.Tensor:
+    """[N] of the completions' tokens, one completion after the other; without a gradient."""
+    prompts, completions = Ragged.of(prompts), Ragged.of(completions)
+    (rows,) = pack(prompts.lengths + completions.lengths, 10**9)
+    batch = TokenBatch.build(prompts, completions, rows, torch.device("cpu"))
+    return token_logps(policy, [batch], len(completions.values), temperature)
+
+
+PROBLEM = Problem("1+1", ("2",), "1+1=", [3, 12, 3, 13])
+
+
+def make_rollouts(
+    lengths: list[int], accuracy: list[float], *, truncated: set[int] = frozenset(), logp: float = 0.0
+) -> Rollouts:
+    """Rollouts of one problem with so many tokens; logp: of every token, in the engine."""
+    count = len(lengths)
+    rewards = RewardTerms(torch.tensor(accuracy), torch.zeros(count), {})
+    completions = [
+        Completion([2] * n, [logp] * n, row in truncated) for row, n in enumerate(lengths)
+    ]
+    return Rollouts.of([PROBLEM] * count, [""] * count, completions, [0] * count, rewards)

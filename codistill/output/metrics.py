@@ -51,8 +51,8 @@ class StepMetrics:
         """
         means, totals, peaks = sorted(self.sums), sorted(self.totals), sorted(self.maxima)
         parts = [self.sums[name] for name in means] + [self.counts[name] for name in means]
-        added = torch.stack(parts + [self.totals[name] for name in totals])
-        maxima = torch.stack([self.maxima[name] for name in peaks])
+        added = self.stacked(parts + [self.totals[name] for name in totals])
+        maxima = self.stacked([self.maxima[name] for name in peaks])
         dist.all_reduce(added)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
         sums, counts, whole = added.tensor_split((len(means), 2 * len(means)))
@@ -62,7 +62,11 @@ class StepMetrics:
         return numbers | dict(zip(peaks, maxima.tolist(), strict=True))
 
     def add(self, store: dict[str, Tensor], name: str, value: Tensor | float) -> None:
-        store[name] = store.get(name, self.scalar(0.0)) + self.scalar(value)
+        store[name] = store.get(name, 0.0) + self.scalar(value)
 
     def scalar(self, value: Tensor | float) -> Tensor:
-        return torch.as_tensor(value, dtype=torch.float64, device=self.device).detach()
+        """Where the value is: what comes from the host stays there until all is reduced."""
+        return torch.as_tensor(value, dtype=torch.float64).detach()
+
+    def stacked(self, numbers: list[Tensor]) -> Tensor:
+        return torch.stack([number.to(self.device, non_blocking=True) for number in numbers])

@@ -9,7 +9,8 @@ import pyarrow.parquet
 import yaml
 
 from codistill.config import Config
-from codistill.scoring import Rollouts, Scored
+from codistill.rollout import Rollouts
+from codistill.scoring import Scored
 
 
 class RunDirectory:
@@ -35,15 +36,16 @@ class RunDirectory:
 
     def add_samples(self, step: int, rollouts: Rollouts, scored: Scored) -> None:
         """The first process's rollouts of one step."""
-        kept = set(scored.kept.tolist())
-        kd = {} if scored.kd_rewards is None else {"kd": scored.kd_rewards.tolist()}
+        kept = set(scored.credit.kept.tolist())
+        kd_rewards = scored.credit.kd_rewards
+        kd = {} if kd_rewards is None else {"kd": kd_rewards.tolist()}
         table = pa.table(
             {
                 "prompt": [problem.prompt for problem in rollouts.problems],
                 "answer": [" or ".join(problem.answers) for problem in rollouts.problems],
                 "completion": rollouts.texts,
-                "tokens": [len(c.token_ids) for c in rollouts.completions],
-                "truncated": [c.truncated for c in rollouts.completions],
+                "tokens": rollouts.completions.lengths.tolist(),
+                "truncated": rollouts.truncated.tolist(),
                 "accuracy": rollouts.accuracy.tolist(),
                 "format": rollouts.format.tolist(),
                 **{f"reward/{name}": v.tolist() for name, v in rollouts.functions.items()},

@@ -59,7 +59,7 @@ def settings(models, tmp_path) -> dict:
             "max_completion_tokens": 8,
         },
         "downsample": {"keep": 4},
-        "training": {"steps": 3, "micro_batch_size": 8, "dtype": "float32"},
+        "training": {"steps": 3, "tokens_per_micro_batch": 64, "dtype": "float32"},
         "evaluation": {"every": 2},
         "checkpoint": {"every": 1},
     }

@@ -49,7 +49,7 @@ def test_an_algorithm_trains_the_models_it_says(make_trainer, changes, loaded, t
     }
     if len(loaded) == 1:
         expected.remove("reward/kd")
-        assert torch.equal(scored.effective_rewards, rollouts.accuracy + rollouts.format)
+        assert torch.equal(scored.credit.effective_rewards, rollouts.rewards)
     assert expected <= numbers.keys()
     absent = {"small", "large"} - trained
     assert not [key for key in numbers if any(name in key for name in absent)]

@@ -157,12 +157,17 @@ def test_right_combinations(load, arguments):
     load(*arguments)
 
 
-def test_processes_must_divide_the_prompts_and_micro_batches_the_rollouts(load):
+def test_processes_must_divide_the_prompts(load):
     with pytest.raises(ConfigError, match="rollout.prompts_per_step = 64: expected a multiple of"):
         load().check_processes(3)
-    with pytest.raises(ConfigError, match="micro_batch_size = 24: expected a divisor of the 256"):
-        load("--training.micro_batch_size", "24").check_processes(2)
-    load("--training.micro_batch_size", "32").check_processes(2)
+    load().check_processes(2)
+
+
+def test_a_micro_batch_holds_the_longest_rollout(load):
+    expected = "tokens_per_micro_batch = 4095: expected at least the 4096 tokens"
+    with pytest.raises(ConfigError, match=expected):
+        load("--training.tokens_per_micro_batch", "4095")
+    load("--training.tokens_per_micro_batch", "4096")
 
 
 def test_every_field_has_a_text():
@@ -214,7 +219,10 @@ def test_help_is_quick_and_needs_no_torch():
             {"rollout": {"max_completion_tokens": 57}},
             "rollout.max_completion_tokens = 57: expected no more than the 64 positions of small",
         ),
-        ({"rollout": {"prompts_per_step": 3}}, "training.micro_batch_size = 8: expected a divisor"),
+        (
+            {"training": {"tokens_per_micro_batch": 15}},
+            "training.tokens_per_micro_batch = 15: expected at least the 16 tokens",
+        ),
         (
             {"rollout": {"prompts_per_step": 6, "sampling_rounds": 2}},
             "rollout.sampling_rounds = 2: expected 1 with the 8 problems of data.train",

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from processes import spawn
+from tiny import packed_logps
 from torch.distributed.tensor import DTensor
 
 from codistill import distributed
-from codistill.batch import TokenBatch
+from codistill.config.schema import TrainingConfig
 from codistill.engine import EngineSpec, Sampling, make_engine
 from codistill.model import load_policy
 
@@ -20,9 +21,7 @@ def logp_gap(engine, policy, temperature: float) -> float:
     sampling = Sampling(num_generations=16, temperature=temperature, max_tokens=12)
     completions = engine.generate(PROMPTS, [1, 2, 3], sampling)
     prompts = [prompt for prompt in PROMPTS for _ in range(16)]
-    batch = TokenBatch.build(prompts, [c.token_ids for c in completions], CPU)
-    with torch.no_grad():
-        ours = policy(batch, temperature)
+    ours = packed_logps(policy, prompts, [c.token_ids for c in completions], temperature)
     theirs = torch.tensor([logp for c in completions for logp in c.logps])
     return (ours - theirs).abs().max().item()
 
@@ -32,9 +31,7 @@ def check_engine(rank: int, kind: str, path: str) -> None:
     spec = EngineSpec(path, VOCAB, (END,), 20, torch.float32, CPU, kv_cache_gib=0.1)
     engine = make_engine(kind, spec)
     assert engine.name == kind
-    policy = load_policy(
-        path, vocab_size=VOCAB, dtype=torch.float32, device=CPU, checkpointing=False
-    )
+    policy = load_policy("small.path", path, TrainingConfig(dtype="float32"), VOCAB, CPU)
 
     sampling = Sampling(num_generations=16, temperature=1.0, max_tokens=12)
     first = engine.generate(PROMPTS, [1, 2, 3], sampling)

@@ -8,15 +8,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import spawn
+from tiny import packed_logps
 
-from codistill.batch import TokenBatch
 from codistill.config import Config
+from codistill.config.schema import TrainingConfig
 from codistill.data import Problem
 from codistill.engine import Completion
 from codistill.hints import hint_length, hint_uniforms, write_hints
 from codistill.model import load_policy
-from codistill.objective import make_update
-from codistill.scoring import Rollouts, Scored
+from codistill.objective import make_objective
+from codistill.rewards import RewardTerms
+from codistill.rollout import Rollouts
+from codistill.scoring import Credit, Scored
 
 CPU = torch.device("cpu")
 VOCAB, END, TEMPERATURE = 18, 1, 0.8
@@ -31,9 +34,8 @@ def sample_plainly(policy) -> list[list[int]]:
         tokens: list[int] = []
         for uniform in uniforms:
             each = [[*tokens, token] for token in range(VOCAB)]
-            batch = TokenBatch.build([prompt] * VOCAB, each, CPU)
-            with torch.no_grad():
-                logps = torch.stack([part[-1] for part in batch.split(policy(batch, TEMPERATURE))])
+            logps = packed_logps(policy, [prompt] * VOCAB, each, TEMPERATURE)
+            logps = logps.view(VOCAB, -1)[:, -1]
             tokens.append(int(np.searchsorted(logps.double().exp().cumsum(0), uniform, "right")))
         out.append(tokens)
     return out
@@ -42,10 +44,11 @@ def sample_plainly(policy) -> list[list[int]]:
 def check_sampling(rank: int, folder: str, paths: list[str]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     for path, checkpointing in zip(paths, (False, True), strict=True):
-        policy = load_policy(
-            path, vocab_size=VOCAB, dtype=torch.float32, device=CPU, checkpointing=checkpointing
-        )
-        tokens = policy.sample(PROMPTS, UNIFORMS, TEMPERATURE)
+        options = TrainingConfig(dtype="float32", gradient_checkpointing=checkpointing)
+        policy = load_policy("small.path", path, options, VOCAB, CPU)
+        tokens, logps = policy.sample(PROMPTS, UNIFORMS, TEMPERATURE)
+        expected = packed_logps(policy, PROMPTS, tokens, TEMPERATURE)
+        torch.testing.assert_close(torch.tensor(logps).flatten(), expected, rtol=0, atol=1e-5)
         assert tokens == sample_plainly(policy)
         assert policy.training and len({tuple(row) for row in tokens}) == len(PROMPTS)
     dist.barrier()
@@ -73,7 +76,7 @@ def test_a_hint_ends_with_an_end_token(make_trainer):
     policy = make_trainer().policies["large"]
     uniforms = hint_uniforms(0, 1, range(40), 1, 6)
     hints = write_hints(policy, [[3, 13]] * 40, uniforms, temperature=1.0, end_token_ids=(END,))
-    tokens = policy.sample([[3, 13]] * 40, uniforms, 1.0)
+    tokens, _ = policy.sample([[3, 13]] * 40, uniforms, 1.0)
     cut = [row[: row.index(END) + 1] if END in row else row for row in tokens]
     assert hints == cut and min(map(len, hints)) < 6
 
@@ -86,22 +89,23 @@ def test_the_current_large_model_writes_the_beginning(make_trainer):
         expected = {  # before the step: of the model as it was trained until then
             problem.prompt: trainer.policies["large"].sample(
                 [problem.prompt_ids] * 6, rows[6 * i : 6 * i + 6], 1.0
-            )
+            )[0]
             for i, problem in enumerate(trainer.inputs.problems)
         }
         numbers, rollouts, _ = trainer.step(step)
-        assert len(rollouts.completions) == 24
-        for row, (completion, hint) in enumerate(
-            zip(rollouts.completions, rollouts.hints, strict=True)
-        ):
-            tokens = completion.token_ids
+        assert len(rollouts) == 24
+        completions, ends = rollouts.completions, rollouts.completions.cu_seqlens
+        for row, hint in enumerate(rollouts.hint_lengths.tolist()):
+            place = slice(ends[row], ends[row + 1])
+            tokens, theirs = completions.values[place].tolist(), rollouts.engine_logps[place]
             if step == 3:
                 assert hint == 0
                 continue
             written = expected[rollouts.problems[row].prompt][row % 6]
-            assert tokens[:hint] == written[:hint] and len(completion.logps) == len(tokens) - hint
+            assert tokens[:hint] == written[:hint]
+            assert theirs.isnan().tolist() == [True] * hint + [False] * (len(tokens) - hint)
             assert hint == 3 or (tokens[-1] == END and len(tokens) == hint)
-            assert completion.truncated == (END not in tokens) and len(tokens) <= 8
+            assert rollouts.truncated[row] == (END not in tokens) and len(tokens) <= 8
         assert (numbers["time/hint"] > 0) == (numbers["rollout/hint_tokens"] > 0) == (step < 3)
         assert numbers["time/hint"] <= numbers["time/rollout"]
         assert numbers["rollout/logp_gap_max"] < 1e-4
@@ -121,32 +125,26 @@ def by_hand(settings):
     settings["rollout"] |= {"num_generations": 2, "prompts_per_step": 1}
     settings |= {"downsample": {"keep": 2}}
     problem = Problem("1+1", ("2",), "1+1=", [3, 12, 3, 13])
-    rollouts = Rollouts(
-        problems=[problem] * 2,
-        completions=[Completion([2, 3, 1], [0.0], False), Completion([4, 5, 1], [0.0] * 3, False)],
-        hints=[2, 0],
-        texts=["", ""],
-        accuracy=torch.zeros(2),
-        format=torch.zeros(2),
-    )
-    small = [torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-4.0, -5.0, -6.0])]
-    large = [torch.tensor([-0.1, -0.2, -0.3]), torch.tensor([-0.4, -0.5, -0.6])]
+    completions = [Completion([2, 3, 1], [0.0], False), Completion([4, 5, 1], [0.0] * 3, False)]
+    rewards = RewardTerms(torch.zeros(2), torch.zeros(2), {})
+    rollouts = Rollouts.of([problem] * 2, ["", ""], completions, [2, 0], rewards)
+    small = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0])
+    large = small / 10
     advantages = {"small": torch.tensor([1.0, -1.0]), "large": torch.tensor([0.5, -0.5])}
-    logps = {"small": small, "large": large}
-    scored = Scored(logps, large, None, torch.zeros(2), torch.arange(2), advantages)
+    credit = Credit(None, torch.zeros(2), torch.arange(2), advantages)
+    scored = Scored(credit, [], {"small": small, "large": large}, teacher_logps=large)
 
     def update(loss: str, model: str):
         changes = {"hint": {"tokens": 2, "loss": loss}}
         config = Config(**settings | changes | {"loss": {"normalization": "sequence"}})
-        (batch,) = make_update(config, model, rollouts, scored, CPU).micro_batches
+        objective = make_objective(config, model, rollouts, scored)
         # 1/|o| of Eq. 2: the tokens that are in the loss
         masked = loss == "masked" and model == "small"
-        assert batch.weights.tolist() == pytest.approx([1.0 if masked else 1 / 3, 1 / 3])
-        made = make_update(Config(**settings | changes), model, rollouts, scored, CPU)
-        (batch,) = made.micro_batches
-        assert made.normalizer == 2 * 8
-        assert batch.advantages.tolist() == advantages[model].tolist()
-        return [round(x, 6) for x in batch.old_logps.tolist()], batch.mask.tolist()
+        assert objective.weights.tolist() == pytest.approx([1.0 if masked else 1 / 3, 1 / 3])
+        objective = make_objective(Config(**settings | changes), model, rollouts, scored)
+        assert objective.normalizer == 2 * 8
+        assert objective.advantages.tolist() == advantages[model].tolist()
+        return [round(x, 6) for x in objective.old_logps.tolist()], objective.mask.tolist()
 
     return update
 

@@ -1,14 +1,16 @@
 """A sharded step of two processes is the step of one, and the step of plain PyTorch."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from processes import spawn
 from torch.distributed.tensor import DTensor
 
-from codistill.batch import TokenBatch
-from codistill.config.schema import OptimizerConfig
-from codistill.learner import Learner, MicroBatch
+from codistill.batch import Ragged, TokenBatch
+from codistill.config.schema import OptimizerConfig, TrainingConfig
+from codistill.learner import Learner
 from codistill.model import load_causal_lm, load_policy
+from codistill.objective import Objective
 from codistill.output.metrics import StepMetrics
 from codistill_kernels import PolicyLoss, reference
 
@@ -27,39 +29,55 @@ def rollouts() -> tuple[list, list, list[torch.Tensor], torch.Tensor]:
     return prompts, completions, old, torch.randn(ROLLOUTS, generator=generator)
 
 
-def micro_batch(rows: list[int]) -> MicroBatch:
-    prompts, completions, old, advantages = rollouts()
-    tokens = TokenBatch.build([prompts[r] for r in rows], [completions[r] for r in rows], CPU)
-    old_logps = torch.cat([old[r] for r in rows])
-    mask = torch.ones_like(old_logps, dtype=torch.bool)
-    return MicroBatch(tokens, old_logps, advantages[rows], mask)
+def objective() -> Objective:
+    _, _, old, advantages = rollouts()
+    old_logps = torch.cat(old)
+    return Objective(old_logps, advantages, torch.ones_like(old_logps).bool(), NORMALIZER)
 
 
-def sharded_step(rank: int, folder: str, path: str, world_size: int) -> None:
+def batch_of(rows: list[int]) -> TokenBatch:
+    """The longest rollout comes first."""
+    prompts, completions, *_ = rollouts()
+    return TokenBatch.build(Ragged.of(prompts), Ragged.of(completions), rows[::-1], CPU)
+
+
+def start(rank: int, folder: str, path: str, world_size: int, loss: PolicyLoss) -> Learner:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/init{world_size}", rank=rank, world_size=world_size
     )
-    policy = load_policy(
-        path, vocab_size=VOCAB, dtype=torch.float32, device=CPU, checkpointing=False
-    )
+    policy = load_policy("small.path", path, TrainingConfig(dtype="float32"), VOCAB, CPU)
     optimizer = OptimizerConfig(schedule="constant", warmup_fraction=0, max_grad_norm=1e9)
-    learner = Learner("small", policy, PolicyLoss(), optimizer, learning_rate=1e-2, total_steps=1)
-    rows = list(range(rank, ROLLOUTS, world_size))
+    return Learner("small", policy, loss, optimizer, learning_rate=1e-2, total_steps=1)
+
+
+def sharded_step(rank: int, folder: str, path: str, world_size: int) -> None:
+    """Two processes have batches of 3 and 1, and 2 and 2 rollouts, and one without any."""
+    learner = start(rank, folder, path, world_size, PolicyLoss())
     metrics = StepMetrics(CPU)
-    batches = [micro_batch(rows[start : start + 2]) for start in range(0, len(rows), 2)]
-    learner.backward(batches, metrics, normalizer=NORMALIZER, temperature=TEMPERATURE)
+    cuts = {1: [[0, 1, 2, 3], [4, 5, 6, 7]], 2: [[[0, 2, 4], [6], []], [[1, 3], [], [5, 7]]][rank]}
+    batches = [batch_of(rows) for rows in cuts[world_size]]
+    learner.backward(batches, objective(), metrics, temperature=TEMPERATURE)
     grads = {
         name: parameter.grad.full_tensor()
         if isinstance(parameter.grad, DTensor)
         else parameter.grad
-        for name, parameter in policy.lm.named_parameters()
+        for name, parameter in learner.policy.lm.named_parameters()
     }
     learner.step(metrics)
-    weights = dict(policy.full_weights())
+    weights = dict(learner.policy.full_weights())
     numbers = metrics.reduce()
     if rank == 0:
         torch.save((grads, weights, numbers), f"{folder}/result{world_size}.pt")
     dist.barrier()  # who leaves early closes connections that the other still uses
+    dist.destroy_process_group()
+
+
+def unequal_batches(rank: int, folder: str, path: str) -> None:
+    learner = start(rank, folder, path, 2, PolicyLoss())
+    with pytest.raises(RuntimeError, match="between 1 and 2 batches"):
+        batches = [batch_of([row]) for row in range(1 + rank)]
+        learner.backward(batches, objective(), StepMetrics(CPU), temperature=1.0)
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -101,3 +119,7 @@ def test_two_processes_one_process_and_plain_pytorch_agree(models, tmp_path):
         assert one[2].keys() == two[2].keys()
         for name in one[2]:
             assert abs(one[2][name] - two[2][name]) < 1e-5 * max(1, abs(one[2][name])), name
+
+
+def test_unequal_numbers_of_batches_are_found_before_they_hang(models, tmp_path):
+    spawn(unequal_batches, str(tmp_path), str(models["small"]), processes=2)

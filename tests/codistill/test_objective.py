@@ -4,75 +4,60 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from tiny import make_rollouts
 
+from codistill.batch import TokenBatch
 from codistill.config import Config
-from codistill.data import Problem
-from codistill.engine import Completion
-from codistill.objective import make_update
-from codistill.scoring import Rollouts, Scored, engine_weights
+from codistill.objective import Objective, make_objective
+from codistill.scoring import Credit, Scored, engine_weights
 from codistill_kernels import kl_penalty, policy_loss
 from codistill_kernels._estimators import OF_OBJECTIVES
 
-PROBLEM = Problem("1+1", ("2",), "1+1=", [3, 12, 3, 13])
-LENGTHS = (3, 1, 2)
-ENGINE = [-0.5, -0.5, -0.5], [-0.5], [-0.5, -0.5]
+LENGTHS = [3, 1, 2]
 
 
 @pytest.fixture
 def hand(settings):
     """hand(name, {"section": {...}}): one prompt, M = G = 3 rollouts of 3, 1 and 2 tokens, N = 8.
 
-    The first is truncated. Log-probabilities: small -1, large -2, at the start -1.5.
+    The first is truncated. Log-probabilities: small -1, large -2, at the start -1.5, engine -0.5.
     """
     settings["rollout"] |= {"num_generations": 3, "prompts_per_step": 1}
     settings |= {"downsample": {"method": "none"}}
-    settings["training"]["micro_batch_size"] = 3
 
-    def run(name: str = "small", changes: dict | None = None, alpha: float = 0.0):
+    def run(name: str = "small", changes: dict | None = None, alpha: float = 0.0) -> Objective:
         for section, values in (changes or {}).items():
             settings[section] = settings.get(section, {}) | values
         config = Config(**settings)
-        completions = [
-            Completion([2] * n, logps, truncated=n == 3)
-            for n, logps in zip(LENGTHS, ENGINE, strict=True)
-        ]
-        rollouts = Rollouts(
-            [PROBLEM] * 3, completions, [0] * 3, [""] * 3, torch.zeros(3), torch.zeros(3)
-        )
-        logps = {name: of_value(value) for name, value in (("small", -1.0), ("large", -2.0))}
+        rollouts = make_rollouts(LENGTHS, [0.0] * 3, truncated={0}, logp=-0.5)
+        logps = {"small": torch.full((6,), -1.0), "large": torch.full((6,), -2.0)}
+        advantages = {
+            "small": torch.tensor([2.0, 1.0, -3.0]),
+            "large": torch.tensor([1.0, 0.0, -1.0]),
+        }
         scored = Scored(
+            Credit(None, torch.zeros(3), torch.arange(3), advantages),
+            [],
             logps,
-            logps["large"],
-            None,
-            torch.zeros(3),
-            torch.arange(3),
-            {"small": torch.tensor([2.0, 1.0, -3.0]), "large": torch.tensor([1.0, 0.0, -1.0])},
-            {name: of_value(-1.5) for name in ("small", "large")},
-            engine_weights(config, rollouts, logps["small"]),
+            teacher_logps=logps["large"],
+            reference_logps={name: torch.full((6,), -1.5) for name in ("small", "large")},
+            importance_weights=engine_weights(config, rollouts, logps["small"]),
         )
-        update = make_update(config, name, rollouts, scored, torch.device("cpu"), alpha=alpha)
-        (batch,) = update.micro_batches
-        return batch, update.normalizer
+        return make_objective(config, name, rollouts, scored, alpha=alpha)
 
     return run
 
 
-def of_value(value: float) -> list[Tensor]:
-    return [torch.full((n,), value) for n in LENGTHS]
+@pytest.fixture
+def batch() -> TokenBatch:
+    rollouts = make_rollouts(LENGTHS, [0.0] * 3)
+    return TokenBatch.build(rollouts.prompts, rollouts.completions, [0, 2, 1], torch.device("cpu"))
 
 
-def loss(batch, normalizer: float) -> float:
+def loss(objective: Objective, batch: TokenBatch) -> float:
     """Of a policy whose ratio is 1 everywhere: minus a weighted sum of advantages."""
-    advantages = batch.advantages if batch.weights is None else batch.advantages * batch.weights
-    value, _ = policy_loss(
-        batch.old_logps,
-        batch.old_logps,
-        advantages,
-        batch.mask,
-        normalizer=normalizer,
-        cu_seqlens=batch.tokens.cu_seqlens,
-    )
+    terms = objective.terms(batch)
+    value, _ = policy_loss(terms["old_logps"], cu_seqlens=batch.cu_seqlens, **terms)
     return value.item()
 
 
@@ -85,9 +70,9 @@ def loss(batch, normalizer: float) -> float:
         ("tokens", -1 / 6),
     ],
 )
-def test_normalization(hand, normalization, expected):
-    batch, normalizer = hand("small", {"loss": {"normalization": normalization}})
-    assert loss(batch, normalizer) == pytest.approx(expected, abs=1e-7)
+def test_normalization(hand, batch, normalization, expected):
+    objective = hand("small", {"loss": {"normalization": normalization}})
+    assert loss(objective, batch) == pytest.approx(expected, abs=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -99,47 +84,38 @@ def test_normalization(hand, normalization, expected):
         ("tokens", 5 / 3),
     ],
 )
-def test_truncated_rollouts_out_of_the_loss(hand, normalization, expected):
+def test_truncated_rollouts_out_of_the_loss(hand, batch, normalization, expected):
     changes = {"loss": {"normalization": normalization}, "rollout": {"truncated": "mask"}}
     for name in ("small", "large"):
-        batch, normalizer = hand(name, changes)
-        assert batch.mask.tolist() == [False] * 3 + [True] * 3
+        objective = hand(name, changes)
+        assert objective.mask.tolist() == [False] * 3 + [True] * 3
         if name == "small":
-            assert loss(batch, normalizer) == pytest.approx(expected)
+            assert loss(objective, batch) == pytest.approx(expected)
 
 
 def test_old_logps_of_the_trainer_or_the_engine(hand):
     for name in ("small", "large"):  # of the writer, for both models
-        assert hand(name)[0].old_logps.tolist() == [-1.0] * 6
-        assert hand(name)[0].importance_weights is None
+        assert hand(name).old_logps.tolist() == [-1.0] * 6
+        assert hand(name).importance_weights is None
     for name in ("small", "large"):
-        batch, _ = hand(name, {"loss": {"old_logps": "engine"}})
-        assert batch.old_logps.tolist() == [-0.5] * 6
+        objective = hand(name, {"loss": {"old_logps": "engine"}})
+        assert objective.old_logps.tolist() == [-0.5] * 6
 
 
 @pytest.mark.parametrize(("cap", "weight"), [(2.0, math.exp(-0.5)), (0.4, 0.4)])
 def test_truncated_importance_weights(hand, cap, weight):
     # trainer over engine: exp(-1 + 0.5)
-    batch, _ = hand("large", {"loss": {"importance_cap": cap}})
-    assert batch.importance_weights.tolist() == pytest.approx([weight] * 6)
-    assert batch.old_logps.tolist() == [-1.0] * 6
+    objective = hand("large", {"loss": {"importance_cap": cap}})
+    assert objective.importance_weights.tolist() == pytest.approx([weight] * 6)
+    assert objective.old_logps.tolist() == [-1.0] * 6
 
 
 @pytest.mark.parametrize("name", ["small", "large"])
-def test_kl_to_the_start_of_each_model(hand, name):
-    batch, normalizer = hand(name, {"loss": {"beta": 0.1, "normalization": "sequence"}})
-    (penalty,) = batch.penalties
+def test_kl_to_the_start_of_each_model(hand, batch, name):
+    objective = hand(name, {"loss": {"beta": 0.1, "normalization": "sequence"}})
+    (penalty,) = objective.penalties
     assert (penalty.name, penalty.coefficient, penalty.estimator) == ("reference", 0.1, "k3")
-    current = torch.full((6,), -1.0)
-    kl, _ = kl_penalty(
-        current,
-        penalty.logps,
-        batch.mask,
-        estimator=penalty.estimator,
-        normalizer=normalizer,
-        weights=batch.weights,
-        cu_seqlens=batch.tokens.cu_seqlens,
-    )
+    kl, _ = kl_penalty(torch.full((6,), -1.0), **objective.penalty_terms(penalty, batch))
     # Eq. 4 at ratio exp(-0.5), alike at every token: 1/G sum_i 1/|o_i| sum_t leaves it as it is
     assert kl.item() == pytest.approx(math.exp(-0.5) + 0.5 - 1)
 
@@ -147,8 +123,8 @@ def test_kl_to_the_start_of_each_model(hand, name):
 @pytest.mark.parametrize("estimator", [None, *OF_OBJECTIVES])
 def test_kd_term_in_the_objective_is_the_small_models(hand, estimator):
     kd = {"kd": {"placement": "objective", "estimator": estimator}}
-    (penalty,) = hand("small", kd, alpha=0.7)[0].penalties
+    (penalty,) = hand("small", kd, alpha=0.7).penalties
     assert (penalty.name, penalty.coefficient) == ("kd", 0.7)
     assert penalty.estimator == (estimator or "k3") and penalty.logps.tolist() == [-2.0] * 6
-    assert hand("large", kd, alpha=0.7)[0].penalties == ()
-    assert hand("small", {"kd": {"placement": "reward", "estimator": None}})[0].penalties == ()
+    assert hand("large", kd, alpha=0.7).penalties == ()
+    assert hand("small", {"kd": {"placement": "reward", "estimator": None}}).penalties == ()

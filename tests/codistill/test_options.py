@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import spawn
-from tiny import FakeGrader, merged
+from tiny import FakeGrader, make_rollouts, merged
 
 from codistill import checkpoint
 from codistill.config import Config
@@ -16,7 +16,7 @@ from codistill.data import draw, redraw
 from codistill.engine import Completion
 from codistill.inputs import load_inputs
 from codistill.output.metrics import StepMetrics
-from codistill.rollout import Group
+from codistill.rollout import Rollouts
 from codistill.trainer import Trainer
 
 END, VOCAB = 1, 18
@@ -168,9 +168,13 @@ def test_redraw_offers_what_the_step_has_not_drawn():
 
 def test_dynamic_sampling_takes_the_prompts_with_a_signal(make_trainer, monkeypatch):
     """8 problems, 2 a step: round after round until two have right and wrong rollouts."""
-    changes = {"rollout": {"prompts_per_step": 2}, "training": {"micro_batch_size": 4}}
+    changes = {"rollout": {"prompts_per_step": 2}, "training": {"tokens_per_micro_batch": 40}}
     signal: dict[str, bool] = {}
-    monkeypatch.setattr(Group, "has_signal", property(lambda group: signal[group.problem.prompt]))
+    monkeypatch.setattr(
+        Rollouts,
+        "has_signal",
+        lambda self, count: torch.tensor([signal[p.prompt] for p in self.problems[::count]]),
+    )
     for rounds, expected in ((1, None), (2, 2), (4, 3)):
         changes["rollout"]["sampling_rounds"] = rounds
         trainer = make_trainer(changes, FakeGrader())
@@ -186,14 +190,12 @@ def test_dynamic_sampling_takes_the_prompts_with_a_signal(make_trainer, monkeypa
         places = [prompts.index(prompt) for prompt in used]
         # two rounds find one of the two; the first drawn fills up
         assert places == {1: [0, 1], 2: [1, 0], 4: [1, 4]}[rounds]
-        assert len(rollouts.texts) == 12
+        assert len(rollouts) == 12
 
 
-@pytest.mark.parametrize(
-    ("accuracy", "signal"), [([0.0, 0.0], False), ([1.0, 0.0], True), ([1.0, 1.0], False)]
-)
-def test_signal_is_right_and_wrong(accuracy, signal):
-    assert Group(None, [], [], [], accuracy, [], {}).has_signal == signal
+def test_signal_is_right_and_wrong():
+    rollouts = make_rollouts([1] * 6, [0.0, 0.0, 1.0, 0.0, 1.0, 1.0])
+    assert rollouts.has_signal(2).tolist() == [False, True, False]
 
 
 class FakeEngine:
@@ -225,6 +227,11 @@ def brevity(prompts, completions, completion_ids, **columns):
 
 
 MANY = [
+    {  # no penalty: the loss in one pass over the head
+        "loss": {"kind": "gspo", "large_dual_clip": 3.0},
+        "rollout": {"logp_gap_limit": 99.0},
+        "training": {"inner_epochs": 2},
+    },
     {
         "reward": {"functions": {"test_options.brevity": 0.5}},
         "hint": {"tokens": 2, "loss": "importance"},
@@ -273,7 +280,7 @@ def two_steps_of_a_process(rank: int, folder: str, settings: dict) -> None:
 
 
 def test_two_processes_do_what_one_does(settings, make_trainer, tmp_path):
-    settings["training"]["micro_batch_size"] = 4
+    settings["training"]["tokens_per_micro_batch"] = 16  # processes have different numbers of them
     make_trainer()  # joins this process to a group of its own
     alone = two_steps(settings)
     spawn(two_steps_of_a_process, str(tmp_path), settings, processes=2)

@@ -176,7 +176,7 @@ def test_a_preset_runs(name, options, families, grader, tmp_path, caplog):
         dist.destroy_process_group()
     assert "data.eval: 4 of 4 problems are in data.train too" in caplog.text
     for numbers, rollouts, scored in steps:
-        assert len(scored.kept) == 8
+        assert len(scored.credit.kept) == 8
         assert {key.rpartition("/")[2] for key in numbers if "loss/" in key} == {*config.trained}
         begin = inputs.tokenizer.bos_token_id
         for problem in rollouts.problems:

@@ -2,18 +2,16 @@
 
 import pytest
 import torch
+from tiny import make_rollouts
 
 from codistill.advantages import beta_scales
 from codistill.config import Config
 from codistill.config.schema import OptimizerConfig
-from codistill.data import Problem
-from codistill.engine import Completion
 from codistill.learner import learning_rate_factor
-from codistill.scoring import Rollouts, alpha_at, score
+from codistill.scoring import alpha_at, assign_credit
 from codistill_kernels import kd_rewards
 from codistill_kernels._estimators import OF_REWARDS
 
-PROBLEM = Problem("1+1", ("2",), "1+1=", [3, 12, 3, 13])
 GAIN = [0.2, -0.4, 0.0, 0.6, -0.2, -1.0]  # log-ratio large/small of a rollout's first token
 LENGTHS = [2, 5, 3, 2, 4, 3]
 ACCURACY = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
@@ -21,32 +19,33 @@ ACCURACY = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
 
 @pytest.fixture
 def hand(settings):
-    """hand({"section": {...}}) scores one prompt's rollouts: M = 6, G = 4, N = 8, alpha = 4.
+    """hand({"section": {...}}): credit of one prompt's rollouts; M = 6, G = 4, N = 8, alpha = 4.
 
     The fourth rollout is truncated; the small model's log-probabilities are -1.
     """
     settings["rollout"]["prompts_per_step"] = 1
-    settings["training"]["micro_batch_size"] = 2
     settings["kd"] = {"alpha": 4.0}
 
     def run(changes: dict | None = None, **options):
         for section, values in (changes or {}).items():
             settings[section] = settings.get(section, {}) | values
-        rollouts = Rollouts(
-            problems=[PROBLEM] * 6,
-            completions=[Completion([2] * n, [0.0] * n, i == 3) for i, n in enumerate(LENGTHS)],
-            hints=[0] * 6,
-            texts=[""] * 6,
-            accuracy=torch.tensor(ACCURACY),
-            format=torch.zeros(6),
-        )
-        small = [torch.full((n,), -1.0) for n in LENGTHS]
-        large = [
-            torch.tensor([-1.0 + g] + [-1.0] * (n - 1)) for g, n in zip(GAIN, LENGTHS, strict=True)
-        ]
-        return score(Config(**settings), rollouts, {"small": small, "large": large}, **options)
+        rollouts = make_rollouts(LENGTHS, ACCURACY, truncated={3})
+        small = torch.full((sum(LENGTHS),), -1.0)
+        large = small.clone()
+        large[rollouts.completions.cu_seqlens[:-1]] += torch.tensor(GAIN)
+        logps = {"small": small, "large": large}
+        return assign_credit(Config(**settings), rollouts, logps, **options)
 
     return run
+
+
+def kept_advantages(scored, name: str) -> list[float]:
+    """Of the rollouts kept; all others have none."""
+    advantages = scored.advantages[name].clone()
+    kept = advantages[scored.kept].tolist()
+    advantages[scored.kept] = 0
+    assert not advantages.any()
+    return kept
 
 
 def test_score_by_hand(hand):
@@ -56,8 +55,8 @@ def test_score_by_hand(hand):
     # effective 1.1, 0.8, 1.0, 0.3, -0.1, -0.5: best two 0, 2; worst two 4, 5
     assert scored.kept.tolist() == [0, 2, 4, 5]
     # Eq. 7 over the kept: mean of 1.1, 1.0, -0.1, -0.5 is 0.375; of 1, 1, 0, 0 it is 0.5
-    assert scored.advantages["small"].tolist() == pytest.approx([0.725, 0.625, -0.475, -0.875])
-    assert scored.advantages["large"].tolist() == pytest.approx([0.5, 0.5, -0.5, -0.5])
+    assert kept_advantages(scored, "small") == pytest.approx([0.725, 0.625, -0.475, -0.875])
+    assert kept_advantages(scored, "large") == pytest.approx([0.5, 0.5, -0.5, -0.5])
 
 
 def test_grpo_has_no_kd_term(settings, hand):
@@ -67,7 +66,7 @@ def test_grpo_has_no_kd_term(settings, hand):
     assert scored.effective_rewards.tolist() == ACCURACY
     # Eq. 3 over all six: mean 1/2, sample deviation sqrt(6 / 4 / 5) = 0.5477
     expected = [0.9129] * 3 + [-0.9129] * 3
-    assert scored.advantages["small"].tolist() == pytest.approx(expected, abs=1e-4)
+    assert kept_advantages(scored, "small") == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +96,7 @@ def test_each_estimator_is_the_one_asked_for(hand, estimator):
 
 
 def test_exact_kd_reward_is_the_divergence_itself(hand):
-    kl = [torch.tensor([0.5] + [0.1] * (n - 1)) for n in LENGTHS]
+    kl = torch.cat([torch.tensor([0.5] + [0.1] * (n - 1)) for n in LENGTHS])
     scored = hand({"kd": {"estimator": "exact"}}, kl=kl)
     # -4/8 (0.5 + 0.1 (n - 1)) of 2, 5, 3, 2, 4, 3 tokens
     expected = [-0.3, -0.45, -0.35, -0.3, -0.4, -0.35]
@@ -136,7 +135,7 @@ def test_downsampling(hand, downsample, kept):
     # which are kept decides the baseline, and nothing about the rewards
     assert scored.kd_rewards.tolist() == pytest.approx([0.1, -0.2, 0.0, 0.3, -0.1, -0.5])
     effective = scored.effective_rewards[kept]
-    assert scored.advantages["small"].tolist() == pytest.approx(
+    assert kept_advantages(scored, "small") == pytest.approx(
         (effective - effective.mean()).tolist()
     )
 
@@ -173,8 +172,8 @@ def test_random_downsampling_is_a_function_of_seed_and_step(hand):
 def test_advantages(hand, advantage, small, large):
     scored = hand({"advantage": advantage})
     assert scored.kept.tolist() == [0, 2, 4, 5]
-    assert scored.advantages["small"].tolist() == pytest.approx(small, abs=1e-4)
-    assert scored.advantages["large"].tolist() == pytest.approx(large, abs=1e-4)
+    assert kept_advantages(scored, "small") == pytest.approx(small, abs=1e-4)
+    assert kept_advantages(scored, "large") == pytest.approx(large, abs=1e-4)
 
 
 def test_leave_one_out_is_the_mean_of_the_others(hand):
@@ -182,7 +181,7 @@ def test_leave_one_out_is_the_mean_of_the_others(hand):
     rewards = scored.effective_rewards
     others = [(rewards.sum() - reward) / 5 for reward in rewards]
     expected = [(r - o).item() for r, o in zip(rewards, others, strict=True)]
-    assert scored.advantages["small"].tolist() == pytest.approx(expected, abs=1e-6)
+    assert kept_advantages(scored, "small") == pytest.approx(expected, abs=1e-6)
 
 
 def test_beta_scales_by_hand():
@@ -203,17 +202,10 @@ def test_beta_scales_the_accuracy_and_centres_the_rest(settings):
     settings["rollout"] |= {"num_generations": 4, "prompts_per_step": 2}
     settings |= {"advantage": {"scale": "beta"}, "kd": {"alpha": 8.0}}
     accuracy = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0]  # 1/4 and 3/4: mean 1/2, variance 1/8
-    rollouts = Rollouts(
-        problems=[PROBLEM] * 8,
-        completions=[Completion([2], [0.0], False)] * 8,
-        hints=[0] * 8,
-        texts=[""] * 8,
-        accuracy=torch.tensor(accuracy),
-        format=torch.zeros(8),
-    )
-    small, gain = [torch.tensor([-1.0])] * 8, [0.4, 0.0, 0.0, 0.0] * 2
-    large = [torch.tensor([-1.0 + g]) for g in gain]
-    scored = score(Config(**settings), rollouts, {"small": small, "large": large})
+    rollouts = make_rollouts([1] * 8, accuracy)
+    small, gain = torch.full((8,), -1.0), torch.tensor([0.4, 0.0, 0.0, 0.0] * 2)
+    logps = {"small": small, "large": small + gain}
+    scored = assign_credit(Config(**settings), rollouts, logps)
     factor = beta_scales(torch.tensor([0.25, 0.75]))[0].item()
     # a + b = 0.25 / 0.125 - 1 = 1, both parameters 7/6; gamma(7/3) / gamma(7/6)^2 = 1.38340
     assert factor == pytest.approx(1 / (1.38340 * (3 / 16) ** (1 / 6)), rel=1e-4)

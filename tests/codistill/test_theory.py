@@ -15,7 +15,7 @@ from tiny import save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from codistill.batch import TokenBatch
+from codistill.batch import Ragged, TokenBatch, pack
 from codistill.model import Policy
 from codistill_kernels import codistill_losses, codistill_scores, policy_loss
 
@@ -258,27 +258,29 @@ def compare_with_trl(rank: int, folder: str, path: str) -> None:
         pairs = zip(inputs[f"{name}_ids"], inputs[f"{name}_mask"].bool(), strict=True)
         return [ids[mask].tolist() for ids, mask in pairs]
 
-    batch = TokenBatch.build(unpadded("prompt"), unpadded("completion"), torch.device("cpu"))
+    prompts, completions = (Ragged.of(unpadded(name)) for name in ("prompt", "completion"))
+    (order,) = pack(prompts.lengths + completions.lengths, 10**6)
+    batch = TokenBatch.build(prompts, completions, order, torch.device("cpu"))
     old = inputs["old_per_token_logps"][inputs["completion_mask"].bool()]
     scores = codistill_scores(
         rewards,
         old,
         old,
-        batch.cu_seqlens,
+        completions.cu_seqlens,
         group_size=group,
         keep=group,
         alpha=0.0,
         max_completion_tokens=limit,
     )
     torch.testing.assert_close(scores.small_advantages, inputs["advantages"], rtol=0, atol=1e-6)
-    normalizer, lengths = len(rows) * limit, batch.cu_seqlens
+    normalizer, index = len(rows) * limit, batch.index
     policy = Policy(lm, vocab_size=lm.config.vocab_size)
-    ours, _ = policy_loss(
-        policy(batch, temperature),
-        old,
-        scores.small_advantages,
+    ours, _ = policy.policy_loss(
+        batch,
+        temperature,
+        old_logps=old[index],
+        advantages=scores.small_advantages[batch.rows],
         normalizer=normalizer,
-        cu_seqlens=lengths,
     )
     ours.backward()
     assert abs(ours.item() - theirs.item()) < 1e-6 and abs(theirs.item()) > 1e-3
@@ -286,17 +288,16 @@ def compare_with_trl(rank: int, folder: str, path: str) -> None:
         assert gold[name].abs().max() > 1e-4, name
         torch.testing.assert_close(parameter.grad, gold[name], rtol=0, atol=1e-6)
 
-    output = lm.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-    model = (output.last_hidden_state.flatten(0, 1)[batch.positions], lm.lm_head.weight)
+    model = (policy.hidden_states(batch), lm.lm_head.weight)
     for loss, _ in codistill_losses(
         model,
         model,
         batch.token_ids,
-        old,
-        scores.small_advantages,
-        scores.large_advantages,
+        old[index],
+        scores.small_advantages[batch.rows],
+        scores.large_advantages[batch.rows],
         normalizer=normalizer,
-        cu_seqlens=lengths,
+        cu_seqlens=batch.cu_seqlens,
         temperature=temperature,
     ):
         assert abs(loss.item() - theirs.item()) < 1e-6
