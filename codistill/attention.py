@@ -1,7 +1,7 @@
 """Attention within each sequence of a packed row, where sequences lie one after the other.
 
-Sequences of like lengths are attended to together, padded on the right to the longest of them. Under
-a causal mask no token sees what comes after it, so what they are padded with changes nothing.
+Sequences of like lengths are attended to together, padded on the right to the longest of them.
+Under a causal mask no token sees what comes after it, so what they are padded with changes nothing.
 """
 
 from collections.abc import Sequence
@@ -96,8 +96,7 @@ def packed_attention(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of each token to its own sequence, [1, L, heads, D]; an attention function of
-    transformers.
+    """Causal attention of each token to its own sequence, [1, L, heads, D]; called by transformers.
 
     softmax_j(softcap(q_i . k_j scaling)) v_j over i - sliding_window < j <= i
 

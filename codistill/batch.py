@@ -51,7 +51,7 @@ def ends(lengths: Tensor) -> Tensor:
 
 
 def runs(starts: Tensor, lengths: Tensor) -> Tensor:
-    """The numbers from starts[s] to starts[s] + lengths[s] - 1 of each s, one run after the other."""
+    """starts[s], ..., starts[s] + lengths[s] - 1 of each s, one run after the other."""
     shifts = starts - (lengths.cumsum(0) - lengths)
     return torch.arange(int(lengths.sum())) + shifts.repeat_interleave(lengths)
 

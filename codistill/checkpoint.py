@@ -7,13 +7,16 @@ number are all there is to save.
 import re
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from codistill import distributed
-from codistill.learner import Learner
+
+if TYPE_CHECKING:
+    from codistill.learner import Learner
 
 STEP = re.compile(r"step_(\d+)")
 
@@ -24,7 +27,7 @@ def latest(folder: Path) -> int | None:
     return max((int(match[1]) for match in found if match), default=None)
 
 
-def save(folder: Path, step: int, learners: list[Learner]) -> None:
+def save(folder: Path, step: int, learners: "list[Learner]") -> None:
     """Every process must call. A folder named step_<k> is complete; older ones are removed."""
     unfinished, finished = folder / f"unfinished_{step}", folder / f"step_{step}"
     if distributed.is_first():
@@ -40,7 +43,7 @@ def save(folder: Path, step: int, learners: list[Learner]) -> None:
     dist.barrier()
 
 
-def load(folder: Path, step: int, learners: list[Learner]) -> None:
+def load(folder: Path, step: int, learners: "list[Learner]") -> None:
     """Every process must call, as many of them as like."""
     states = {learner.name: state(learner) for learner in learners}
     dcp.load(states, checkpoint_id=folder / f"step_{step}")
@@ -55,6 +58,6 @@ def load(folder: Path, step: int, learners: list[Learner]) -> None:
         learner.schedule.load_state_dict(loaded["schedule"])
 
 
-def state(learner: Learner) -> dict:
+def state(learner: "Learner") -> dict:
     model, optimizer = get_state_dict(learner.policy, learner.optimizer)
     return {"model": model, "optimizer": optimizer, "schedule": learner.schedule.state_dict()}

@@ -58,7 +58,7 @@ class Learner:
         count, device = len(batches), objective.mask.device
         most, least = distributed.largest(count, device), -distributed.largest(-count, device)
         if most != least:
-            raise RuntimeError(f"between {least} and {most} batches in one process: expected as many")
+            raise RuntimeError(f"between {least:.0f} and {most:.0f} batches: expected equally many")
         for number, batch in enumerate(batches, start=1):
             self.policy.reduce_head(number == count)
             loss = self.loss_of(batch, objective, metrics, temperature)

@@ -186,8 +186,10 @@ class Policy(nn.Module):
         return logits if softcap is None else softcap * (logits / softcap).tanh()
 
     def reduce_head(self, wanted: bool) -> None:
-        """Whether the next backward pass sums the gradient of embedding and head over the processes;
-        else it is kept and added to: once a step is enough."""
+        """Whether the next backward pass sums the gradient of embedding and head over processes.
+
+        Else it is kept, and added to: once per step is enough.
+        """
         if isinstance(self, FSDPModule):
             self.set_requires_gradient_sync(wanted, recurse=False)
 
@@ -219,8 +221,8 @@ def drawn(logits: Tensor, draw: Tensor, temperature: float) -> tuple[Tensor, Ten
 
 
 def shard(policy: Policy, *, dtype: torch.dtype, head_dtype: torch.dtype) -> Policy:
-    """Shard over all processes with FSDP2: fp32 weights; layers run in `dtype`, embedding, last norm
-    and head in `head_dtype`.
+    """Shard over all processes with FSDP2: fp32 weights, layers run in `dtype`, the embedding, the
+    last norm and the head in `head_dtype`.
 
     Gradients are summed over the processes, not averaged: the losses divide by a global count.
     """

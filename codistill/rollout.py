@@ -26,8 +26,10 @@ from codistill.rewards import RewardTerms, RolloutRewards
 
 @dataclass(frozen=True)
 class Rollouts:
-    """S = prompts x M graded completions of the writer, prompt after prompt, N tokens in all; on the
-    host."""
+    """S = prompts x M graded completions of the writer, prompt after prompt, N tokens in all.
+
+    On the host.
+    """
 
     problems: list[Problem]
     """[S] each problem M times."""
@@ -124,9 +126,7 @@ class Rollouts:
             values.append(joined(found))
         return cls(*values)
 
-    def batches(
-        self, rows: Sequence[int], tokens: int, device: torch.device
-    ) -> list[TokenBatch]:
+    def batches(self, rows: Sequence[int], tokens: int, device: torch.device) -> list[TokenBatch]:
         """These rollouts in rows of at most `tokens` tokens, prompts included.
 
         Collective: every process gets as many, some of them perhaps without a rollout.
@@ -274,8 +274,10 @@ def members(prompts: Tensor, group_size: int) -> Tensor:
 
 
 def gathered(mine: Rollouts, group_size: int) -> Rollouts:
-    """The rollouts of all processes, which have equally many prompts, in the order these were drawn:
-    interleaved by rank. Collective."""
+    """The rollouts of all processes, which have equally many prompts. Collective.
+
+    In the order these were drawn: interleaved by rank.
+    """
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
     whole = Rollouts.cat(parts)

@@ -157,7 +157,7 @@ def effective_rewards(
     kl: Tensor | None,
     alpha: float,
 ) -> Tensor:
-    """r~ of Eq. 6, [S]; r where the KD term is in the objective. Arguments as of `assign_credit`."""
+    """r~ of Eq. 6, [S]; r where the KD term is in the objective. Arguments: see `assign_credit`."""
     if config.kd.placement == "objective":
         return rewards
     student, teacher, estimator = logps["small"], logps["large"], config.kd.chosen_estimator

@@ -6,7 +6,6 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from codistill.batch import TokenBatch
@@ -18,7 +17,6 @@ from codistill.inputs import Inputs
 from codistill.learner import Learner
 from codistill.model import DTYPES, Policy, end_token_ids, freeze, load_policy
 from codistill.objective import make_objective
-from codistill.objective import make_update
 from codistill.output.metrics import StepMetrics
 from codistill.rollout import Generation, Rollouts
 from codistill.scoring import (

@@ -68,7 +68,11 @@ PROBLEM = Problem("1+1", ("2",), "1+1=", [3, 12, 3, 13])
 
 
 def make_rollouts(
-    lengths: list[int], accuracy: list[float], *, truncated: set[int] = frozenset(), logp: float = 0.0
+    lengths: list[int],
+    accuracy: list[float],
+    *,
+    truncated: set[int] = frozenset(),
+    logp: float = 0.0,
 ) -> Rollouts:
     """Rollouts of one problem with so many tokens; logp: of every token, in the engine."""
     count = len(lengths)

@@ -58,7 +58,7 @@ class RolloutConfig(Section):
         None,
         gt=0,
         description="stop when engine and trainer disagree on a token's log-probability by more "
-        "(nats); by default 1e-3 in float32; in bfloat16 0.1 on average and 1 on 99 % of the tokens",
+        "(nats); by default 1e-3 in float32, in bfloat16 0.1 on average and 1 on 99 % of tokens",
     )
 
 
@@ -79,8 +79,8 @@ class TrainingConfig(Section):
     tokens_per_micro_batch: int = Field(
         16384,
         gt=0,
-        description="tokens, prompts included, per forward and backward pass: rollouts lie one after "
-        "the other, nothing is padded",
+        description="tokens, prompts included, per forward and backward pass: rollouts lie one "
+        "after the other, nothing is padded",
     )
     attention: Literal["auto", "flash", "sdpa"] = Field(
         "auto",
@@ -269,6 +269,7 @@ class Config(BaseSettings):
             prompts,
             f"a multiple of the {world_size} processes",
         )
+
 
 def check_hint(config: Config) -> None:
     hint, longest = config.hint, config.rollout.max_completion_tokens

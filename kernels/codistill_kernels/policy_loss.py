@@ -165,11 +165,11 @@ def policy_loss(
     Returns:
         loss, a scalar (fp32; fp64 for fp64 logps), and statistics over unmasked tokens, on the
         device of logps: `tokens`, `ratio_mean`, `ratio_square_mean`, `ratio_max`,
-        `clip_fraction_low` and `_high` (share of tokens whose gradient a bound cuts; cispo: whose ratio is bounded; gspo, luspo: all
-        tokens of a clipped sequence), `approx_kl` (mean of r - 1 - log r, nats), `ess` (effective
-        sample size, (sum r)^2 / (tokens sum r^2), in (0, 1]), detached `logps` and, where given,
-        `entropy`. Without a token all are 0. r is that before log_ratio_clamp; a token beyond it
-        counts as cut, except in kinds that weigh logp.
+        `clip_fraction_low` and `_high` (share of tokens whose gradient a bound cuts; cispo: whose
+        ratio is bounded; gspo, luspo: all tokens of a clipped sequence), `approx_kl` (mean of
+        r - 1 - log r, nats), `ess` (effective sample size, (sum r)^2 / (tokens sum r^2), in
+        (0, 1]), detached `logps` and, where given, `entropy`. Without a token all are 0. r is that
+        before log_ratio_clamp; a token beyond it counts as cut, except in kinds that weigh logp.
 
     Raises:
         ValueError: an argument has a wrong type, shape, dtype, device or value. The message names

@@ -1,6 +1,6 @@
 """Any split of the rollouts gives the same gradient: micro-batches, packing order, processes."""
 
-import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,13 +79,18 @@ def distance(ours: dict, gold: dict) -> float:
 @pytest.fixture
 def process_group(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for matrices this small more threads only wait for each other
     yield
+    torch.set_num_threads(threads)
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("penalty", [False, True], ids=["one pass", "with a penalty"])
-@pytest.mark.parametrize("normalization", NORMALIZERS)
-@pytest.mark.parametrize("kind", SURROGATES)
+@pytest.mark.parametrize(
+    ("kind", "normalization", "penalty"),
+    [(kind, name, False) for kind in SURROGATES for name in NORMALIZERS]
+    + [("clip", name, True) for name in NORMALIZERS],
+)
 def test_micro_batches(models, process_group, kind, normalization, penalty):
     """In fp64, also without some of the rollouts."""
     lm = load_causal_lm(str(models["large"]), dtype=torch.float64)
@@ -103,24 +108,23 @@ def test_micro_batches(models, process_group, kind, normalization, penalty):
 def compare_processes(rank: int, folder: str, path: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    lm = load_causal_lm(path, dtype=torch.float64)
-    alone = Policy(copy.deepcopy(lm), vocab_size=VOCAB)
+    alone = Policy(load_causal_lm(path, dtype=torch.float32), vocab_size=VOCAB)
     sharded = load_policy("small.path", path, TrainingConfig(dtype="float32"), VOCAB, CPU)
     for kind in SURROGATES:
         for normalization in NORMALIZERS:
             loss, terms = PolicyLoss(kind), objective(normalization, WHOLE[0], penalty=False)
-            gold = backward(alone, loss, WHOLE, terms)
-            floats = Objective(
-                terms.old_logps.float(),
-                terms.advantages.float(),
-                terms.mask,
-                terms.normalizer,
-                None if terms.weights is None else terms.weights.float(),
-                terms.importance_weights.float(),
+            gold = backward(alone.double(), loss, WHOLE, terms)
+            floats = replace(
+                terms,
+                old_logps=terms.old_logps.float(),
+                advantages=terms.advantages.float(),
+                weights=None if terms.weights is None else terms.weights.float(),
+                importance_weights=terms.importance_weights.float(),
             )
+            error = distance(backward(alone.float(), loss, WHOLE, floats), gold)
             for shares in SHARES:
                 ours = backward(sharded, loss, shares[rank], floats)
-                assert distance(ours, gold) < 2e-6, (kind, normalization, distance(ours, gold))
+                assert distance(ours, gold) < 2 * error + 1e-6, (kind, normalization)
     dist.barrier()
     dist.destroy_process_group()
 
