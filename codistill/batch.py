@@ -113,7 +113,7 @@ class TokenBatch:
             sequences.int(),
             widths[0],
         )
-        return cls(*tensors[:7], packing)
+        return cls(*tensors[:7], packing=packing)
 
 
 def to_device(parts: Sequence[Tensor | None], device: torch.device) -> list:

@@ -110,12 +110,15 @@ class Policy(nn.Module):
         )
         return output.last_hidden_state[0].index_select(0, batch.positions)
 
-    def head_inputs(self, batch: TokenBatch) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """((hidden states [N, H], lm_head weight [V, H], bias), softcap and logit scale), whole,
-        until the policy runs again."""
-        head = linear_head(self.lm)
-        model = (self.hidden_states(batch), head.pop("lm_head_weight"), head.pop("bias"))
-        return model, head
+    def head_inputs(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Any]]:
+        """Hidden states [N, H], and the head as `linear_head` has it, whole until the policy runs
+        again."""
+        return self.hidden_states(batch), linear_head(self.lm)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the head adds a bias to the logits."""
+        return self.lm.get_output_embeddings().bias is not None
 
     @torch.no_grad()
     def sample(

@@ -133,7 +133,7 @@ class Rollouts:
         """
         lengths = (self.prompts.lengths + self.completions.lengths)[list(rows)]
         parts = [[rows[place] for place in part] for part in pack(lengths, tokens)]
-        parts += [[]] * (distributed.largest(len(parts), device) - len(parts))
+        parts += [[]] * (int(distributed.largest(len(parts), device)) - len(parts))
         return [TokenBatch.build(self.prompts, self.completions, p, device) for p in parts]
 
 

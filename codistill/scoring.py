@@ -85,14 +85,14 @@ def divergences(
     """[tokens] KL(small || large) of the next token before each, whole vocabulary (nats)."""
     found = torch.zeros(tokens, device=batches[0].token_ids.device)
     for batch in batches:
-        student, student_head = small.head_inputs(batch)
-        teacher, teacher_head = large.head_inputs(batch)
+        student, small_head = small.head_inputs(batch)
+        teacher, large_head = large.head_inputs(batch)
         found[batch.index] = linear_reverse_kl(
-            student,
-            teacher,
+            (student, small_head["lm_head_weight"]),
+            (teacher, large_head["lm_head_weight"]),
             temperature=temperature,
-            softcap=(student_head["softcap"], teacher_head["softcap"]),
-            logit_scale=(student_head["logit_scale"], teacher_head["logit_scale"]),
+            softcap=(small_head["softcap"], large_head["softcap"]),
+            logit_scale=(small_head["logit_scale"], large_head["logit_scale"]),
             vocab_size=small.vocab_size,
         )
     return found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from codistill.batch import TokenBatch
-from codistill.config import Config
+from codistill.config import Config, require
 from codistill.engine import EngineSpec, HFEngine, make_engine
 from codistill.evaluation import evaluate
 from codistill.grading import Grader
@@ -61,6 +61,10 @@ class Trainer:
             if name not in config.trained
         }
         self.policies = {n: learner.policy for n, learner in self.learners.items()} | self.frozen
+        for name, policy in self.policies.items():
+            exact = config.has_teacher and config.kd.chosen_estimator == "exact"
+            expected = f"an estimator of sampled tokens: the lm_head of {name}.path has a bias"
+            require(not (exact and policy.has_bias), "kd.estimator", "exact", expected)
         self.references = {
             name: freeze(self.load_policy(name)) for name in config.trained if config.loss.beta
         }
