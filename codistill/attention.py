@@ -55,6 +55,14 @@ class Packing:
     """[sequences + 1] int32: tokens of sequence s are cu_seqlens[s] : cu_seqlens[s + 1]."""
     longest: int
 
+    @property
+    def padded_tokens(self) -> int:
+        """Places that `packed_attention` computes, padding included."""
+        return sum(
+            group.tokens.stop - group.tokens.start if group.padded is None else len(group.padded)
+            for group in self.groups
+        )
+
 
 def group_indices(lengths: Sequence[int]) -> list[tuple[slice, int, Tensor | None, Tensor | None]]:
     """The fields of each `Group`, on the host; lengths: of the sequences, falling."""

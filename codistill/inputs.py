@@ -10,7 +10,7 @@ from codistill import checkpoint, distributed
 from codistill.config import Config, ConfigError, require
 from codistill.data import Problem, load_problems, overlap
 from codistill.grading import Grader
-from codistill.model import check_context, load_tokenizers
+from codistill.model import check_models, load_tokenizers
 from codistill.reward_functions import RewardFunction, load_functions
 
 
@@ -32,7 +32,7 @@ def load_inputs(config: Config) -> Inputs:
             not the same.
     """
     tokenizer = load_tokenizers(config)
-    check_context(config)
+    check_models(config)
     limit = config.rollout.max_prompt_tokens
     problems = load_problems("data.train", config.data, tokenizer, max_prompt_tokens=limit)
     held_out = load_problems("data.eval", config.data, tokenizer, max_prompt_tokens=limit)

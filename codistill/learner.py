@@ -13,6 +13,7 @@ from codistill.config.schema import OptimizerConfig
 from codistill.model import Policy
 from codistill.objective import Objective
 from codistill.output.metrics import StepMetrics
+from codistill.output.throughput import training_flops
 from codistill_kernels import PolicyLoss, kl_penalty, policy_loss
 
 
@@ -34,6 +35,7 @@ class Learner:
         """total_steps: of the run, each with `inner_epochs` optimizer steps."""
         self.name, self.policy, self.loss = name, policy, loss
         self.inner_epochs = inner_epochs
+        self.flops_per_token = training_flops(policy.lm)
         self.max_grad_norm = config.max_grad_norm
         self.optimizer = torch.optim.AdamW(
             policy.parameters(), lr=learning_rate, weight_decay=config.weight_decay

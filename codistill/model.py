@@ -36,7 +36,7 @@ from codistill.batch import Ragged, TokenBatch
 from codistill.config import Config, ConfigError, require
 from codistill.config.schema import TrainingConfig
 from codistill_kernels import linear_logps, linear_policy_loss
-from codistill_kernels.integrations.transformers import linear_head
+from codistill_kernels.integrations.transformers import linear_head, scaling
 
 AttentionName = Literal["sdpa", "flash"]
 IMPLEMENTATIONS = {"sdpa": "codistill_packed", "flash": "flash_attention_2"}
@@ -353,13 +353,15 @@ def load_tokenizers(config: Config) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_context(config: Config) -> None:
-    """Raise ConfigError unless prompt and completion fit into the positions of every model."""
+def check_models(config: Config) -> None:
+    """Raise ConfigError unless every config.json has a head that is understood, and positions for
+    prompt and completion."""
     rollout = config.rollout
     for name in config.loaded:
         path = config.model(name).path
         try:
             text_config = AutoConfig.from_pretrained(path).get_text_config()
+            scaling(text_config)
         except (OSError, ValueError) as error:
             expected = f"a model with a config.json: {str(error).splitlines()[0]}"
             raise ConfigError(f"{name}.path = {path!r}: expected {expected}") from error

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from codistill.batch import TokenBatch
@@ -18,6 +19,7 @@ from codistill.learner import Learner
 from codistill.model import DTYPES, Policy, end_token_ids, freeze, load_policy
 from codistill.objective import make_objective
 from codistill.output.metrics import StepMetrics
+from codistill.output.throughput import peak_flops
 from codistill.rollout import Generation, Rollouts
 from codistill.scoring import (
     Scored,
@@ -134,7 +136,7 @@ class Trainer:
                     self.update(name, step, rollouts, scored, metrics)
             with metrics.timer("time/sync"):
                 self.sync()
-        return finish(metrics.reduce()), rollouts, scored
+        return self.finish(metrics.reduce()), rollouts, scored
 
     def score(self, step: int, rollouts: Rollouts, metrics: StepMetrics) -> Scored:
         """Log-probabilities of all models, effective reward, down-sampling, advantages."""
@@ -146,6 +148,9 @@ class Trainer:
             writer = self.policies[config.writer]
             sampled = token_logps(writer, everything, tokens, temperature)
         check_gap(config, rollouts, sampled, self.engine.name, metrics)
+        for batch in everything:
+            padded = batch.packing.padded_tokens
+            metrics.mean("padding/attention", padded - batch.input_ids.numel(), padded)
         kl = self.divergences(everything, tokens)
         terms = dict(step=step, total_steps=self.total_steps)
         credit = assign_credit(config, rollouts, logps, kl=kl, **terms)
@@ -214,6 +219,8 @@ class Trainer:
                     temperature=self.config.logp_temperature,
                 )
                 learner.step(metrics)
+        tokens = sum(batch.input_ids.numel() for batch in scored.batches)
+        metrics.total(f"flops/{name}", learner.flops_per_token * tokens * learner.inner_epochs)
 
     def sync(self) -> None:
         self.engine.sync(self.policies[self.config.writer].full_weights())
@@ -243,17 +250,18 @@ class Trainer:
             device=self.device,
         )
 
-
-def finish(numbers: dict[str, float]) -> dict[str, float]:
-    """Add what is a function of reduced numbers; drop what was only needed for that."""
-    # Where no token was in a loss, or none was the engine's, there was nothing to average.
-    numbers.setdefault("rollout/logp_gap_mean", 0.0)
-    for name in ("small", "large"):
-        if f"loss/{name}" in numbers:
+    def finish(self, numbers: dict[str, float]) -> dict[str, float]:
+        """Add what is a function of reduced numbers; drop what was only needed for that."""
+        # Where no token was in a loss, or none was the engine's, there was nothing to average.
+        numbers.setdefault("rollout/logp_gap_mean", 0.0)
+        peak = peak_flops(self.device)
+        for name in self.learners:
             for statistic in ("mean", "square_mean", "clip_fraction", "kl"):
                 numbers.setdefault(f"ratio/{name}_{statistic}", 0.0)
-            mean, squares = (numbers[f"ratio/{name}_{s}"] for s in ("mean", "square_mean"))
+            mean, squares = numbers[f"ratio/{name}_mean"], numbers.pop(f"ratio/{name}_square_mean")
             numbers[f"ratio/{name}_ess"] = mean**2 / squares if squares else 0.0
-            del numbers[f"ratio/{name}_square_mean"]
-    numbers["tokens_per_second"] = numbers.pop("rollout/tokens") / numbers["time/step"]
-    return numbers
+            flops, seconds = numbers.pop(f"flops/{name}"), numbers[f"time/update_{name}"]
+            if peak is not None:
+                numbers[f"mfu/{name}"] = flops / (seconds * peak * dist.get_world_size())
+        numbers["tokens_per_second"] = numbers.pop("rollout/tokens") / numbers["time/step"]
+        return numbers

@@ -18,6 +18,8 @@ class StepMetrics:
         self.counts: dict[str, Tensor] = {}
         self.totals: dict[str, Tensor] = {}
         self.maxima: dict[str, Tensor] = {}
+        self.phases: list[str] = []
+        """Names of the timers that run, from the outermost to the innermost."""
 
     def mean(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         """Add `count` values that sum up to `total`."""
@@ -37,12 +39,28 @@ class StepMetrics:
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
-        """Seconds that all blocks of this name take, on the slowest process."""
+        """Seconds that all blocks of this name, time/PHASE, take, on the slowest process.
+
+        On a GPU also memory/PHASE, the most that was allocated in one of them (GiB).
+        """
         start = time.perf_counter()
+        self.record_memory()
+        self.phases.append(name)
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.add(self.maxima, name, time.perf_counter() - start)
+        self.record_memory()
+        self.phases.pop()
+
+    def record_memory(self) -> None:
+        """Add the peak since the last call to all phases that run: each is part of those around."""
+        if self.device.type != "cuda":
+            return
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+        for name in self.phases:
+            self.maximum(name.replace("time/", "memory/"), peak)
+        torch.cuda.reset_peak_memory_stats(self.device)
 
     def reduce(self) -> dict[str, float]:
         """The numbers over all processes, each of which must have collected the same names.

@@ -72,6 +72,17 @@ def grader():
 
 
 @pytest.fixture
+def process_group(tmp_path):
+    """This process alone, on one thread."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for matrices this small more threads only wait for each other
+    yield
+    torch.set_num_threads(threads)
+    dist.destroy_process_group()
+
+
+@pytest.fixture
 def make_trainer(settings, grader, tmp_path):
     """A trainer in this process: make_trainer({"kd": {"alpha": 2}}) on top of `settings`, or of a
     whole configuration."""

@@ -1,5 +1,7 @@
 """The algorithm between rollouts and losses, by hand."""
 
+import math
+
 import pytest
 import torch
 from tiny import make_rollouts
@@ -7,8 +9,10 @@ from tiny import make_rollouts
 from codistill.advantages import beta_scales
 from codistill.config import Config
 from codistill.config.schema import OptimizerConfig
+from codistill.engine import SyncError
 from codistill.learner import learning_rate_factor
-from codistill.scoring import alpha_at, assign_credit
+from codistill.output.metrics import StepMetrics
+from codistill.scoring import alpha_at, assign_credit, check_gap
 from codistill_kernels import kd_rewards
 from codistill_kernels._estimators import OF_REWARDS
 
@@ -246,3 +250,45 @@ def test_learning_rate(schedule, expected):
     config = OptimizerConfig(schedule=schedule, warmup_fraction=0.2)
     factors = [learning_rate_factor(step, 10, config) for step in (0, 1, 2, 6, 10)]
     assert factors == pytest.approx(expected)
+
+
+@pytest.fixture
+def gate(settings, process_group):
+    """gate(gaps, dtype, limit): compares an engine that says -1 of each token with a trainer."""
+
+    def run(gaps: list[float], dtype: str, limit: float | None = None) -> dict[str, float]:
+        settings["training"]["dtype"] = dtype
+        settings["rollout"]["logp_gap_limit"] = limit
+        rollouts = make_rollouts([len(gaps)], [1.0], logp=-1.0)
+        metrics = StepMetrics(torch.device("cpu"))
+        sampled = torch.tensor(gaps) - 1
+        check_gap(Config(**settings), rollouts, sampled, "the engine", metrics)
+        return metrics.reduce()
+
+    return run
+
+
+def test_gap_gate(gate):
+    gaps = [0.0] * 995 + [-0.5] * 4 + [2.0]
+    numbers = gate(gaps, "bfloat16")  # on average 0.004, beyond 0.1 on half a percent of the tokens
+    assert numbers["rollout/logp_gap_mean"] == pytest.approx(0.004, rel=1e-4)
+    assert numbers["rollout/logp_gap_max"] == pytest.approx(2.0)
+    gate([5e-4, -5e-4], "float32")
+    gate(gaps, "float32", 2.5)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "dtype", "limit", "message"),
+    [
+        ([0.0, 2e-3], "float32", None, "2.00e-03 nats at most"),
+        ([0.0, math.nan], "float32", None, "inf nats at most"),
+        ([0.11, -0.11], "bfloat16", None, "1.10e-01 nats on average"),
+        ([math.nan, 0.0], "bfloat16", None, "inf nats on average"),
+        # 2 % of the tokens, on average 0.024
+        ([0.0] * 98 + [1.2] * 2, "bfloat16", None, "1.20e[+]00 nats on 99% of the tokens, at most"),
+        ([0.0, 0.2], "bfloat16", 0.1, "2.00e-01 nats at most"),
+    ],
+)
+def test_gap_gate_stops(gate, gaps, dtype, limit, message):
+    with pytest.raises(SyncError, match=f"the engine and the trainer differ by {message}"):
+        gate(gaps, dtype, limit)

@@ -76,16 +76,6 @@ def distance(ours: dict, gold: dict) -> float:
     )
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for matrices this small more threads only wait for each other
-    yield
-    torch.set_num_threads(threads)
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize(
     ("kind", "normalization", "penalty"),
     [(kind, name, False) for kind in SURROGATES for name in NORMALIZERS]
@@ -103,6 +93,14 @@ def test_micro_batches(models, process_group, kind, normalization, penalty):
         for split in SPLITS:
             parts = [[row for row in rows if row in kept] for rows in split]
             assert distance(backward(policy, loss, parts, terms), gold) < 1e-10
+
+
+def test_checkpointed_activations(models, process_group):
+    lm = load_causal_lm(str(models["large"]), dtype=torch.float64)
+    policy, terms = Policy(lm, vocab_size=VOCAB), objective("tokens", WHOLE[0], penalty=False)
+    gold = backward(policy.train(), PolicyLoss(), SPLITS[1], terms)
+    lm.gradient_checkpointing_enable({"use_reentrant": False})
+    assert distance(backward(policy, PolicyLoss(), SPLITS[1], terms), gold) == 0
 
 
 def compare_processes(rank: int, folder: str, path: str) -> None:

@@ -1,0 +1,28 @@
+"""How much of a GPU's arithmetic the training of a model uses."""
+
+import torch
+from torch import nn
+
+# Dense bf16 FLOP/s of the tensor cores, from NVIDIA's data sheets (SXM where there are several).
+PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """bf16 FLOP/s that the device is made for; None on a CPU and on a GPU that is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAKS.items() if key in name), None)
+
+
+def training_flops(model: nn.Module) -> int:
+    """Operations per token of a forward and backward pass: 6 for each weight that multiplies.
+
+    The embedding only looks up, unless it is the head too. Attention is not counted, nor what
+    gradient checkpointing computes again.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding.weight is not head.weight:
+        parameters -= embedding.weight.numel()
+    return 6 * parameters
