@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -38,16 +38,19 @@ class Problem:
 
 
 def load_problems(
-    key: str, config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int
+    key: Literal["data.train", "data.eval"],
+    config: DataConfig,
+    tokenizer: Any,
+    *,
+    max_prompt_tokens: int,
 ) -> list[Problem]:
-    """The problems of the file that the key of the configuration, "data.train" or "data.eval",
-    names.
+    """The problems of the file under this key of the configuration.
 
     Raises:
         ConfigError: the file is missing, cannot be read or has no row, a field of a row is missing
             or empty, or a prompt is too long.
     """
-    path: Path = getattr(config, key.rsplit(".", 1)[-1])
+    path = {"data.train": config.train, "data.eval": config.eval}[key]
     rows = read_rows(key, path)
     require(bool(rows), key, str(path), "at least one problem, found none")
     names = list(dict.fromkeys(name for row in rows for name in row))

@@ -19,6 +19,7 @@ def make_policy_loss(config: Config, name: str) -> PolicyLoss:
     Raises:
         ConfigError: a key of `loss` is out of range, or set and not used by loss.kind.
     """
+    assert name in config.trained, name
     keys = {field.name: field.name for field in fields(PolicyLoss)}
     if name == "large":
         keys |= {setting: f"large_{setting}" for setting in OF_THE_LARGE_MODEL}

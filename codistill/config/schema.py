@@ -203,8 +203,13 @@ class Config(BaseSettings):
 
     def unused(self) -> list[str]:
         """Sections that were given and that the algorithm has no use for."""
-        unused = {"small", "large"} - {*self.loaded}
-        unused |= {"kd"} if self.algorithm == "grpo" else {"grpo"}
+        match self.algorithm:
+            case "codistill" | "kdrl":
+                unused = {"grpo"}
+            case "grpo":
+                unused = {"small", "large", "kd"} - {self.writer}
+            case _:
+                assert_never(self.algorithm)
         return sorted(unused & self.model_fields_set)
 
     def model(self, name: str) -> ModelConfig:

@@ -96,7 +96,8 @@ def test_presets_start_from_what_others_export():
 
 
 def byte_tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:
-    """A token a byte: any text. bos: added to each text, as Llama's tokenizer does."""
+    """One token per byte, so it takes any text. bos: whether it begins each text with a BOS token,
+    as Llama's tokenizer does."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<end>", "<begin>", *letters]
     tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, merges=[]))

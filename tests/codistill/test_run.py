@@ -14,6 +14,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from codistill.run import is_finished
+
 ROOT = Path(__file__).parents[2]
 KEYS = {
     "step",
@@ -114,6 +116,14 @@ def test_run_with_vllm_on_two_processes(settings, train, models):
     check_files(settings, models)
     # 8 problems, 4 a step: the first epoch, which has hints, is two steps
     assert [row["rollout/hint_tokens"] > 0 for row in rows(settings)] == [True, True, False]
+
+
+def test_a_run_has_ended_when_its_last_step_is_summed_up(tmp_path):
+    summary = tmp_path / "summary.json"
+    assert not is_finished(summary, 3)
+    summary.write_text('{"steps": 3}')
+    assert is_finished(summary, 3)
+    assert not is_finished(summary, 5)  # it goes on, and exports its models once more
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
