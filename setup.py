@@ -2,8 +2,8 @@
 
     pip install .
 
-The library is the kernels' CPU backend. It needs neither torch nor Python: one wheel a platform.
-Without a C++ compiler everything still installs and the torch backend serves.
+The library is the kernels' CPU backend. It needs neither torch nor Python, so there is one wheel
+per platform. Without a C++ compiler everything else installs, and the torch backend takes over.
 """
 
 import os
@@ -54,7 +54,7 @@ OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
 
 class BuildLibrary(build_ext):
-    """A shared library that is no Python module; a failed build is a missing backend."""
+    """Builds a shared library that is no Python module; where that fails, a backend is missing."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"
@@ -62,7 +62,7 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)  # of an earlier build
+        target.unlink(missing_ok=True)  # what an earlier build left
         compiler = shlex.split(os.environ.get("CXX", "g++"))
         command = [*compiler, *FLAGS, *OPENMP, *ext.sources, "-o", str(target)]
         self.announce(shlex.join(command), level=2)
@@ -73,7 +73,7 @@ class BuildLibrary(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """For every Python of a platform."""
+    """A wheel for every Python on one platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
@@ -98,6 +98,7 @@ setup(
     package_dir={"codistill_kernels": "kernels/codistill_kernels"},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["codistill-train = codistill.train:main"]},
     ext_modules=[LIBRARY],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
 )

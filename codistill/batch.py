@@ -107,13 +107,10 @@ class TokenBatch:
             ],
             device,
         )
-        moved = iter(tensors[7:])
-        packing = Packing(
-            tuple(Group(part, width, next(moved), next(moved)) for part, width, *_ in groups),
-            sequences.int(),
-            widths[0],
-        )
-        return cls(*tensors[:7], packing=packing)
+        moved = iter(tensors)
+        own = [next(moved) for _ in range(7)]
+        packed = [Group(part, width, next(moved), next(moved)) for part, width, *_ in groups]
+        return cls(*own, Packing(tuple(packed), sequences.int(), widths[0]))
 
 
 def to_device(parts: Sequence[Tensor | None], device: torch.device) -> list:

@@ -1,17 +1,18 @@
 """Checkpoints of a run: checkpoints/step_<k>/, sharded, readable by any number of processes.
 
-Data order and sampling are functions of seed and step, so weights, optimizer states and the step
-number are all there is to save.
+Data order and sampling are functions of seed and step, so only weights, optimizer states, positions
+in the learning-rate schedule and the number of the step are saved.
 """
 
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim.lr_scheduler import LambdaLR
 
 from codistill import distributed
 
@@ -28,7 +29,10 @@ def latest(folder: Path) -> int | None:
 
 
 def save(folder: Path, step: int, learners: "list[Learner]") -> None:
-    """Every process must call. A folder named step_<k> is complete; older ones are removed."""
+    """Write step_<k>, which is complete once it has this name, and remove older checkpoints.
+
+    Collective: every process must call.
+    """
     unfinished, finished = folder / f"unfinished_{step}", folder / f"step_{step}"
     if distributed.is_first():
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -44,7 +48,10 @@ def save(folder: Path, step: int, learners: "list[Learner]") -> None:
 
 
 def load(folder: Path, step: int, learners: "list[Learner]") -> None:
-    """Every process must call, as many of them as like."""
+    """Bring the learners to where they were after `step`.
+
+    Collective: every process must call. Their number may be another than when it was saved.
+    """
     states = {learner.name: state(learner) for learner in learners}
     dcp.load(states, checkpoint_id=folder / f"step_{step}")
     for learner in learners:
@@ -55,9 +62,19 @@ def load(folder: Path, step: int, learners: "list[Learner]") -> None:
             model_state_dict=loaded["model"],
             optim_state_dict=loaded["optimizer"],
         )
-        learner.schedule.load_state_dict(loaded["schedule"])
+        load_schedule(learner.schedule, loaded["schedule"])
+
+
+def load_schedule(schedule: LambdaLR, saved: dict[str, Any]) -> None:
+    """Set the learning rate of the next optimizer step by this run's schedule.
+
+    The rate that was saved is that of the schedule before, whose run may have been shorter.
+    """
+    schedule.load_state_dict(saved | {"last_epoch": saved["last_epoch"] - 1})
+    schedule.step()
 
 
 def state(learner: "Learner") -> dict:
+    """What a checkpoint holds of a learner."""
     model, optimizer = get_state_dict(learner.policy, learner.optimizer)
     return {"model": model, "optimizer": optimizer, "schedule": learner.schedule.state_dict()}

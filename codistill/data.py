@@ -1,4 +1,4 @@
-"""Problems: read from a file, turned into prompts, drawn in an order fixed by seed and step."""
+"""Problems: read from a file, made into prompts, drawn in an order that seed and step fix."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ from codistill.templates import CHAT, encode, render
 PROBLEM_FIELDS = ("problem", "question", "prompt")
 ANSWER_FIELDS = ("answer", "final_answer", "solution")
 
-REDRAW_STREAM = 2**34  # beside the epochs, which are below
+REDRAW_STREAM = 2**34  # larger than the number of any epoch, whose random streams are others
 
 
 @dataclass(frozen=True)
@@ -30,22 +30,27 @@ class Problem:
 
     problem: str
     answers: tuple[str, ...]
-    """Any of these is right."""
+    """Each of them is right."""
     prompt: str
     prompt_ids: list[int]
     columns: dict[str, Any] = field(default_factory=dict)
-    """The row as it is in the file: what reward functions get."""
+    """The row as it is in the file, for reward functions."""
 
 
 def load_problems(
-    key: str, config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int
+    key: Literal["data.train", "data.eval"],
+    config: DataConfig,
+    tokenizer: Any,
+    *,
+    max_prompt_tokens: int,
 ) -> list[Problem]:
-    """Problems of the file under configuration key `key` ("data.train" or "data.eval").
+    """The problems of the file under this key of the configuration.
 
     Raises:
-        ConfigError: no such file, not readable, a field missing or empty, no row, prompt too long.
+        ConfigError: the file is missing, cannot be read or has no row, a field of a row is missing
+            or empty, or a prompt is too long.
     """
-    path: Path = getattr(config, key.rsplit(".", 1)[-1])
+    path = {"data.train": config.train, "data.eval": config.eval}[key]
     rows = read_rows(key, path)
     require(bool(rows), key, str(path), "at least one problem, found none")
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -82,6 +87,7 @@ def load_problems(
 
 
 def expected(name: str) -> str:
+    """What a field of this name should hold."""
     if name in PROBLEM_FIELDS:
         return f"expected a text as {name}"
     if name == "solution":
@@ -90,7 +96,7 @@ def expected(name: str) -> str:
 
 
 def gold_answers(name: str, value: Any) -> tuple[str, ...]:
-    """Answers that field `name` gives; none if it gives none that can be used."""
+    """The answers in field `name`; none if one of them cannot be used."""
     if name == "solution":
         value = last_boxed(value) if isinstance(value, str) else None
     values = value if isinstance(value, list) else [value]
@@ -99,7 +105,8 @@ def gold_answers(name: str, value: Any) -> tuple[str, ...]:
 
 
 def answer_text(value: Any) -> str:
-    """142.0 -> "142", 1e-7 -> "0.0000001", text without the space around it; else ""."""
+    """The text of an answer: 142.0 -> "142", 1e-7 -> "0.0000001", text without the space around it;
+    "" if it is no answer."""
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, int):
@@ -113,7 +120,7 @@ def read_rows(key: str, path: Path) -> list[dict[str, Any]]:
     """Rows of a .jsonl, .json or .parquet file or of a folder that `Dataset.save_to_disk` wrote.
 
     Raises:
-        ConfigError: there is none, or it cannot be read.
+        ConfigError: the file is missing or cannot be read.
     """
     readers = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
     kinds = "a .jsonl, .json or .parquet file, or a folder that datasets saved"
@@ -132,6 +139,7 @@ def read_rows(key: str, path: Path) -> list[dict[str, Any]]:
 
 
 def read_jsonl(path: Path) -> list:
+    """The rows of a file with one JSON object per line."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         try:
@@ -142,7 +150,8 @@ def read_jsonl(path: Path) -> list:
 
 
 def read_json(path: Path) -> list:
-    """A list of objects, or one object a line as in .jsonl, which often goes by this name too."""
+    """The rows of a file with a list of objects, or with one object per line as in .jsonl: such
+    files are often named .json too."""
     text = path.read_text(encoding="utf-8")
     return json.loads(text) if text.lstrip().startswith("[") else read_jsonl(path)
 
@@ -152,6 +161,7 @@ def read_parquet(path: Path) -> list:
 
 
 def read_arrow(folder: Path) -> list:
+    """The rows of a folder that `Dataset.save_to_disk` wrote."""
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
         names = ", ".join(str(folder / split) for split in splits)
@@ -166,16 +176,16 @@ def read_arrow(folder: Path) -> list:
 
 
 def overlap(problems: Sequence[Problem], held_out: Sequence[Problem]) -> int:
-    """How many held-out problems are training problems too, but for white space."""
+    """How many held-out problems are training problems too, white space aside."""
     known = {" ".join(problem.problem.split()) for problem in problems}
     return sum(" ".join(problem.problem.split()) in known for problem in held_out)
 
 
 def draw(count: int, batch: int, step: int, seed: int) -> np.ndarray:
-    """Indices of the `batch` problems of step `step` (from 0) among `count`.
+    """Indices of the `batch` problems of step `step` (from 0) among `count` problems.
 
-    Epoch after epoch in a new random order, without a gap at the border. A function of its
-    arguments alone, so a run that starts again at any step draws what it would have drawn.
+    Every epoch has a new random order, and a batch may end one epoch and begin the next. The result
+    depends on the arguments alone, so a run that goes on after any step draws what it would have.
     """
     first = step * batch
     epochs = range(first // count, (first + batch - 1) // count + 1)
@@ -185,10 +195,10 @@ def draw(count: int, batch: int, step: int, seed: int) -> np.ndarray:
 
 
 def redraw(count: int, batch: int, step: int, seed: int) -> Iterator[np.ndarray]:
-    """Indices of `batch` problems again and again that step `step` (from 0) has not drawn yet, in
-    an order of this step's own, until too few are left.
+    """Batch after batch of indices that step `step` (from 0) has not drawn yet, in a random order
+    of this step, until fewer than `batch` are left.
 
-    A function of its arguments alone, like `draw`, and independent of it: no later step moves.
+    The result depends on the arguments alone, as with `draw`, whose later steps do not change.
     """
     others = np.setdiff1d(np.arange(count), draw(count, batch, step, seed))
     order = np.random.default_rng([seed, REDRAW_STREAM, step]).permutation(others)

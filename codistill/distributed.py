@@ -1,7 +1,8 @@
-"""The processes of a run: one a GPU, or any number on a CPU. Started by torchrun, or alone."""
+"""The processes of a run: one per GPU, or any number on a CPU. Started by torchrun, or alone."""
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
 
 def start() -> "torch.device":
     """Join the process group; the device of this process."""
-    import torch  # not above: whether a mistake is printed is decided before torch is loaded
+    import torch  # not above: --help and mistakes in the configuration do not wait for it
     import torch.distributed as dist
 
     alone = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
@@ -25,15 +26,13 @@ def start() -> "torch.device":
 
 
 def world_size() -> int:
-    """Processes that torchrun started; known before they have joined."""
+    """How many processes torchrun started; known before they have joined."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def helpers() -> int:
-    """Helper processes to start beside this one: its share of the machine's cores, at most 8.
-
-    8: chosen, untested.
-    """
+    """How many helper processes to start beside this one: its share of the machine's cores, and at
+    most 8, a number that was chosen and not measured."""
     return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
@@ -52,12 +51,18 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def complain(message: str) -> None:
+    """Print one line on stderr, from the first process alone: the command's name and a message."""
+    if is_first():
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+
+
 def leave(code: int) -> NoReturn:
     """End this process, which has joined a group, without the interpreter's teardown.
 
-    A thread of gloo may still hold the tensors of the last collective. To drop them it asks for
-    Python's lock, and a thread that asks during the teardown is ended there and then, in the middle
-    of a C++ destructor: the process would abort after all its work was done.
+    A thread of gloo may still hold the tensors of the last collective. To drop them it needs
+    Python's lock, and a thread that asks for it during the teardown is ended in the middle of a C++
+    destructor: the process would abort after all its work was done.
     """
     sys.stdout.flush()
     sys.stderr.flush()

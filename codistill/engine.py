@@ -9,12 +9,13 @@ import importlib.util
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from codistill.config.schema import EngineKind
 from codistill.model import Policy, load_causal_lm
 
 
@@ -76,16 +77,20 @@ class EngineSpec:
     kv_cache_gib: float
 
 
-def engine_kind(kind: str) -> str:
-    """Name of the engine that `kind` stands for: auto is vllm where it is installed."""
+def engine_kind(kind: EngineKind) -> Literal["vllm", "hf"]:
+    """The engine that `kind` stands for: auto is vllm where it is installed."""
     if kind == "auto":
         return "vllm" if importlib.util.find_spec("vllm") else "hf"
     return kind
 
 
-def make_engine(kind: str, spec: EngineSpec) -> Engine:
-    """kind: as in the configuration, rollout.engine."""
-    return VLLMEngine(spec) if engine_kind(kind) == "vllm" else HFEngine(spec)
+def make_engine(kind: EngineKind, spec: EngineSpec) -> Engine:
+    """The engine of rollout.engine = kind, with the weights on disk."""
+    match engine_kind(kind):
+        case "vllm":
+            return VLLMEngine(spec)
+        case "hf":
+            return HFEngine(spec)
 
 
 NEVER = -100.0  # the lowest logit bias that vLLM takes: a probability of about 1e-43

@@ -1,4 +1,4 @@
-"""Rewards of generated text: is the answer right, does it have the form asked for.
+"""Grading of generated text: whether the answer is right and the form is the one asked for.
 
 Grading happens in processes that import this module and no torch.
 """
@@ -27,7 +27,8 @@ WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}")
 SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]\+?(-?\d+)(?![\w^]|\.\d)")
 POWER = r"\1 \\times 10^{\2}"
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
-OPTIONS: dict[str, Any] = dict(parsing_timeout=None, raise_on_error=True)  # the time limit is ours
+# The time limit is that of `Grader`, so math-verify's own is off.
+OPTIONS: dict[str, Any] = dict(parsing_timeout=None, raise_on_error=True)
 
 
 def format_reward(text: str) -> float:
@@ -38,7 +39,7 @@ def format_reward(text: str) -> float:
 def is_correct(text: str, answers: Sequence[str]) -> bool:
     """Whether `text` gives one of the gold `answers`, as mathematics, not as a string.
 
-    No prediction is wrong.
+    A text without an answer is wrong.
 
     Raises:
         ValueError: math-verify finds nothing in a gold answer.
@@ -47,7 +48,7 @@ def is_correct(text: str, answers: Sequence[str]) -> bool:
     from math_verify import verify
 
     gold = [reading for answer in answers for reading in parse_gold(answer)]
-    # Not symmetric: the gold answer comes first.
+    # verify is not symmetric: the gold answer comes first.
     return verify(gold, parse_prediction(text), timeout_seconds=None, raise_on_error=True)
 
 
@@ -55,8 +56,8 @@ def parse_prediction(text: str) -> list:
     """What math-verify reads in the answer of a completion; any of its readings may be right.
 
     The answer is what stands in the last <answer> </answer> pair, else in the last \\boxed{}, else
-    what math-verify finds in the whole text. In the first two cases it is a formula. If there are
-    words in it, it may be a sentence that holds one as well.
+    what math-verify finds in the whole text. In the first two cases it is read as a formula, and if
+    there are words in it also as a sentence that may hold a formula.
     """
     from math_verify import parse
 
@@ -84,7 +85,8 @@ def last_boxed(text: str) -> str | None:
 
 
 def parse_formula(answer: str) -> list:
-    """What math-verify reads in an answer; to it alone 1e-5 is -5 plus Euler's number."""
+    """What math-verify reads in an answer. Powers of ten are written out first: math-verify takes
+    the e of 1e-5 for Euler's number."""
     from math_verify import parse
 
     return parse(f"\\boxed{{{SCIENTIFIC.sub(POWER, answer)}}}", **OPTIONS)
@@ -92,7 +94,11 @@ def parse_formula(answer: str) -> list:
 
 @lru_cache(maxsize=1024)
 def parse_gold(answer: str) -> list:
-    """What math-verify reads in a gold answer: a sympy expression, or only its text."""
+    """What math-verify reads in a gold answer: a sympy expression, or only its text.
+
+    Raises:
+        ValueError: math-verify reads nothing.
+    """
     readings = parse_formula(answer)
     if not readings:
         raise ValueError(f"math-verify finds nothing in the gold answer {answer!r}")
@@ -106,18 +112,20 @@ def is_only_text(answer: str) -> bool:
 
 @dataclass(frozen=True)
 class Grades:
+    """What a grader found in a batch of completions."""
+
     correct: list[bool]
-    """False too where grading failed: those are counted below."""
+    """One per completion; False also where grading failed or took too long."""
     failures: int
-    """Completions on which the grader raised an exception."""
+    """How many completions raised an exception while they were graded."""
     timeouts: int
-    """Completions on which it ran into the time limit."""
+    """How many completions ran into the time limit."""
 
 
 class Grader:
-    """`is_correct` in processes of its own: sympy can hang on what a model writes.
+    """`is_correct` in processes of its own, because sympy can hang on what a model writes.
 
-    timeout: seconds a completion may take; then its process is killed and replaced.
+    timeout: seconds that a completion may take; after that its process is killed and replaced.
     """
 
     def __init__(self, *, timeout: float, processes: int = 1) -> None:
@@ -136,6 +144,7 @@ class Grader:
         self.pool.join()
 
     def schedule(self, function: Callable, *arguments: Any) -> Future:
+        """Call function(*arguments) in a process of the pool, within the time limit."""
         task = (self.timeout, function, *arguments)
         return self.pool.schedule(with_alarm, args=task, timeout=self.timeout)
 
@@ -153,7 +162,7 @@ class Grader:
             except TimeoutError:
                 timeouts += 1
                 correct.append(False)
-            except Exception as error:  # the grader's, on any text a model may write: counted
+            except Exception as error:  # math-verify may raise anything on what a model writes
                 failures += 1
                 correct.append(False)
                 logging.getLogger(__name__).debug("grading failed: %r", error)
@@ -162,8 +171,8 @@ class Grader:
     def check_golds(self, key: str, path: Path, golds: Sequence[Sequence[str]]) -> None:
         """Refuse gold answers that no completion can be graded against; warn of mere text.
 
-        key, path: where they come from; golds: those of each row. About 4 ms an answer that is
-        not a plain number.
+        key, path: the key of the configuration and the file that the answers come from.
+        golds: the answers of each row. An answer that is not a plain number takes about 4 ms.
 
         Raises:
             ConfigError: math-verify finds nothing in an answer, fails or exceeds the time limit.
@@ -179,7 +188,7 @@ class Grader:
             try:
                 if task.result():
                     texts.append(answer)
-            except Exception as error:  # math-verify's or sympy's, or the time limit: a bad answer
+            except Exception as error:  # from math-verify, sympy or the time limit
                 where = f"expected an answer in row {rows[answer]} that math-verify can read"
                 reason = f"{answer!r}: {type(error).__name__}: {error}"
                 raise ConfigError(f"{key} = {str(path)!r}: {where}, found {reason}") from error
@@ -192,7 +201,8 @@ class Grader:
 
 
 def with_alarm(timeout: float, function: Callable, *arguments: Any) -> Any:
-    """Of the pool: call function(*arguments), and die if the one that would end us is gone."""
+    """Call function(*arguments) in a process of the pool. An alarm ends the process a second after
+    the time limit, should the parent, which ends it otherwise, have died."""
     signal.alarm(math.ceil(timeout) + 1)
     try:
         return function(*arguments)
@@ -201,12 +211,11 @@ def with_alarm(timeout: float, function: Callable, *arguments: Any) -> Any:
 
 
 def prepare_process() -> None:
-    """Of the pool: load math-verify before the first time limit runs, and outlive Ctrl-C.
-
-    Ctrl-C reaches every process of a terminal; a run still finishes its step.
+    """Prepare a process of the pool: load math-verify before the first time limit runs, and ignore
+    Ctrl-C, which reaches every process of a terminal while the run still finishes its step.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import math_verify  # noqa: F401
 
-    # It warns on every call that its own time limit is off; ours is on.
+    # math-verify warns on every call that its own time limit is off.
     logging.getLogger("math_verify").setLevel(logging.ERROR)

@@ -4,12 +4,12 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from codistill import checkpoint, distributed
-from codistill.config import Config, ConfigError, require
+from codistill.config import Config, ConfigError, load_config, require
+from codistill.config.changes import Changes, changes_between, may_change
 from codistill.data import Problem, load_problems, overlap
 from codistill.grading import Grader
+from codistill.losses import make_policy_loss
 from codistill.model import check_models, load_tokenizers
 from codistill.reward_functions import RewardFunction, load_functions
 
@@ -22,15 +22,19 @@ class Inputs:
     problems: list[Problem]
     held_out: list[Problem]
     reward_functions: list[RewardFunction] = field(default_factory=list)
+    changes: Changes = field(default_factory=dict)
+    """Keys of the configuration that are not as before, where a run goes on."""
 
 
 def load_inputs(config: Config) -> Inputs:
     """Everything that can be wrong about a run, checked before a model is loaded.
 
     Raises:
-        ConfigError: a tokenizer, a problem or a reward function is missing or wrong, or the run is
-            not the same.
+        ConfigError: a setting of the loss, a tokenizer, a problem or a reward function is missing
+            or wrong, or a run of this name is there that cannot go on with this configuration.
     """
+    for name in config.trained:
+        make_policy_loss(config, name)
     tokenizer = load_tokenizers(config)
     check_models(config)
     limit = config.rollout.max_prompt_tokens
@@ -41,13 +45,14 @@ def load_inputs(config: Config) -> Inputs:
         rounds == 1 or len(problems) >= 2 * config.rollout.prompts_per_step,
         "rollout.sampling_rounds",
         rounds,
-        f"1 with the {len(problems)} problems of data.train: no prompts_per_step others are left",
+        f"1 with the {len(problems)} problems of data.train: fewer than prompts_per_step are left "
+        "for a second round",
     )
     functions = load_functions(config.reward.functions, problems[0].columns)
-    check_same_run(config)
+    changes = changes_of_run(config, len(problems))
     if distributed.is_first():
         check_problems(config, problems, held_out)
-    return Inputs(tokenizer, problems, held_out, functions)
+    return Inputs(tokenizer, problems, held_out, functions, changes)
 
 
 def check_problems(config: Config, problems: list[Problem], held_out: list[Problem]) -> None:
@@ -63,19 +68,38 @@ def check_problems(config: Config, problems: list[Problem], held_out: list[Probl
 
 
 def make_grader(config: Config) -> Grader:
+    """A grader with this process's share of the machine's cores."""
     return Grader(timeout=config.reward.timeout, processes=distributed.helpers())
 
 
-def check_same_run(config: Config) -> None:
-    """A run goes on only as what it was."""
+def changes_of_run(config: Config, num_problems: int) -> Changes:
+    """The keys that are not as before, if there is a checkpoint to go on from.
+
+    Raises:
+        ConfigError: a key has changed that the numbers of a step depend on, or the run has gone
+            beyond its new end.
+    """
     folder = config.output_dir / config.name
-    if checkpoint.latest(folder / "checkpoints") is None:
-        return
-    old = yaml.safe_load((folder / "config.yaml").read_text())
-    new = config.model_dump(mode="json")
-    changed = [key for key in new if old.get(key) != new[key]]
-    if changed:
+    done = checkpoint.latest(folder / "checkpoints")
+    if done is None:
+        return {}
+    path = folder / "config.yaml"
+    try:
+        before = load_config(["--config", str(path)])  # keys that are new have their defaults
+    except ConfigError as error:
         raise ConfigError(
-            f"name = {config.name!r}: expected the configuration in {folder / 'config.yaml'}, to "
-            f"go on with that run, or another name; {', '.join(changed)} changed"
-        )
+            f"name = {config.name!r}: expected another name, {path} is of another version: {error}"
+        ) from error
+    changes = changes_between(before, config)
+    fixed = [
+        f"{key} = {new!r}: expected {old!r}"
+        for key, (old, new) in changes.items()
+        if not may_change(key)
+    ]
+    if fixed:
+        raise ConfigError(f"{'; '.join(fixed)} as in {path}, to go on with that run, or a new name")
+    total = config.total_steps(num_problems)
+    key = "training.steps" if config.training.steps else "training.epochs"
+    value = config.training.steps or config.training.epochs
+    require(total >= done, key, value, f"at least the {done} steps that are done in {folder}")
+    return changes

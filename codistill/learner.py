@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -117,7 +118,11 @@ def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -
     warmup = round(config.warmup_fraction * total_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    if config.schedule == "constant":
-        return 1.0
     progress = (step - warmup) / max(1, total_steps - warmup)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    match config.schedule:
+        case "constant":
+            return 1.0
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        case _:
+            assert_never(config.schedule)

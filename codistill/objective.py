@@ -1,7 +1,7 @@
 """What the update of one model maximizes, over all of this process's rollouts."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 import torch.distributed as dist
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from codistill.batch import TokenBatch
 from codistill.config import Config
+from codistill.config.algorithm import KDEstimator
 from codistill.rollout import Rollouts
 from codistill.scoring import Scored
 
@@ -19,8 +20,7 @@ class Penalty:
 
     name: str
     coefficient: float
-    estimator: str
-    """One of `kl_penalty`."""
+    estimator: KDEstimator
     logps: Tensor
     """[N] of the other model."""
 
@@ -78,7 +78,7 @@ class Objective:
 def make_objective(
     config: Config, name: str, rollouts: Rollouts, scored: Scored, *, alpha: float = 0.0
 ) -> Objective:
-    """Of the model `name`: the rollouts kept, with its advantages. Collective.
+    """The objective of the model `name` on the rollouts kept. Collective.
 
     alpha: weight of the KD term where it is in the objective.
     """
@@ -115,6 +115,8 @@ def normalizer(config: Config, tokens: Tensor) -> float | Tensor:
             if dist.is_initialized():
                 dist.all_reduce(tokens)
             return tokens.clamp(min=1)
+        case _:
+            assert_never(config.loss.normalization)
 
 
 def old_logps(config: Config, name: str, rollouts: Rollouts, scored: Scored) -> Tensor:

@@ -1,9 +1,9 @@
-"""Reward functions of the user's own: found by import path, called with a batch.
+"""The user's own reward functions: found by import path, called with a batch.
 
     def brevity(prompts, completions, completion_ids, **columns):
         return [-len(ids) / 1000 for ids in completion_ids]
 
-All arguments are lists with one item a completion: the text of the prompt, the text of the
+All arguments are lists with one item per completion: the text of the prompt, the text of the
 completion, its token ids, and every column of the training data. None for a completion means that
 the reward does not apply to it: it adds 0 and is left out of the mean in the metrics.
 """
@@ -21,16 +21,16 @@ from typing import Any
 from codistill.config.base import ConfigError
 
 OWN_ARGUMENTS = ("prompts", "completions", "completion_ids", "prompt", "completion")
-"""Columns of these names are not passed on: the arguments say it already."""
+"""Columns of these names are not passed on, because arguments have these names."""
 
 
 class RewardError(RuntimeError):
-    """A reward function failed, or returned what is no reward."""
+    """A reward function failed, or returned something that is no reward."""
 
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """A function of the user's and its weight in r."""
+    """One of the user's functions and its weight in r."""
 
     path: str
     weight: float
@@ -47,22 +47,22 @@ class RewardFunction:
         completion_ids: list[list[int]],
         rows: list[dict[str, Any]],
     ) -> list[float | None]:
-        """One reward a completion, weight not included.
+        """One reward per completion, weight not included.
 
         rows: the row of the training data that each completion belongs to.
 
         Raises:
-            RewardError: the function raised, or did not return a number or None a completion.
+            RewardError: the function raised, or did not return a number or None per completion.
         """
         columns = {name: [row[name] for row in rows] for name in columns_of(rows[0])}
         try:
-            values = self.function(  # copies: training goes on with the originals
+            values = self.function(  # gets copies, as training goes on with the originals
                 prompts=list(prompts),
                 completions=list(completions),
                 completion_ids=[list(ids) for ids in completion_ids],
                 **columns,
             )
-        except Exception as error:  # whatever the user's code raises
+        except Exception as error:  # the user's code may raise anything
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{os.path.basename(frame.filename)}, line {frame.lineno}"
             raise self.failed(f"raised {type(error).__name__}: {error} ({where})") from error
@@ -88,7 +88,7 @@ def columns_of(row: dict[str, Any]) -> list[str]:
 def load_functions(functions: dict[str, float], row: dict[str, Any]) -> list[RewardFunction]:
     """Import the functions of `reward.functions`; modules in the current folder are found too.
 
-    row: any row of the training data: its columns will be arguments.
+    row: any row of the training data, whose columns will be arguments.
 
     Raises:
         ConfigError: no such function, or it does not take the arguments it will be given.

@@ -1,4 +1,4 @@
-"""r of Eq. 6 for the rollouts of a step: accuracy, format and the user's reward functions."""
+"""The reward r of Eq. 6 for the rollouts of a step: accuracy, format, the user's functions."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from codistill.reward_functions import RewardError, RewardFunction
 
 
 class RewardTerms(NamedTuple):
-    """The terms of r, each [S], on the host."""
+    """The terms of r, each [S] for S rollouts, on the host."""
 
     accuracy: Tensor
     """1.0 where the answer is right, else 0.0."""
@@ -42,10 +42,10 @@ class RolloutRewards:
         token_ids: list[list[int]],
         metrics: StepMetrics,
     ) -> RewardTerms:
-        """Every process must call this with its share.
+        """The terms of r for this process's rollouts. Collective: every process must call.
 
         Raises:
-            RewardError: a reward function failed, on any process: then on all of them.
+            RewardError: a reward function failed on one of the processes; all of them raise it.
         """
         with metrics.timer("time/grade"):
             grades = self.grader.grade(texts, [problem.answers for problem in problems])
@@ -85,7 +85,8 @@ def floats(values: list) -> Tensor:
 
 
 def stop_together(error: RewardError | None) -> None:
-    """Raise the first process's error on all: one that stops alone leaves the others waiting."""
+    """Raise on every process the first error that any has: a process that stops alone leaves the
+    others waiting."""
     errors: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, None if error is None else str(error))
     message = next((message for message in errors if message is not None), None)

@@ -1,10 +1,11 @@
-"""A run from its configuration to its files: check, load, loop, stop, sum up."""
+"""A run, from its configuration to its files: check, load, train, stop, sum up."""
 
+import json
 import logging
 import signal
-import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +28,10 @@ STOPPED = 128 + signal.SIGTERM
 
 
 def run(config: Config) -> int:
-    """Run to the end, or to a signal; the exit code.
+    """Train to the last step, or until a signal; the exit code.
 
     Raises:
-        ConfigError: an input is missing or wrong; no model was loaded.
+        ConfigError: a setting or an input is missing or wrong; no model was loaded.
     """
     quiet_libraries()
     inputs = load_inputs(config)
@@ -42,8 +43,7 @@ def run(config: Config) -> int:
         try:
             return Loop(trainer, console).run()
         except (SyncError, RewardError, FloatingPointError) as error:
-            if distributed.is_first():
-                print(f"train.py: stopped: {error}", file=sys.stderr)
+            distributed.complain(f"stopped: {error}")
             return 1
         finally:
             trainer.engine.close()
@@ -60,12 +60,13 @@ class Loop:
         self.directory = RunDirectory(trainer.config) if distributed.is_first() else None
         folder = trainer.config.output_dir / trainer.config.name
         self.folder, self.checkpoints = folder, folder / "checkpoints"
-        self.finished = (folder / "summary.json").is_file()  # by an earlier start of this run
+        self.finished = is_finished(folder / "summary.json", trainer.total_steps)
         self.signalled = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
 
     def run(self) -> int:
+        """Train from the last checkpoint on; the exit code."""
         trainer, total = self.trainer, self.trainer.total_steps
         done = self.restore()
         self.console.print(
@@ -88,10 +89,11 @@ class Loop:
         if done < total or not self.finished:
             self.export(total)
         self.on_first(lambda directory: self.finish(directory))
-        dist.barrier()  # who leaves early closes connections that the others still use
+        dist.barrier()  # a process that ends early closes connections that others still use
         return 0
 
     def step(self, step: int, progress: Progress) -> None:
+        """Train one step, write it down, evaluate and save where it is time to."""
         config = self.trainer.config
         numbers, rollouts, scored = self.trainer.step(step)
         self.on_first(lambda directory: directory.add_metrics(step, numbers))
@@ -109,9 +111,15 @@ class Loop:
         if done is not None:
             checkpoint.load(self.checkpoints, done, self.learners)
             self.trainer.sync()
-            self.console.print(f"going on after step {done}")
+            self.console.print(f"going on after step {done}{self.changes_text()}", soft_wrap=True)
         self.on_first(lambda directory: directory.keep_until(-1 if done is None else done))
         return done or 0
+
+    def changes_text(self) -> str:
+        """What is said of keys that are not as before; nothing if all are."""
+        changes = self.trainer.inputs.changes.items()
+        parts = [f"{key} {old} -> {new}" for key, (old, new) in changes]
+        return f" with other settings: {', '.join(parts)}" if parts else ""
 
     def evaluate(self, step: int) -> None:
         accuracy = self.trainer.evaluate(step)
@@ -150,8 +158,13 @@ class Loop:
         return bool(flag)
 
 
+def is_finished(summary: Path, total_steps: int) -> bool:
+    """Whether an earlier start of this run has reached its last step and written everything."""
+    return summary.is_file() and json.loads(summary.read_text())["steps"] == total_steps
+
+
 def quiet_libraries() -> None:
-    """Leave the terminal to the run."""
+    """Silence what libraries print that is not about the run."""
     quiet_transformers()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(vllm|torch)\.")
     logging.basicConfig(format="%(message)s")

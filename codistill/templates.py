@@ -16,10 +16,11 @@ BOXED = (
 NAMED = {"r1": R1, "boxed": BOXED}
 """Table 4 (Qwen, with the format reward) and Table 5 (Llama, without)."""
 CHAT = "chat"
-"""Not a text of ours: the tokenizer's own chat template, the problem as the user's message."""
+"""The tokenizer's own chat template, with the problem as the user's message."""
 
 
 def is_template(template: str) -> bool:
+    """Whether `render` can make a prompt of it: a name, or a text with a place for the problem."""
     return template in (*NAMED, CHAT) or "{problem}" in template
 
 
@@ -32,9 +33,8 @@ def render(template: str, problem: str, tokenizer: Any) -> str:
 
 
 def encode(text: str, tokenizer: Any) -> list[int]:
-    """Token ids of a prompt: one BOS where the tokenizer adds one or the text has one, else none.
-
-    Chat templates write it themselves, and so may a text; no end token is ever added.
+    """Token ids of a prompt. It begins with one BOS token if the tokenizer adds one or the text has
+    one, as chat templates do, and with none otherwise; no end token is ever added.
     """
     ids, bos = tokenizer.encode(text, add_special_tokens=False), tokenizer.bos_token_id
     if bos is None:

@@ -1,8 +1,7 @@
 """The training loop. `Trainer.step` is the algorithm, from top to bottom."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from codistill.evaluation import evaluate
 from codistill.grading import Grader
 from codistill.inputs import Inputs
 from codistill.learner import Learner
+from codistill.losses import make_policy_loss
 from codistill.model import DTYPES, Policy, end_token_ids, freeze, load_policy
 from codistill.objective import make_objective
 from codistill.output.metrics import StepMetrics
@@ -30,7 +30,6 @@ from codistill.scoring import (
     engine_weights,
     token_logps,
 )
-from codistill_kernels import PolicyLoss
 
 
 class Trainer:
@@ -48,9 +47,7 @@ class Trainer:
     ) -> None:
         self.config, self.inputs, self.device, self.grader = config, inputs, device, grader
         self.dtype = DTYPES[config.training.dtype]
-        self.total_steps = config.training.steps or math.ceil(
-            config.training.epochs * len(inputs.problems) / config.rollout.prompts_per_step
-        )
+        self.total_steps = config.total_steps(len(inputs.problems))
         # The engine comes first: vLLM measures free memory while it starts.
         self.end_token_ids = end_token_ids(
             f"{config.writer}.path", config.model(config.writer).path, inputs.tokenizer
@@ -80,7 +77,7 @@ class Trainer:
         )
 
     def engine_spec(self, name: str) -> EngineSpec:
-        """Of the model of this name."""
+        """What an engine of this model must know."""
         rollout = self.config.rollout
         return EngineSpec(
             path=self.config.model(name).path,
@@ -97,16 +94,10 @@ class Trainer:
         return load_policy(f"{name}.path", path, self.config.training, vocab_size, self.device)
 
     def make_learner(self, name: str) -> Learner:
-        options, large = self.config.loss, name == "large"
-        names = {field.name for field in fields(PolicyLoss)} & set(type(options).model_fields)
         return Learner(
             name,
             self.load_policy(name),
-            PolicyLoss(
-                **{name: getattr(options, name) for name in names},
-                dual_clip=options.large_dual_clip if large else None,
-                log_ratio_clamp=options.large_log_ratio_clamp if large else None,
-            ),
+            make_policy_loss(self.config, name),
             self.config.optimizer,
             learning_rate=self.config.model(name).learning_rate,
             total_steps=self.total_steps,

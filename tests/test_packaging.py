@@ -25,13 +25,13 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ 
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
-    """With no module of this checkout on the path."""
+    """Run a command with no module of this checkout on the path."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | variables
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
 
 def build(what: str, source: Path, target: Path, **variables: str) -> Path:
-    """As pip does it, but with the setuptools that is here; torch cannot be imported."""
+    """Build as pip does, but with the setuptools that is here; torch cannot be imported."""
     code = (
         "import sys; sys.modules['torch'] = None; from setuptools import build_meta\n"
         f"build_meta.build_{what}({str(target)!r})"
@@ -86,9 +86,12 @@ def test_wheel_serves_every_python_and_torch(wheel):
     names = names_in(wheel)
     assert {LIBRARY, "codistill_kernels/py.typed", "codistill/__main__.py"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    (entry_points,) = (name for name in names if name.endswith("/entry_points.txt"))
     assert not any(name.startswith(("tests", "bench", "csrc")) for name in names)
     with zipfile.ZipFile(wheel) as archive:
         library = archive.read(LIBRARY)
+        commands = archive.read(entry_points).decode().split("\n", 1)
+    assert commands == ["[console_scripts]", "codistill-train = codistill.train:main\n"]
     assert b"libgomp" in library or sys.platform != "linux"
     assert not re.search(rb"libtorch|libc10|libpython|Py_Initialize", library)
     assert len(library) < 2**20, "debug information"
@@ -110,7 +113,7 @@ def test_extras(wheel):
 
 @needs_compiler
 def test_installed_wheel_computes(wheel, tmp_path):
-    """Into an environment of its own that sees torch."""
+    """Installed into an environment of its own that sees torch."""
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index")
@@ -133,6 +136,9 @@ def test_installed_wheel_computes(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     version, path = done.stdout.split()
     assert version == __version__ and Path(path).is_relative_to(site)
+    done = run(python.parent / "codistill-train", "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: codistill-train") and "--kd.alpha float" in done.stdout
 
 
 def test_without_compiler_everything_else_installs(unpacked, tmp_path):
@@ -142,7 +148,14 @@ def test_without_compiler_everything_else_installs(unpacked, tmp_path):
     assert LIBRARY not in names and "codistill_kernels/_native.py" in names
 
 
-@pytest.mark.parametrize("command", [("-m", "codistill", "doctor"), ("train.py",)], ids=str)
+SCRIPT = "import sys; sys.argv[0] = 'bin/codistill-train'; from codistill.train import main"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("-m", "codistill", "doctor"), ("-m", "codistill.train"), ("train.py",), ("-c", SCRIPT)],
+    ids=["doctor", "module", "train.py", "codistill-train"],
+)
 def test_commands_without_the_extra_name_it(command):
     done = run(sys.executable, "-S", *command)  # no installed packages
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""What every section of the configuration is made of."""
+"""The base class of every section of the configuration, and how a mistake in one is said."""
 
 from pydantic import BaseModel, ConfigDict
 
@@ -8,9 +8,12 @@ class ConfigError(ValueError):
 
 
 def require(condition: bool, key: str, value: object, expected: str) -> None:
+    """Raise ConfigError(key = value: expected ...) unless the condition holds."""
     if not condition:
         raise ConfigError(f"{key} = {value!r}: expected {expected}")
 
 
 class Section(BaseModel):
+    """Keys that belong together; an unknown key is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)

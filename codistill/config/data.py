@@ -1,4 +1,4 @@
-"""Sections of the configuration that say what is learned from: problems and rewards."""
+"""The sections of the configuration about problems and rewards."""
 
 from pathlib import Path
 from typing import Self
@@ -14,7 +14,7 @@ class DataConfig(Section):
         description="training problems: .jsonl, .json, .parquet or a folder that datasets saved, "
         "with a problem, question or prompt and an answer, final_answer or solution"
     )
-    eval: Path = Field(description="held-out problems, same form")
+    eval: Path = Field(description="held-out problems, in a file of the same kinds")
     template: str = Field(
         "{problem}",
         description="text of a prompt: r1 (Table 4), boxed (Table 5), chat (the tokenizer's own "
@@ -47,7 +47,7 @@ class RewardConfig(Section):
         for path in self.functions:
             name = path.rpartition(".")[2]
             require("." in path.strip("."), "functions", path, "an import path, module.function")
-            unused = f"a function whose name is not taken; reward/{name} is a metric already"
+            unused = f"a function of another name; reward/{name} is a metric already"
             require(name not in taken, "functions", path, unused)
             taken.add(name)
         return self

@@ -1,4 +1,4 @@
-"""From a YAML file and the command line to a `Config`; one line for each mistake."""
+"""Read a `Config` from a YAML file and the command line; a mistake is said in one line."""
 
 import argparse
 import difflib
@@ -61,7 +61,7 @@ def field_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The model behind a field that holds one, or one or None."""
+    """The section that a field of this type holds; None if the field holds a plain value."""
     kinds = (annotation, *get_args(annotation))
     return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
 
@@ -78,6 +78,7 @@ def explain_argument(message: str) -> str:
 
 
 def unknown_key(key: str, value: object) -> str:
+    """One line for an unknown key, with the known key that is most like it."""
     keys = field_keys()
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     near = near or [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
@@ -100,6 +101,7 @@ def explain_field(error: ValidationError) -> str:
 
 
 def describe(key: str) -> str:
+    """The description of a dotted key."""
     model: Any = Config
     for part in key.split("."):
         field = model.model_fields[part]

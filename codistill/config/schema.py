@@ -4,8 +4,9 @@ A run is one YAML file and `--section.key value` on the command line, which wins
 what it does and its unit; `python train.py --help` prints them all.
 """
 
+import math
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, assert_never
 
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -21,6 +22,8 @@ from codistill.config.algorithm import (
 from codistill.config.base import ConfigError, Section, require
 from codistill.config.data import DataConfig, RewardConfig
 
+EngineKind = Literal["auto", "vllm", "hf"]
+
 
 class ModelConfig(Section):
     path: str = Field(description="folder or Hub name of a Hugging Face causal language model")
@@ -28,11 +31,12 @@ class ModelConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["auto", "vllm", "hf"] = Field(
-        "auto", description="auto: vllm where it is installed, else hf (Hugging Face generate)"
+    engine: EngineKind = Field(
+        "auto",
+        description="auto: vllm where it is installed, else hf (the forward pass of transformers)",
     )
-    prompts_per_step: int = Field(64, gt=0, description="prompts a step, over all processes")
-    num_generations: int = Field(14, gt=1, description="M: rollouts a prompt (Table 3: 14)")
+    prompts_per_step: int = Field(64, gt=0, description="prompts per step, over all processes")
+    num_generations: int = Field(14, gt=1, description="M: rollouts per prompt (Table 3: 14)")
     max_prompt_tokens: int = Field(1024, gt=0, description="longest prompt allowed (tokens)")
     max_completion_tokens: int = Field(
         3072,
@@ -44,14 +48,14 @@ class RolloutConfig(Section):
     )
     truncated: Literal["keep", "mask", "zero_reward"] = Field(
         "keep",
-        description="rollouts that max_completion_tokens cut off: as any other; out of the loss; "
-        "or with r = 0. The paper does not say, keep changes nothing",
+        description="rollouts that max_completion_tokens cut off. keep: they count as any other; "
+        "mask: they are left out of the loss; zero_reward: r = 0. The paper does not say",
     )
     sampling_rounds: int = Field(
         1,
         gt=0,
-        description="dynamic sampling (DAPO): write rollouts for prompts_per_step other prompts up "
-        "to this often, until so many prompts have right and wrong rollouts; 1: off",
+        description="dynamic sampling (DAPO): write rollouts for prompts_per_step other prompts, "
+        "at most this many times, until prompts_per_step have right and wrong rollouts; 1: off",
     )
     kv_cache_gib: float = Field(4.0, gt=0, description="vLLM's KV cache on each process (GiB)")
     logp_gap_limit: float | None = Field(
@@ -91,14 +95,14 @@ class TrainingConfig(Section):
     inner_epochs: int = Field(
         1,
         gt=0,
-        description="optimizer steps of each model on a step's rollouts, all of them each time; "
-        "the paper does not say, with 1 the small model's ratio is 1",
+        description="optimizer steps of each model on the rollouts of a step, each on all of them; "
+        "the paper does not say; with 1 the small model's ratio is 1",
     )
     update_order: Literal["small_first", "large_first"] = Field(
         "small_first",
-        description="codistill. small_first: both learn from the log-probabilities before the step "
-        "(Figure 2). large_first: the small model's KD term is that of the large model after its "
-        "update, at the cost of scoring once more",
+        description="algorithm codistill. small_first: both learn from the log-probabilities "
+        "before the step (Figure 2). large_first: the small model's KD term takes the large model "
+        "after its update, at the cost of scoring once more",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="type of the forward and backward pass; weights stay float32"
@@ -120,7 +124,7 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: int = Field(50, gt=0, description="steps between checkpoints; the last one is kept")
+    every: int = Field(50, gt=0, description="steps between checkpoints; only the last is kept")
 
 
 class Config(BaseSettings):
@@ -129,9 +133,7 @@ class Config(BaseSettings):
     --config FILE reads a YAML file; the options below win over it.
     """
 
-    model_config = SettingsConfigDict(
-        extra="forbid", frozen=True, cli_prog_name="train.py", cli_avoid_json=True
-    )
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, cli_avoid_json=True)
 
     name: str = Field(description="name of the run")
     output_dir: Path = Field(Path("runs"), description="the run is written to output_dir/name")
@@ -145,7 +147,7 @@ class Config(BaseSettings):
     large: ModelConfig | None = Field(
         None, description="theta: scores the rollouts, learns by Eq. 10"
     )
-    grpo: GRPOConfig = Field(GRPOConfig(), description="of algorithm grpo")
+    grpo: GRPOConfig = Field(GRPOConfig(), description="what algorithm grpo trains")
     data: DataConfig = Field(description="problems and prompts")
     reward: RewardConfig = Field(RewardConfig(), description="r of Eq. 6")
     rollout: RolloutConfig = Field(RolloutConfig(), description="generation by the small model")
@@ -168,7 +170,8 @@ class Config(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def check_models(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """A model that the algorithm needs is there. Before all else: it is the first mistake."""
+        """Raise ConfigError for a model that is missing. This check runs before the sections are
+        read: without a model nothing else that is wrong matters."""
         needed: tuple = ("small", "large")
         if values.get("algorithm") == "grpo":
             chosen = (values.get("grpo") or {}).get("model")
@@ -185,27 +188,49 @@ class Config(BaseSettings):
     @property
     def writer(self) -> str:
         """Name of the model that writes the rollouts."""
-        if self.algorithm != "grpo":
-            return "small"
-        return self.grpo.model or ("small" if self.small else "large")
+        match self.algorithm:
+            case "codistill" | "kdrl":
+                return "small"
+            case "grpo":
+                return self.grpo.model or ("small" if self.small else "large")
+            case _:
+                assert_never(self.algorithm)
 
     @property
     def trained(self) -> tuple[str, ...]:
         """Names of the models that learn."""
-        return ("small", "large") if self.algorithm == "codistill" else (self.writer,)
+        match self.algorithm:
+            case "codistill":
+                return ("small", "large")
+            case "kdrl" | "grpo":
+                return (self.writer,)
+            case _:
+                assert_never(self.algorithm)
 
     @property
     def loaded(self) -> tuple[str, ...]:
-        """Names of the models that the algorithm uses: grpo has no use for a second one."""
-        return (self.writer,) if self.algorithm == "grpo" else ("small", "large")
+        """Names of the models that the algorithm uses."""
+        match self.algorithm:
+            case "codistill" | "kdrl":
+                return ("small", "large")
+            case "grpo":
+                return (self.writer,)
+            case _:
+                assert_never(self.algorithm)
 
     def unused(self) -> list[str]:
         """Sections that were given and that the algorithm has no use for."""
-        unused = {"grpo"} if self.algorithm != "grpo" else {"small", "large", "kd"} - {self.writer}
+        match self.algorithm:
+            case "codistill" | "kdrl":
+                unused = {"grpo"}
+            case "grpo":
+                unused = {"small", "large", "kd"} - {self.writer}
+            case _:
+                assert_never(self.algorithm)
         return sorted(unused & self.model_fields_set)
 
     def model(self, name: str) -> ModelConfig:
-        """One of those in `loaded`."""
+        """The section of the model `name`, which is one of `loaded`."""
         model = {"small": self.small, "large": self.large}[name]
         assert model is not None, name
         return model
@@ -258,7 +283,18 @@ class Config(BaseSettings):
     @property
     def logp_temperature(self) -> float:
         """Divides the logits wherever the trainer takes log-probabilities to learn from."""
-        return self.rollout.temperature if self.loss.logp_temperature == "sampling" else 1.0
+        match self.loss.logp_temperature:
+            case "sampling":
+                return self.rollout.temperature
+            case "one":
+                return 1.0
+            case _:
+                assert_never(self.loss.logp_temperature)
+
+    def total_steps(self, num_problems: int) -> int:
+        """Steps of the whole run: training.steps, or as many as training.epochs take."""
+        prompts = self.training.epochs * num_problems
+        return self.training.steps or math.ceil(prompts / self.rollout.prompts_per_step)
 
     def check_processes(self, world_size: int) -> None:
         """Raise ConfigError unless prompts divide evenly over the processes."""
@@ -275,14 +311,14 @@ def check_hint(config: Config) -> None:
     hint, longest = config.hint, config.rollout.max_completion_tokens
     key, value = "hint.tokens", hint.tokens
     if value:
-        require("large" in config.loaded, key, value, "0 with algorithm grpo: one model only")
+        require("large" in config.loaded, key, value, "0 with algorithm grpo, which has one model")
         require(value < longest, key, value, f"less than rollout.max_completion_tokens = {longest}")
     else:
         require(hint.loss == "own", "hint.loss", hint.loss, "own where hint.tokens = 0")
 
 
 def check_models_learn(config: Config) -> None:
-    """What is said of a model's learning needs the algorithm in which it learns."""
+    """Raise ConfigError for a key about the learning of a model that does not learn."""
     loss, order = config.loss, config.training.update_order
     for key in ("large_dual_clip", "large_log_ratio_clamp"):
         value = getattr(loss, key)

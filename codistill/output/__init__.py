@@ -1,1 +1,1 @@
-"""What a run leaves and shows: metrics, files, terminal, curves."""
+"""What a run writes and shows: metrics, files, the terminal, curves."""

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on, and at its end."""
+"""What the terminal shows while a run goes on and at its end."""
 
 import time
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from codistill.output.report import EVALUATIONS_AVERAGED
 
 PHASES = ("rollout", "score", "update_small", "update_large", "sync")
 ROWS = 12
-"""Steps that the live table shows."""
+"""How many steps the live table shows."""
 
 
 class Progress:
-    """A live table of the last steps in a terminal; one line a step anywhere else."""
+    """A live table of the last steps in a terminal; one line per step anywhere else."""
 
     def __init__(self, console: Console, *, total_steps: int, first_step: int) -> None:
         self.console, self.total_steps = console, total_steps
@@ -29,6 +29,7 @@ class Progress:
 
     @contextmanager
     def show(self) -> Iterator[None]:
+        """Show the live table, in a terminal, while the block runs."""
         if not self.console.is_terminal:
             yield
             return
@@ -36,6 +37,7 @@ class Progress:
             yield
 
     def add(self, step: int, numbers: dict[str, float]) -> None:
+        """Show the numbers of a step that has ended, and how long the rest will take."""
         done = step - self.first_step + 1
         left = (self.total_steps - step) * (time.perf_counter() - self.started) / done
         position = f"step {step}/{self.total_steps}"
@@ -47,7 +49,7 @@ class Progress:
             **{phase.replace("_", " "): (f"time/{phase}", ".2f") for phase in PHASES},
             "tokens/s": ("tokens_per_second", ".0f"),
         }
-        # Not all algorithms have all numbers.
+        # An algorithm that trains one model has fewer numbers.
         cells = {
             name: format(numbers[key], form)
             for name, (key, form) in formats.items()
@@ -58,7 +60,7 @@ class Progress:
             self.console.print("  ".join(texts), soft_wrap=True, highlight=False)
             return
         self.rows = [*self.rows, [str(step), *cells.values()]][-ROWS:]
-        # Without edges and padding it fits a terminal of 80 columns.
+        # Without edges and padding the table fits a terminal of 80 columns.
         table = Table(
             box=box.SIMPLE_HEAD, padding=0, caption=f"{position}, {eta}; times in seconds"
         )
@@ -70,6 +72,7 @@ class Progress:
 
 
 def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> None:
+    """Print accuracy before and after training, what the run cost and where its files are."""
     table = Table(title="held-out accuracy", title_justify="left")
     for name in ("model", "before", "after", "change"):
         table.add_column(name, justify="left" if name == "model" else "right")
@@ -82,18 +85,18 @@ def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
     console.print(table)
     count, minutes = summary["problems"], summary["seconds"] / 60
     console.print(
-        f"{count} problems; after: mean of the last evaluations, {EVALUATIONS_AVERAGED} at most; "
+        f"{count} problems; after: mean of the last {EVALUATIONS_AVERAGED} evaluations or fewer; "
         f"{summary['steps']} steps, {minutes:.1f} minutes",
         soft_wrap=True,
         highlight=False,
     )
     files = {
         "curves.png": "curves",
-        "metrics.jsonl": "a row of numbers a step",
+        "metrics.jsonl": "the numbers of each step",
         "evaluations.jsonl": "held-out accuracy",
         "samples/": "rollouts (parquet)",
-        f"export/step_{summary['steps']}/": "what was trained, Hugging Face format",
-        f"checkpoints/step_{summary['steps']}/": "to go on from",
+        f"export/step_{summary['steps']}/": "what was trained, in Hugging Face format",
+        f"checkpoints/step_{summary['steps']}/": "what the run can go on from",
         "config.yaml": "the complete configuration",
     }
     for name, text in files.items():

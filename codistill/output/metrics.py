@@ -1,4 +1,4 @@
-"""Metrics of one step: collected on each process, reduced over all of them in one go."""
+"""Metrics of one step: collected on each process, then reduced over all processes at once."""
 
 import time
 from collections.abc import Iterator
@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 class StepMetrics:
-    """Named numbers of one step. `mean` weighs every value alike, wherever it was measured."""
+    """Named numbers of one step. In a `mean` every value counts the same, on whichever process it
+    was measured."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -22,11 +23,12 @@ class StepMetrics:
         """Names of the timers that run, from the outermost to the innermost."""
 
     def mean(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
-        """Add `count` values that sum up to `total`."""
+        """Add `count` values whose sum is `total` to a mean."""
         self.add(self.sums, name, total)
         self.add(self.counts, name, count)
 
     def mean_of(self, name: str, values: Tensor) -> None:
+        """Add all elements of `values` to a mean."""
         self.mean(name, values.sum(), values.numel())
 
     def total(self, name: str, value: Tensor | float) -> None:
@@ -34,6 +36,7 @@ class StepMetrics:
         self.add(self.totals, name, value)
 
     def maximum(self, name: str, value: Tensor | float) -> None:
+        """Keep the largest value, over micro-batches and processes."""
         value = self.scalar(value)
         self.maxima[name] = torch.maximum(self.maxima.get(name, value), value)
 
@@ -63,9 +66,9 @@ class StepMetrics:
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def reduce(self) -> dict[str, float]:
-        """The numbers over all processes, each of which must have collected the same names.
+        """The numbers over all processes; a mean of no values at all is left out.
 
-        A mean of no values at all is left out.
+        Collective: every process must call, with the same names collected.
         """
         means, totals, peaks = sorted(self.sums), sorted(self.totals), sorted(self.maxima)
         parts = [self.sums[name] for name in means] + [self.counts[name] for name in means]

@@ -1,35 +1,76 @@
 """Curves and summary of a run, from its files."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from codistill.output.run_directory import read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 EVALUATIONS_AVERAGED = 3
 
 
-def summarize(folder: Path, *, problems: int) -> dict[str, Any]:
-    """Accuracy before and after of each model that learned, and what the run cost.
+class Line(NamedTuple):
+    """One curve of a panel."""
 
-    After: mean of the last evaluations, up to EVALUATIONS_AVERAGED of them.
+    label: str
+    key: str
+    """A key of metrics.jsonl; the curve is left out if the algorithm does not have it."""
+    color: str
+
+
+SMALL, LARGE = "C0", "C1"  # the same colour for a model in every panel
+PANELS = {
+    "accuracy": [
+        Line("training", "reward/accuracy", "C2"),
+        Line("prompts without a right rollout", "reward/zero_fraction", "C7"),
+    ],
+    "KD reward (nats, alpha included)": [Line("small", "reward/kd", SMALL)],
+    "importance ratio": [
+        Line("clipped tokens, small", "ratio/small_clip_fraction", SMALL),
+        Line("clipped tokens, large", "ratio/large_clip_fraction", LARGE),
+        Line("effective sample size, large", "ratio/large_ess", "C4"),
+    ],
+    "gradient norm": [
+        Line("small", "grad_norm/small", SMALL),
+        Line("large", "grad_norm/large", LARGE),
+    ],
+    "completion length (tokens)": [Line("mean", "rollout/mean_tokens", "C2")],
+    "time per step (s)": [
+        Line("rollout", "time/rollout", "C2"),
+        Line("score", "time/score", "C4"),
+        Line("update small", "time/update_small", SMALL),
+        Line("update large", "time/update_large", LARGE),
+        Line("sync", "time/sync", "C7"),
+    ],
+}
+
+
+def summarize(folder: Path, *, problems: int) -> dict[str, Any]:
+    """Accuracy before and after training of each model that learned, and what the run cost.
+
+    After: the mean over the last EVALUATIONS_AVERAGED evaluations that measured the model; the
+    first evaluation, before training, is never one of them.
     """
     metrics = read_rows(folder / "metrics.jsonl")
-    evaluations = read_rows(folder / "evaluations.jsonl")
+    first, *later = read_rows(folder / "evaluations.jsonl")
     summary: dict[str, Any] = {
         "steps": metrics[-1]["step"],
         "problems": problems,
         "seconds": sum(row["time/step"] for row in metrics),
     }
     for name in ("small", "large"):
-        accuracy = [row[name] for row in evaluations if name in row]
-        if len(accuracy) > 1:
-            last = accuracy[1:][-EVALUATIONS_AVERAGED:]
-            summary[name] = {"before": accuracy[0], "after": sum(last) / len(last)}
+        last = [row[name] for row in later[-EVALUATIONS_AVERAGED:] if name in row]
+        if name in first and last:
+            summary[name] = {"before": first[name], "after": sum(last) / len(last)}
     return summary
 
 
 def plot(folder: Path) -> Path:
-    """Draw curves.png."""
+    """Draw curves.png: the metrics of each step faintly, and smoothed on top; its path."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -37,41 +78,51 @@ def plot(folder: Path) -> Path:
 
     metrics = read_rows(folder / "metrics.jsonl")
     evaluations = read_rows(folder / "evaluations.jsonl")
-    steps = [row["step"] for row in metrics]
-    panels = {
-        "accuracy": {
-            "training": "reward/accuracy",
-            "prompts with none right": "reward/zero_fraction",
-        },
-        "KD reward (nats, alpha included)": {"small": "reward/kd"},
-        "importance ratio": {
-            "clipped tokens, small": "ratio/small_clip_fraction",
-            "clipped tokens, large": "ratio/large_clip_fraction",
-            "effective sample size, large": "ratio/large_ess",
-        },
-        "gradient norm": {"small": "grad_norm/small", "large": "grad_norm/large"},
-        "completion length (tokens)": {"mean": "rollout/mean_tokens"},
-        "time of a step (s)": {
-            name: f"time/{name}"
-            for name in ("rollout", "score", "update_small", "update_large", "sync")
-        },
-    }
-    figure, axes = pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
-    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=True):
-        for label, key in lines.items():
-            if key in metrics[0]:  # not all algorithms have all numbers
-                axis.plot(steps, [row[key] for row in metrics], label=label)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-    for name in ("small", "large"):
-        points = [(row["step"], row[name]) for row in evaluations if name in row]
-        if points:
-            axes.flat[0].plot(*zip(*points, strict=True), "o-", label=f"held-out, {name}")
-    for axis in axes.flat:
-        if axis.lines:
-            axis.legend(fontsize=8)
-        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+    figure, axes = pyplot.subplots(2, 3, figsize=(15, 9), layout="constrained")
+    for axis, (title, lines) in zip(axes.flat, PANELS.items(), strict=True):
+        for line in lines:
+            draw_line(axis, line, metrics)
+        if title == "accuracy":
+            draw_evaluations(axis, evaluations)
+        finish_panel(axis, title)
     path = folder / "curves.png"
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path
+
+
+def draw_line(axis: "Axes", line: Line, metrics: list[dict[str, float]]) -> None:
+    """The numbers of each step faintly, and their moving average."""
+    rows = [row for row in metrics if line.key in row]
+    if not rows:
+        return
+    steps, values = ([row[key] for row in rows] for key in ("step", line.key))
+    axis.plot(steps, values, color=line.color, alpha=0.25, linewidth=0.8)
+    axis.plot(steps, moving_average(values), color=line.color, label=line.label)
+
+
+def draw_evaluations(axis: "Axes", evaluations: list[dict[str, float]]) -> None:
+    """Held-out accuracy, which is never smoothed."""
+    for name, color in (("small", SMALL), ("large", LARGE)):
+        rows = [row for row in evaluations if name in row]
+        if rows:
+            steps, values = ([row[key] for row in rows] for key in ("step", name))
+            axis.plot(steps, values, "o-", markersize=4, color=color, label=f"held-out, {name}")
+
+
+def finish_panel(axis: "Axes", title: str) -> None:
+    """Title, grid and scale; the legend stands below the panel, where it covers no line."""
+    axis.set(title=title, xlabel="step", ylim=(min(0, axis.get_ylim()[0]), None))
+    axis.grid(alpha=0.3)
+    if axis.lines:
+        axis.legend(
+            fontsize=9, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12)
+        )
+
+
+def moving_average(values: list[float]) -> np.ndarray:
+    """Each number's mean with its neighbours, a tenth of all numbers together, weighted by a Hann
+    window around the number; at the two ends over the neighbours that there are."""
+    window = np.hanning(3 + 2 * (len(values) // 20))[1:-1]
+    weights = np.convolve(np.ones(len(values)), window, mode="same")
+    return np.convolve(values, window, mode="same") / weights

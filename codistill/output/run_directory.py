@@ -1,4 +1,4 @@
-"""Files of a run: runs/<name>/, written by one process."""
+"""The files of a run, in output_dir/name, written by one process."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,10 @@ from codistill.scoring import Scored
 
 
 class RunDirectory:
-    """config.yaml, metrics.jsonl (a row a step), evaluations.jsonl, samples/, summary.json."""
+    """config.yaml, metrics.jsonl (one row per step), evaluations.jsonl, samples/, summary.json.
+
+    config.yaml is that of the last start: a run may go on with other settings of some keys.
+    """
 
     def __init__(self, config: Config) -> None:
         self.path = config.output_dir / config.name
@@ -23,7 +26,7 @@ class RunDirectory:
         (self.path / "config.yaml").write_text(content)
 
     def keep_until(self, step: int) -> None:
-        """Drop rows of steps after `step`: they are about to be computed again."""
+        """Drop the rows of steps after `step`, which are about to be computed again."""
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             rows = [row for row in read_rows(self.path / name) if row["step"] <= step]
             (self.path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -35,7 +38,7 @@ class RunDirectory:
         self.append("evaluations.jsonl", accuracy)
 
     def add_samples(self, step: int, rollouts: Rollouts, scored: Scored) -> None:
-        """The first process's rollouts of one step."""
+        """Write the first process's rollouts of one step."""
         kept = set(scored.credit.kept.tolist())
         kd_rewards = scored.credit.kd_rewards
         kd = {} if kd_rewards is None else {"kd": kd_rewards.tolist()}
@@ -64,7 +67,8 @@ class RunDirectory:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl file; none if there is no file. A last line cut off by a kill is dropped."""
+    """Rows of a .jsonl file; none if there is no file. A last line that is not ended, because the
+    run was killed while it wrote, is dropped."""
     if not path.is_file():
         return []
     lines = path.read_text().split("\n")

@@ -12,6 +12,7 @@ import yaml
 
 from codistill.config import Config, ConfigError, load_config
 from codistill.config.load import field_keys
+from codistill.losses import make_policy_loss
 from codistill.run import run
 
 ROOT = Path(__file__).parents[2]
@@ -82,14 +83,10 @@ def test_defaults_are_those_of_table_3():
             ["--downsample.keep", "1", "--downsample.method", "top"],
             "downsample.keep = 1: expected at least 2",
         ),
-        (["--loss.epsilon_low", "1"], "loss.epsilon_low = 1.0: expected less than 1 with"),
+        (["--loss.kind", "ppo"], "loss.kind = 'ppo': input should be 'clip', 'cispo', 'gspo'"),
         (
-            ["--loss.epsilon_low", "2", "--loss.kind", "cispo"],
-            "loss.epsilon_low = 2.0: expected at most 1",
-        ),
-        (
-            ["--loss.kind", "gmpo", "--loss.large_dual_clip", "3"],
-            "loss.large_dual_clip = 3.0: expec",
+            ["--loss.epsilon", "1"],
+            "loss.epsilon = '1': expected a known key; did you mean",
         ),
         (
             ["--loss.old_logps", "engine", "--loss.importance_cap", "2"],
@@ -136,6 +133,37 @@ def test_wrong_file_is_named(tmp_path, text, expected):
     assert expected in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--loss.epsilon_low", "1"], "loss.epsilon_low = 1.0: expected in [0, 1)"),
+        (
+            ["--loss.epsilon_low", "2", "--loss.kind", "cispo"],
+            "loss.epsilon_low = 2.0: expected in [0, 1]",
+        ),
+        (
+            ["--loss.kind", "gmpo", "--loss.large_dual_clip", "3"],
+            "loss.large_dual_clip = 3.0: expected None with kind 'gmpo', which does not use it",
+        ),
+        (
+            ["--loss.large_log_ratio_clamp", "-1"],
+            "loss.large_log_ratio_clamp = -1.0: expected > 0",
+        ),
+        (
+            ["--loss.vespo_k_negative", "1"],
+            "loss.vespo_k_negative = 1.0: expected 3.0 with kind 'clip', which does not use it",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_wrong_setting_of_the_loss_is_named(load, arguments, expected):
+    config = load(*arguments)
+    with pytest.raises(ConfigError) as error:
+        for name in config.trained:
+            make_policy_loss(config, name)
+    assert str(error.value) == expected
+
+
 def test_missing_file_is_named():
     with pytest.raises(ConfigError, match="--config = 'no.yaml': expected a YAML file that exists"):
         load_config(["--config", "no.yaml"])
@@ -154,7 +182,9 @@ def test_missing_file_is_named():
     ids=str,
 )
 def test_right_combinations(load, arguments):
-    load(*arguments)
+    config = load(*arguments)
+    for name in config.trained:
+        make_policy_loss(config, name)
 
 
 def test_processes_must_divide_the_prompts(load):
@@ -237,6 +267,7 @@ def test_help_is_quick_and_needs_no_torch():
         "tokenizers",
         "long prompt",
         "few positions",
+        "loss",
         "no divisor",
         "no rounds",
     ],
@@ -254,7 +285,7 @@ def test_wrong_input_stops_the_run(settings, tmp_path, tokenizer, change, expect
             if isinstance(value, str) and value.startswith("{"):
                 name = value.strip("{}")
                 value = str(tmp_path / (name if name == "other" else f"{name}.jsonl"))
-            settings[section][key] = value
+            settings.setdefault(section, {})[key] = value
     config = Config(**settings)
     with pytest.raises(ConfigError) as error:
         config.check_processes(1)

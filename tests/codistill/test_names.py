@@ -1,23 +1,26 @@
 """The configuration imports no torch, so it repeats names of codistill_kernels: they are the same
-there, in the rules about them, and in the documentation."""
+there, in the rules about them, and in the documentation. Ranges are the kernels' alone."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
 import pytest
 from pydantic import ValidationError
+from test_config import MINIMAL
 
 import codistill_kernels
+from codistill.config import Config, ConfigError
 from codistill.config.algorithm import (
     DownsampleConfig,
     DownsampleMethod,
     KDConfig,
-    LossConfig,
     LossKind,
     ObjectiveEstimator,
     RewardEstimator,
 )
+from codistill.losses import OF_THE_LARGE_MODEL, make_policy_loss
 from codistill_kernels import PolicyLoss, downsample, kd_rewards, kl_penalty, policy_loss
 from codistill_kernels._divergences import DIVERGENCES
 from codistill_kernels._estimators import ESTIMATORS, OF_OBJECTIVES, OF_REWARDS
@@ -38,6 +41,10 @@ def is_valid(section: type, **values: object) -> bool:
     return True
 
 
+def policy_loss_of(name: str, **settings: object) -> PolicyLoss:
+    return make_policy_loss(Config(**MINIMAL, loss=settings), name)
+
+
 def row_of(function: str) -> str:
     (row,) = (line for line in README if line.startswith(f"| `{function}` |"))
     return row
@@ -54,18 +61,34 @@ SETTINGS = {field for kind in SURROGATES.values() for field in kind.settings} - 
 
 
 @pytest.mark.parametrize("kind", SURROGATES)
-def test_settings_of_a_loss_are_allowed_where_the_kernels_use_them(kind):
+def test_settings_of_a_loss_are_right_or_wrong_as_the_kernels_say(kind):
     for setting in SETTINGS:
         for value in (-1.5, -0.15, 0.0, 0.5, 1.0, 1.5):
             settings = {"kind": kind, setting: value}
             try:
-                PolicyLoss(**settings)
+                expected = PolicyLoss(**settings)
             except ValueError:
-                assert not is_valid(LossConfig, **settings), settings
+                with pytest.raises(ConfigError, match=rf"^loss\.{setting} = {value}: expected "):
+                    policy_loss_of("small", **settings)
             else:
-                assert is_valid(LossConfig, **settings), settings
-    dual = is_valid(LossConfig, kind=kind, large_dual_clip=2.0)
-    assert dual == ("dual_clip" in SURROGATES[kind].settings)
+                assert policy_loss_of("small", **settings) == expected
+
+
+@pytest.mark.parametrize("setting", OF_THE_LARGE_MODEL)
+def test_settings_of_the_large_model_are_its_own(setting):
+    settings = {f"large_{setting}": 2.0}
+    assert policy_loss_of("large", **settings) == PolicyLoss(**{setting: 2.0})
+    assert policy_loss_of("small", **settings) == PolicyLoss()
+    with pytest.raises(ConfigError, match=rf"^loss\.large_{setting} = -1.0: expected > "):
+        policy_loss_of("large", **{f"large_{setting}": -1.0})
+
+
+def test_every_setting_of_a_loss_is_a_key_with_the_same_default():
+    keys = Config.model_fields["loss"].default
+    for field in fields(PolicyLoss):
+        key = f"large_{field.name}" if field.name in OF_THE_LARGE_MODEL else field.name
+        if field.name != "entropy_bonus":  # a setting of the kernels alone
+            assert getattr(keys, key) == field.default, key
 
 
 @pytest.mark.parametrize("placement", PLACES)

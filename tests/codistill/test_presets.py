@@ -85,7 +85,7 @@ def test_a_preset_is_the_row_of_the_tables_it_names(name, algorithm, writer, alp
 def test_presets_start_from_what_others_export():
     """The file of the other preset, its number of steps and its model."""
     codistill, large = load("qwen2.5_math"), load("qwen2.5_math_grpo", "--grpo.model", "large")
-    steps = codistill.training.epochs * 12_000 // codistill.engine.prompts_per_step
+    steps = codistill.total_steps(num_problems=12_000)
     assert large.training.epochs == codistill.training.epochs
     folder = f"export/step_{steps}/large"
     assert load("qwen2.5_math_ct").model("large").path == f"runs/{codistill.name}/{folder}"
@@ -96,7 +96,8 @@ def test_presets_start_from_what_others_export():
 
 
 def byte_tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:
-    """A token a byte: any text. bos: added to each text, as Llama's tokenizer does."""
+    """One token per byte, so it takes any text. bos: whether it begins each text with a BOS token,
+    as Llama's tokenizer does."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<end>", "<begin>", *letters]
     tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, merges=[]))

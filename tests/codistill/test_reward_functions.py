@@ -166,8 +166,8 @@ def test_configuration_of_functions(settings, tmp_path):
     assert functions({}, "--reward.functions", "a.b=0.5") == {"a.b": 0.5}
     for values, expected in (
         ({"brevity": 1}, "reward.functions = 'brevity': expected an import path, module.function"),
-        ({"my.accuracy": 1}, "reward.functions = 'my.accuracy': expected a function whose name is"),
-        ({"a.same": 1, "b.same": 2}, "reward.functions = 'b.same': expected a function whose name"),
+        ({"my.accuracy": 1}, "reward.functions = 'my.accuracy': expected a function of another"),
+        ({"a.same": 1, "b.same": 2}, "reward.functions = 'b.same': expected a function of another"),
         ({"a.b": "much"}, "reward.functions.a.b = 'much': input should be a valid number"),
     ):
         with pytest.raises(ConfigError) as error:

@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from math import cos, pi
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 import yaml
 from safetensors.torch import load_file
+
+from codistill.run import is_finished
 
 ROOT = Path(__file__).parents[2]
 KEYS = {
@@ -78,7 +81,29 @@ def test_run_with_hugging_face_engine(settings, train, models):
     check_files(settings, models)
     other = train(settings, "--kd.alpha", "3")
     assert other.returncode == 2
-    assert "expected the configuration in" in other.stderr and "kd changed" in other.stderr
+    assert "train.py: kd.alpha = 3.0: expected 1.0 as in" in other.stderr
+
+
+def test_run_goes_on_with_more_steps(settings, train, tmp_path):
+    assert train(settings).returncode == 0
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    settings["output_dir"] = str(tmp_path / "moved")
+    done = train(settings, "--training.steps", "5", "--evaluation.every", "1")
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("going on"))
+    assert line.startswith("going on after step 3 with other settings: output_dir ")
+    assert line.endswith(", training.steps 3 -> 5, evaluation.every 2 -> 1")
+    metrics = rows(settings)
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows(settings, "evaluations.jsonl")] == [0, 2, 3, 4, 5]
+    # A cosine from 1e-2 to 0: over the three steps planned at first, then where one over five is.
+    expected = [0.005 * (1 + cos(pi * n / total)) for n, total in enumerate((3, 3, 3, 5, 5))]
+    assert [row["learning_rate/small"] for row in metrics] == pytest.approx(expected)
+    folder = tmp_path / "moved" / "tiny"
+    stored = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (stored["training"]["steps"], stored["evaluation"]["every"]) == (5, 1)
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 5
+    assert (folder / "export" / "step_5" / "large" / "model.safetensors").is_file()
 
 
 def test_run_with_vllm_on_two_processes(settings, train, models):
@@ -91,6 +116,14 @@ def test_run_with_vllm_on_two_processes(settings, train, models):
     check_files(settings, models)
     # 8 problems, 4 a step: the first epoch, which has hints, is two steps
     assert [row["rollout/hint_tokens"] > 0 for row in rows(settings)] == [True, True, False]
+
+
+def test_a_run_has_ended_when_its_last_step_is_summed_up(tmp_path):
+    summary = tmp_path / "summary.json"
+    assert not is_finished(summary, 3)
+    summary.write_text('{"steps": 3}')
+    assert is_finished(summary, 3)
+    assert not is_finished(summary, 5)  # it goes on, and exports its models once more
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])

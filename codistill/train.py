@@ -1,0 +1,36 @@
+"""The command codistill-train: train a large and a small model with CoDistill-GRPO.
+
+    torchrun --nproc-per-node 2 -m codistill.train --config configs/demo.yaml --training.steps 20
+
+In a checkout `train.py` is the same command. Exit codes: 0 done; 1 the run failed, with a message;
+2 a mistake in configuration or input; 143 stopped by SIGTERM or Ctrl-C after saving a checkpoint:
+the same command goes on from there.
+"""
+
+import os
+import sys
+
+from codistill import distributed
+from codistill.config import ConfigError, load_config
+
+QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "VLLM_LOGGING_LEVEL": "ERROR"}
+"""Read when torch and vLLM are imported: their warnings are not about the run."""
+
+
+def main() -> int:
+    """Run what the command line asks for; the exit code, unless a run ends the process itself."""
+    for name, level in QUIET.items():
+        os.environ.setdefault(name, level)
+    try:
+        config = load_config(sys.argv[1:])
+        config.check_processes(distributed.world_size())
+        from codistill.run import run  # imports torch, which --help does not wait for
+
+        distributed.leave(run(config))
+    except ConfigError as error:
+        distributed.complain(str(error))
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
