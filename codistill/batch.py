@@ -63,6 +63,8 @@ class TokenBatch:
     Without a sequence (S = N = 0) the row is one token, so that a forward pass has something to do.
     """
 
+    packing: Packing
+    """Where the sequences lie, prompts included."""
     rows: Tensor
     """[S] int64: which of all rollouts these are."""
     index: Tensor
@@ -77,8 +79,6 @@ class TokenBatch:
     """[N] int64: completion tokens, sequence after sequence, end token included."""
     cu_seqlens: Tensor
     """[S + 1] int64: completion tokens of sequence s are cu_seqlens[s] : cu_seqlens[s + 1]."""
-    packing: Packing
-    """Of the row's sequences, prompts included."""
 
     @classmethod
     def build(
@@ -107,10 +107,9 @@ class TokenBatch:
             ],
             device,
         )
-        moved = iter(tensors)
-        own = [next(moved) for _ in range(7)]
-        packed = [Group(part, width, next(moved), next(moved)) for part, width, *_ in groups]
-        return cls(*own, Packing(tuple(packed), sequences.int(), widths[0]))
+        own, padding = tensors[:7], iter(tensors[7:])
+        packed = [Group(part, width, next(padding), next(padding)) for part, width, *_ in groups]
+        return cls(Packing(tuple(packed), sequences.int(), widths[0]), *own)
 
 
 def to_device(parts: Sequence[Tensor | None], device: torch.device) -> list:
