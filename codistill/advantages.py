@@ -9,7 +9,7 @@ from codistill_kernels import group_advantages
 
 
 def advantages(config: Config, rewards: Tensor, accuracy: Tensor, kept: Tensor) -> Tensor:
-    """[K] advantages of the rollouts `kept`, from rewards [S] and accuracy [S], M a prompt.
+    """[K] advantages of the rollouts `kept`, from rewards [S] and accuracy [S], M per prompt.
 
     mean: A_i = r_i - mean(r); leave_one_out: A_i = r_i - mean of the others = n/(n-1) of that, for
     a group of n; std: divided by the group's sample deviation; beta: see `beta_scales`.

@@ -169,7 +169,7 @@ def softcapped(
     softcap: float,
     dropout: float,
 ) -> Tensor:
-    """As `attend`; no fused kernel of torch bends the scores (Gemma 2)."""
+    """The same with bent scores (Gemma 2), which no fused kernel of torch computes."""
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

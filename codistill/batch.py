@@ -84,7 +84,7 @@ class TokenBatch:
     def build(
         cls, prompts: Ragged, completions: Ragged, rows: Sequence[int], device: torch.device
     ) -> Self:
-        """Of these rows, which are sorted: no sequence is longer than the one before it."""
+        """Pack these rows, which are sorted: no sequence is longer than the one before it."""
         chosen = torch.tensor(rows, dtype=torch.int64)
         before, after = prompts.lengths[chosen], completions.lengths[chosen]
         lengths = before + after

@@ -34,7 +34,7 @@ class Completion:
 @dataclass(frozen=True)
 class Sampling:
     num_generations: int
-    """Completions a prompt; 1 if greedy."""
+    """Completions per prompt; 1 if greedy."""
     temperature: float
     """Divides the logits; 0 is greedy."""
     max_tokens: int
@@ -52,7 +52,7 @@ class Engine(Protocol):
     ) -> list[Completion]:
         """`num_generations` completions of each prompt, prompt after prompt.
 
-        seeds: one a prompt. Same weights, prompts and seeds give the same completions.
+        seeds: one per prompt. Same weights, prompts and seeds give the same completions.
         """
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -97,7 +97,7 @@ NEVER = -100.0  # the lowest logit bias that vLLM takes: a probability of about 
 
 
 class VLLMEngine:
-    """vLLM in this process; one engine a process, each with all weights (no tensor parallelism)."""
+    """vLLM in this process; one engine per process, each with all weights (no tensor parallelism)."""
 
     name = "vllm"
 
@@ -232,5 +232,5 @@ def cut_at_end(tokens: list[int], end_token_ids: tuple[int, ...]) -> tuple[list[
 
 
 def prompt_seeds(seed: int, step: int, indices: Iterable[int]) -> list[int]:
-    """One seed a prompt, fixed by what is drawn alone: not by rank or place in the batch."""
+    """One seed per prompt, fixed by what is drawn alone: not by rank or place in the batch."""
     return [int(np.random.default_rng([seed, step, i]).integers(2**48)) for i in indices]

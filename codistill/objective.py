@@ -144,7 +144,7 @@ def loss_mask(config: Config, name: str, rollouts: Rollouts) -> Tensor:
 
 
 def penalties(config: Config, name: str, scored: Scored, alpha: float) -> tuple[Penalty, ...]:
-    """Those of the objective: beta's of Eq. 2, and the KD term where it is one."""
+    """The KL terms of the objective: beta's of Eq. 2, and the KD term where it is one."""
     found = []
     if config.loss.beta:
         reference = scored.reference_logps[name]

@@ -246,13 +246,10 @@ def test_help_is_quick_and_needs_no_torch():
             "rollout.max_prompt_tokens = 3: expected at least 4",
         ),
         (
-            {"rollout": {"max_completion_tokens": 57}},
+            {"rollout": {"max_completion_tokens": 57}, "training": {"tokens_per_micro_batch": 65}},
             "rollout.max_completion_tokens = 57: expected no more than the 64 positions of small",
         ),
-        (
-            {"training": {"tokens_per_micro_batch": 15}},
-            "training.tokens_per_micro_batch = 15: expected at least the 16 tokens",
-        ),
+        ({"loss": {"epsilon_low": 1.0}}, "loss.epsilon_low = 1.0: expected in [0, 1)"),
         (
             {"rollout": {"prompts_per_step": 6, "sampling_rounds": 2}},
             "rollout.sampling_rounds = 2: expected 1 with the 8 problems of data.train",
@@ -268,7 +265,6 @@ def test_help_is_quick_and_needs_no_torch():
         "long prompt",
         "few positions",
         "loss",
-        "no divisor",
         "no rounds",
     ],
 )

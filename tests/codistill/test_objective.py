@@ -55,7 +55,7 @@ def batch() -> TokenBatch:
 
 
 def loss(objective: Objective, batch: TokenBatch) -> float:
-    """Of a policy whose ratio is 1 everywhere: minus a weighted sum of advantages."""
+    """The loss of a policy whose ratio is 1 everywhere: minus a weighted sum of advantages."""
     terms = objective.terms(batch)
     value, _ = policy_loss(terms["old_logps"], cu_seqlens=batch.cu_seqlens, **terms)
     return value.item()

@@ -44,7 +44,7 @@ def hand(settings):
 
 
 def kept_advantages(scored, name: str) -> list[float]:
-    """Of the rollouts kept; all others have none."""
+    """The advantages of the rollouts kept; all others have none."""
     advantages = scored.advantages[name].clone()
     kept = advantages[scored.kept].tolist()
     advantages[scored.kept] = 0

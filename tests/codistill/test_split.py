@@ -33,7 +33,7 @@ SHARES = [
 
 
 def objective(normalization: str, kept: list[int], *, penalty: bool) -> Objective:
-    """Of the rollouts kept; dtype float64."""
+    """Random terms for the rollouts kept, float64."""
     generator = torch.Generator().manual_seed(0)
     tokens, lengths = len(COMPLETIONS.values), COMPLETIONS.lengths
     random = torch.rand(3, tokens, generator=generator, dtype=torch.float64)
