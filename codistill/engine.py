@@ -97,7 +97,7 @@ NEVER = -100.0  # the lowest logit bias that vLLM takes: a probability of about 
 
 
 class VLLMEngine:
-    """vLLM in this process; one engine per process, each with all weights (no tensor parallelism)."""
+    """vLLM in this process: one engine per process with all weights, no tensor parallelism."""
 
     name = "vllm"
 

@@ -58,6 +58,7 @@ class Policy(nn.Module):
 
     Raises:
         ValueError: what the model does to its logits is none of what the kernels compute.
+        NotImplementedError: its layers are not where they are in Llama, Qwen or Gemma.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class Policy(nn.Module):
     ) -> None:
         super().__init__()
         linear_head(lm)  # refuses now what it would refuse in the first step
+        if not hasattr(lm.base_model, "layers"):  # as `shard` needs them
+            raise NotImplementedError(f"{type(lm).__name__} has no decoder layers named layers")
         self.lm, self.vocab_size = lm, vocab_size
         self.use_attention(attention)
 
@@ -271,11 +274,11 @@ def load_policy(
     Raises:
         ConfigError: under configuration key `key`, the model is none that can be trained.
     """
-    lm = load_causal_lm(path, dtype=torch.float32).to(device)
     try:
-        gap = gap_to_definition(Policy(lm.eval(), vocab_size=vocab_size))
-    except (ValueError, NotImplementedError) as error:
-        raise ConfigError(f"{key} = {path!r}: {error}") from error
+        lm = load_causal_lm(path, dtype=torch.float32).to(device).eval()
+        gap = gap_to_definition(Policy(lm, vocab_size=vocab_size))
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise ConfigError(f"{key} = {path!r}: {str(error).splitlines()[0]}") from error
     expected = f"a model of known attention and head; log-probabilities are {gap:.1e} nats off"
     require(gap <= GAP_LIMIT, key, path, expected)
     return prepare(lm, options, vocab_size, device)

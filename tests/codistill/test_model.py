@@ -1,11 +1,59 @@
-"""Which tokens end a completion: those of the model, else that of the tokenizer."""
+"""Which models are refused, and which tokens end a completion."""
 
 import json
 
 import pytest
+import torch
+import transformers
 
 from codistill.config import ConfigError
-from codistill.model import end_token_ids
+from codistill.config.schema import TrainingConfig
+from codistill.model import end_token_ids, load_policy
+
+SIZES = dict(vocab_size=24, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+HEADS = dict(num_attention_heads=2, num_key_value_heads=2)
+
+
+def refused(path) -> str:
+    """The line that a model of this folder is refused with."""
+    with pytest.raises(ConfigError) as error:
+        load_policy("large.path", str(path), TrainingConfig(), 18, torch.device("cpu"))
+    assert str(error.value).startswith(f"large.path = {str(path)!r}: ")
+    return str(error.value)
+
+
+def test_models_that_cannot_be_trained_are_refused_in_one_line(tmp_path):
+    gpt2 = transformers.GPT2Config(vocab_size=24, n_embd=32, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(gpt2).save_pretrained(tmp_path / "gpt2")
+    assert "GPT2LMHeadModel has no decoder layers" in refused(tmp_path / "gpt2")
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | HEADS))
+    llama.config.save_pretrained(tmp_path / "pickled")
+    torch.save(llama.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    assert "model.safetensors" in refused(tmp_path / "pickled")
+    few = transformers.LlamaConfig(**SIZES | HEADS | {"vocab_size": 16})
+    transformers.LlamaForCausalLM(few).save_pretrained(tmp_path / "few")
+    assert "vocab_size must be in 1 .. 16, got 18" in refused(tmp_path / "few")
+    sinks = transformers.GptOssConfig(**SIZES | HEADS, head_dim=16, num_local_experts=2)
+    transformers.GptOssForCausalLM(sinks).save_pretrained(tmp_path / "sinks")
+    assert "attention with sinks" in refused(tmp_path / "sinks")
+
+
+def test_a_head_in_float32(models, process_group):
+    """Embedding, last norm and head; the layers as training.dtype says."""
+    options, path = TrainingConfig(head_dtype="float32"), str(models["large"])
+    policy = load_policy("large.path", path, options, 18, torch.device("cpu"))
+    seen = {}
+    for name in ("embed_tokens", "layers.0.mlp", "norm"):
+        module = policy.lm.model.get_submodule(name)
+        module.register_forward_hook(lambda m, i, output, name=name: seen.update({name: output}))
+    policy.sample([[3, 4]], torch.zeros(1, 1).numpy(), 1.0)
+    dtypes = {name: output.dtype for name, output in seen.items()}
+    assert dtypes == {
+        "embed_tokens": torch.float32,
+        "layers.0.mlp": torch.bfloat16,
+        "norm": torch.float32,
+    }
+    assert policy.lm.lm_head.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
