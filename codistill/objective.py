@@ -85,16 +85,15 @@ def make_objective(
     advantages = scored.credit.advantages[name]
     mask = loss_mask(config, name, rollouts)
     lengths = rollouts.completions.lengths
-    in_loss = torch.segment_reduce(mask.float(), "sum", lengths=lengths)
+    in_loss = torch.segment_reduce(mask.float(), "sum", lengths=lengths).to(advantages)
     weights = None
     if config.loss.normalization == "sequence":  # 1/|o| of Eq. 2, tokens in the loss counted
-        weights = (1 / in_loss.clamp(min=1)).to(advantages)
-    kept = scored.credit.kept.to(lengths.device)
+        weights = 1 / in_loss.clamp(min=1)
     return Objective(
         old_logps=old_logps(config, name, rollouts, scored),
         advantages=advantages,
         mask=mask.to(advantages.device),
-        normalizer=normalizer(config, in_loss[kept].sum().to(advantages.device)),
+        normalizer=normalizer(config, in_loss[scored.credit.kept].sum()),
         weights=weights,
         importance_weights=scored.importance_weights,
         penalties=penalties(config, name, scored, alpha),

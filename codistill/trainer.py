@@ -145,7 +145,8 @@ class Trainer:
         kl = self.divergences(everything, tokens)
         terms = dict(step=step, total_steps=self.total_steps)
         credit = assign_credit(config, rollouts, logps, kl=kl, **terms)
-        batches = self.batches(rollouts, credit.kept.tolist())
+        kept = credit.kept.tolist()
+        batches = self.batches(rollouts, kept)
         scored = Scored(
             credit,
             batches,
@@ -159,7 +160,7 @@ class Trainer:
         if credit.kd_rewards is not None:
             metrics.mean_of("reward/kd", credit.kd_rewards)
             metrics.mean_of("reward/effective", credit.effective_rewards)
-        metrics.mean_of("reward/kept_accuracy", rollouts.accuracy[credit.kept.cpu()])
+        metrics.mean_of("reward/kept_accuracy", rollouts.accuracy[kept])
         return scored
 
     def score_again(self, step: int, rollouts: Rollouts, scored: Scored) -> Scored:

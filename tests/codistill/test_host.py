@@ -52,7 +52,7 @@ def test_a_step_reads_the_device_a_fixed_number_of_times(make_trainer):
     assert one == {
         "distributed.py:largest": 6,  # equal numbers of batches: twice packed, twice trained on
         "scoring.py:check_gap": 1,
-        "trainer.py:score": 2,  # which are kept
+        "trainer.py:score": 1,  # which are kept
         "learner.py:step": 2,  # whether a gradient is finite
         "metrics.py:reduce": 4,
     }
