@@ -236,5 +236,5 @@ def check_gap(
         if value > most:
             raise SyncError(
                 f"{engine} and the trainer differ by {value:.2e} nats {kind} in a token's "
-                f"log-probability, more than {most:.0e}; see rollout.logp_gap_limit"
+                f"log-probability, more than {most:.0e} (rollout.logp_gap_limit)"
             )

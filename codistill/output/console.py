@@ -48,6 +48,9 @@ class Progress:
             "tokens": ("rollout/mean_tokens", ".1f"),
             **{phase.replace("_", " "): (f"time/{phase}", ".2f") for phase in PHASES},
             "tokens/s": ("tokens_per_second", ".0f"),
+            "small MFU": ("mfu/small", ".0%"),
+            "large MFU": ("mfu/large", ".0%"),
+            "GiB": ("memory/step", ".1f"),
         }
         # An algorithm that trains one model has fewer numbers.
         cells = {

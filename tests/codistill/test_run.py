@@ -203,5 +203,5 @@ def test_run_stops_when_engine_and_trainer_disagree(settings, train):
     settings["rollout"] |= {"engine": "vllm", "kv_cache_gib": 0.1, "logp_gap_limit": 1e-12}
     done = train(settings)
     assert done.returncode == 1
-    assert "differ by" in done.stderr and "rollout.logp_gap_limit = 1e-12" in done.stderr
+    assert "differ by" in done.stderr and "than 1e-12 (rollout.logp_gap_limit)" in done.stderr
     assert "Traceback" not in done.stderr
