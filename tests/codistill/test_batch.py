@@ -133,24 +133,7 @@ def test_packed_log_probabilities_are_the_models_own(family):
         assert (ours.grad - theirs.grad).abs().max() < 1e-4 * scale, name
 
 
-def test_sinks_are_refused():
-    config = transformers.GptOssConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-    )
-    policy = Policy(transformers.AutoModelForCausalLM.from_config(config), vocab_size=VOCAB)
-    with pytest.raises(NotImplementedError, match="sinks"):
-        gap_to_definition(policy)
-
-
-def test_a_head_that_does_something_else_is_found(monkeypatch):
+def test_a_head_that_does_something_else_is_found():
     """What no key of the configuration tells: logits times two."""
     lm = make_lm(*FAMILIES["llama"])
     policy = Policy(lm, vocab_size=VOCAB)
