@@ -312,7 +312,7 @@ void weight_gradient(const View& dz, const View& x, const View& factors, const V
 
 }  // namespace
 
-// Shapes in kernels/codistill_kernels/_linear_cpu.py.
+// Shapes in kernels/codistill_kernels/_linear/cpu_backend.py.
 CODISTILL_EXPORT const char* codistill_finish_exponentials(
     int64_t threads, const View& held, const View& powers, const View& kept, const View& token_ids,
     const View& targets, const View& temperature, const View& c0, const View& log_softmax,

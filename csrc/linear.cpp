@@ -98,7 +98,7 @@ void linear_forward(const View& x, const View& weight, const View* bias, const V
 
 }  // namespace
 
-// Shapes in kernels/codistill_kernels/_linear_cpu.py.
+// Shapes in kernels/codistill_kernels/_linear/cpu_backend.py.
 CODISTILL_EXPORT const char* codistill_linear_forward(
     int64_t threads, const View& x, const View& weight, const View* bias, const View& token_ids,
     const View& temperature, double softcap, const View* held, const View* powers, const View& out) {

@@ -15,7 +15,7 @@ from numerics import (
 )
 
 from codistill_kernels import linear_divergence, linear_reverse_kl, reference
-from codistill_kernels._divergences import DIVERGENCES, Terms, logit_gradients
+from codistill_kernels._pair.divergences import DIVERGENCES, Terms, logit_gradients
 
 KINDS = tuple(DIVERGENCES)
 NAMES = ("hidden states", "weight", "bias")

@@ -8,14 +8,14 @@ from numerics import BACKENDS, seeded
 
 from codistill_kernels import (
     PolicyLoss,
-    _linear,
     codistill_losses,
     linear_logps,
     linear_policy_loss,
     linear_token_loss,
     policy_loss,
 )
-from codistill_kernels._head import Plan
+from codistill_kernels._linear import planning
+from codistill_kernels._linear.chunks import Plan
 
 
 def make_case(rows=9, hidden=16, vocab=50, dtype=torch.float32):
@@ -127,8 +127,8 @@ def test_no_function_compiles_once_per_temperature():
 
 @pytest.mark.parametrize("vocab", [131073, 151936])
 def test_large_vocabularies_take_one_pass_on_a_cpu_by_default(vocab):
-    workspace = _linear.workspace_bytes(None, torch.device("cpu"), vocab)
-    plan = _linear.CpuChunks.plan(1024, vocab, torch.bfloat16, workspace)
+    workspace = planning.workspace_bytes(None, torch.device("cpu"), vocab)
+    plan = planning.CpuChunks.plan(1024, vocab, torch.bfloat16, workspace)
     assert plan.way == "chunks" and plan.rows >= 256
     assert workspace == max(128 * 2**20, 1024 * vocab)
 
@@ -172,7 +172,7 @@ def test_nothing_to_divide_is_zero(backend, compiled):
 @pytest.mark.parametrize("way", ["chunks", "columns"])
 def test_clamped_log_ratios(backend, way, monkeypatch):
     """Settings reach the fused op; an overflowing ratio has a bound and no gradient."""
-    kind = _linear.kind_of_chunks(torch.empty(0), backend)
+    kind = planning.chunks_for(torch.empty(0), 1, backend)
     monkeypatch.setattr(kind, "plan", lambda *_: Plan(way, 4))
     x, weight, ids = make_case()
     logps = linear_logps(x, weight, ids)
@@ -244,7 +244,7 @@ def token(x, weight, ids, backend):
 @pytest.mark.parametrize("function", [policy, token])
 def test_higher_and_other_derivatives_are_refused(function, way, backend, monkeypatch):
     """Never 0 instead: gradient penalties, Hessian products, forward mode, vmap."""
-    kind = _linear.kind_of_chunks(torch.empty(0), backend)
+    kind = planning.chunks_for(torch.empty(0), 1, backend)
     monkeypatch.setattr(kind, "plan", lambda *_: Plan(way, 4))
     x, weight, ids = make_case()
     x.requires_grad_()
