@@ -3,7 +3,7 @@
 //   weight panel, packed once, reused by all rows -> tile of raw logits -> states, and what is held
 //
 // What is held for the gradients (gradients.cpp) is [panels][rows.padded][kPanel]: of exponentials in
-// bf16, with their power of two a row and panel, or of raw logits in fp32.
+// bf16, with one power of two per row and panel, or of raw logits in fp32.
 //
 // Panels are shared by the threads; the states of blocks of panels are merged in block order. Results
 // depend neither on the threads nor on the other rows.

@@ -9,6 +9,20 @@ from torch import Tensor
 from codistill_kernels._autograd import first_order_only
 
 
+def divisor(total: Tensor, normalizer: float | Tensor) -> float | Tensor:
+    """What a sum is divided by: the normalizer, or infinity for 0 over 0.
+
+    Where there is nothing to train on, loss and gradient are thereby 0. No value is looked at, for
+    which one would wait for a GPU.
+    """
+    if not isinstance(normalizer, Tensor):
+        if normalizer != 0:
+            return normalizer
+        normalizer = torch.zeros_like(total)
+    normalizer = normalizer.detach().to(total)
+    return torch.where((normalizer == 0) & (total.detach() == 0), torch.inf, normalizer)
+
+
 def with_gradients(
     inputs: Sequence[Tensor | None],
     loss: Tensor,

@@ -16,8 +16,7 @@ from codistill_kernels._ops import custom_op, fake_of
 from codistill_kernels._pair.chunks import divergences_by_chunks
 from codistill_kernels._pair.divergences import DIVERGENCES
 from codistill_kernels._pair.inputs import Model, ModelInputs, Scaling, Softcap, prepare_pair
-from codistill_kernels._scaling import with_gradients
-from codistill_kernels.policy_loss import divisor
+from codistill_kernels._scaling import divisor, with_gradients
 
 # --- custom op ---------------------------------------------------------------------------------
 

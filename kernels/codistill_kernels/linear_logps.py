@@ -280,7 +280,7 @@ def linear_logps(
         token_ids: [...], int64, in [0, vocab_size) or `ignore_index`. On a GPU and under
             torch.compile, where values are not looked at, an id outside gives NaN.
         bias: [V], added to the logits. Differentiable.
-        temperature: divides the logits, > 0: a number, or a tensor [...], one a token. No gradient
+        temperature: divides the logits, > 0: a number, or a tensor [...] of one per token. No gradient
             flows into it.
         softcap: > 0; soft limit of the logits, before the temperature.
         logit_scale: > 0, a number; multiplies the logits before the softcap (Cohere; 1 over
@@ -310,7 +310,7 @@ def linear_logps(
             then). The message names it.
 
     Logits are fp32 sums, never rounded. Memory besides the inputs and the gradients: the forward
-    pass holds a tile of logits a thread (cpu), a slab of 128 MiB (triton) or a chunk of 256 rows
+    pass holds a tile of logits per thread (cpu), a slab of 128 MiB (triton) or a chunk of 256 rows
     (torch); the backward pass computes them again, the workspace at a time. Where they fit into the
     workspace, the exponentials of all logits are kept for the backward pass instead, 6 N H V
     operations, not 8: by triton in the dtype of the inputs, unless the entropy or a bias has a

@@ -26,13 +26,12 @@ from codistill_kernels._linear.planning import (
     workspace_bytes,
 )
 from codistill_kernels._ops import custom_op, fake_of
-from codistill_kernels._scaling import with_gradients
+from codistill_kernels._scaling import divisor, with_gradients
 from codistill_kernels._sequences import to_tokens
 from codistill_kernels.linear_logps import LinearLogps, Options
 from codistill_kernels.policy_loss import (
     PolicyLoss,
     check_inputs,
-    divisor,
     policy_loss,
     token_gradients,
 )
@@ -323,7 +322,7 @@ def linear_policy_loss(
             `policy_loss`.
         bias, temperature, softcap, logit_scale, vocab_size, group, reduce_hidden_gradient: as in
             `linear_logps`.
-        workspace_mib: bound of the logits held at once (MiB); more rows a pass, fewer passes over
+        workspace_mib: bound of the logits held at once (MiB); more rows per pass, fewer passes over
             the weight. At least 64 tokens' logits, or 256 vocabulary rows' in two passes. None: on
             a CPU 128, or what 256 tokens' logits take; on a GPU 2560, or half of what is free.
         backend: as in `linear_logps`.

@@ -69,7 +69,7 @@ def linear_reverse_kl(
     out[n] = sum_v p[n, v] (log p[n, v] - log q[n, v])
     p = softmax_v(student_hidden @ student_weight.T / temperature), q likewise of the teacher
 
-    A reward: it has no gradient. `linear_divergence` is its differentiable twin.
+    It is a reward and has no gradient. `linear_divergence` is its differentiable twin.
 
     Args:
         student, teacher: (hidden states [N, H] or [B, T, H], lm_head weight [V, H]), each with its

@@ -14,9 +14,8 @@ from codistill_kernels._linear.head import Head
 from codistill_kernels._linear.inputs import LinearInputs, prepare_rows
 from codistill_kernels._linear.passes import gradients_by_chunks
 from codistill_kernels._linear.planning import make_chunks, plan_of_call
-from codistill_kernels._scaling import with_gradients
+from codistill_kernels._scaling import divisor, with_gradients
 from codistill_kernels.linear_logps import LinearLogps, Options
-from codistill_kernels.policy_loss import divisor
 
 TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 

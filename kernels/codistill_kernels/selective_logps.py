@@ -215,7 +215,7 @@ def selective_logps(
         logits: [..., V], fp32, bf16, fp16 or fp64. Differentiable.
         token_ids: [...] int64, in [0, vocab_size) or `ignore_index`. Checked on the CPU and outside
             torch.compile; elsewhere an id outside gives NaN, of its row's gradient too.
-        temperature: divides the logits, > 0: a number, or a tensor [...], one a token.
+        temperature: divides the logits, > 0: a number, or a tensor [...] of one per token.
         softcap: > 0; soft limit of the logits, before the temperature.
         vocab_size: columns from here on are outside the softmax. None: all count.
         ignore_index: these tokens get log-probability 0, entropy 0 and no gradient, whatever their

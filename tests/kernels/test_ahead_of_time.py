@@ -88,7 +88,7 @@ def test_nothing_spills_and_all_fit(compiled):
 def test_rows_move_in_accesses_of_16_bytes(compiled):
     """All bytes that a thread must move, and nothing but single numbers otherwise."""
     for row in compiled:
-        if row.kernel == "merge_states_kernel":  # a few numbers a row: there is no row of logits
+        if row.kernel == "merge_states_kernel":  # a few numbers per row: there is no row of logits
             continue
         flags = row.flags.split()
         models = 2 if row.kernel.startswith("pair") else 1

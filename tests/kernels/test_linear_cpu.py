@@ -39,7 +39,7 @@ def gradients(x, weight, ids, upstream, function=linear_logps, **options):
 
 
 def check(x, weight, ids, upstream, **options):
-    """As accurate as eager, of the same rounded inputs, in every row."""
+    """Ours is as accurate as eager on the same rounded inputs, in every row."""
     found = gradients(x, weight, ids, upstream, **options)
     function = reference.linear_logps
     inputs = [t.float() for t in (x, weight)]
@@ -54,7 +54,7 @@ def check(x, weight, ids, upstream, **options):
 
 @pytest.fixture(params=["as the CPU multiplies", "fp32", "without torch's products"])
 def products(request, monkeypatch):
-    """Those of bf16 instructions; those of a CPU without them; those of the library itself."""
+    """Products by bf16 instructions; by a CPU without them; by the library itself."""
     use = _native.library().codistill_use_products
     if request.param == "fp32":
         monkeypatch.setattr(cpu_backend, "operand_dtype", lambda *_: FP32)

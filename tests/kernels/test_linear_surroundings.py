@@ -52,7 +52,7 @@ def test_fp64_temperature_is_exact():
 @pytest.mark.parametrize("bad", [-1, -5, 50, 1050])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ids_outside_the_vocabulary_give_nan_where_they_are_not_looked_at(backend, bad):
-    """As on a GPU: a logit of its own it has not, and so no log-probability."""
+    """Such an id has no logit, and so no log-probability, on a CPU as on a GPU."""
     x, weight, ids = make_case()
     ids[2], ids[4] = bad, -100
     bias = torch.full((50,), -150.0)
@@ -77,7 +77,7 @@ LENGTHS = range(10, 32, 2)
 
 
 def compilations(function, lengths=LENGTHS) -> int:
-    """Of a function of (hidden states, ids, [N] numbers) over so many lengths."""
+    """Compiled frames of a function of (hidden states, ids, [N] numbers) over so many lengths."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
@@ -135,7 +135,7 @@ def test_large_vocabularies_take_one_pass_on_a_cpu_by_default(vocab):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_arguments_of_every_dtype(backend):
-    """As numpy gives them, in fp64: computed and returned in fp32."""
+    """Temperatures in fp64, as numpy gives them: all is computed and returned in fp32."""
     x, weight, ids = make_case()
     old, advantages = torch.full((9,), -4.0), torch.linspace(-1, 1, 9)
     results = []

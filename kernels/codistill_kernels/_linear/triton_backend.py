@@ -73,7 +73,7 @@ class TritonChunks(Chunks):
         return merge_states(states, self.token_ids, vocab)
 
     def hold(self, rows: Tensor) -> Tensor:
-        """As exponentials."""
+        """Exponentials are held."""
         head, ids = self.head.of_rows(rows), self.token_ids[rows]
         self.held = Exponentials(self.x[rows], head, ids, has_entropy=True, memory=self.memory)
         self.memory = self.held.memory
@@ -92,7 +92,7 @@ class TritonChunks(Chunks):
         dw: Tensor | None,
         db: Tensor | None,
     ) -> Tensor | None:
-        """Of log-probabilities alone: c1 = c0 and c2 = 0."""
+        """Serves coefficients of log-probabilities alone: c1 = c0 and c2 = 0."""
         assert db is None
         dx = self.held.gradients(
             kept, coefficients[0], lse_parts, needs_hidden, dw, add=self.is_filled

@@ -33,7 +33,7 @@ class ModelInputs:
     hidden_states: Tensor
     """[N, H]"""
     head: Head
-    """Of all its rows, also those outside the vocabulary."""
+    """With all its rows, also those outside the vocabulary."""
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         return self.hidden_states, self.head.weight, self.head.bias, self.head.temperature
