@@ -280,8 +280,8 @@ def linear_logps(
         token_ids: [...], int64, in [0, vocab_size) or `ignore_index`. On a GPU and under
             torch.compile, where values are not looked at, an id outside gives NaN.
         bias: [V], added to the logits. Differentiable.
-        temperature: divides the logits, > 0: a number, or a tensor [...] of one per token. No gradient
-            flows into it.
+        temperature: divides the logits, > 0: a number, or a tensor [...] of one per token. No
+            gradient flows into it.
         softcap: > 0; soft limit of the logits, before the temperature.
         logit_scale: > 0, a number; multiplies the logits before the softcap (Cohere; 1 over
             Granite's logits_scaling).

@@ -367,7 +367,10 @@ def mistakes(rank: int, folder: str) -> None:
     )
     other = dist.new_group([0, 1])
     for change, message in (
-        (dict(lm_head_weight=placed(weight, Shard(1))), "lm_head_weight must be placed as"),
+        (
+            dict(lm_head_weight=placed(weight, Shard(1))),
+            r"lm_head_weight must be placed as .*unshard\(\).*grad_placements=\[Partial\(\)\]",
+        ),
         (
             dict(lm_head_weight=placed(weight, Shard(0), Replicate(), mesh=plane)),
             "lm_head_weight must be placed as",
@@ -397,7 +400,7 @@ def mistakes(rank: int, folder: str) -> None:
             with pytest.raises(ValueError, match=f"^{message}"):
                 function(**arguments, **terms)
     for pair, message in (
-        ((hidden, rows), "teacher must be whole on every process"),
+        ((hidden, rows), "teacher must be whole on every process: .*grad_placements"),
         ((placed(hidden, Replicate()), weight), "teacher must be a plain tensor"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
