@@ -22,14 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from codistill_kernels import (
-    _divergences,
-    _divergences_triton,
-    _exponentials_triton,
-    _reverse_kl_triton,
-    _slabs,
-    _softmax_triton,
-)
+from codistill_kernels._linear import exponentials_triton, slab_sizes, softmax_triton
+from codistill_kernels._pair import divergences, divergences_triton, reverse_kl_triton
 
 TABLE = Path(__file__).parent / "results" / "ahead_of_time.csv"
 CAPABILITIES = (80, 90, 100)
@@ -37,13 +31,13 @@ SHARED_LIMIT_KIB = {80: 163, 90: 227, 100: 227}  # a block's, CUDA C++ programmi
 KERNELS = {
     kernel.__name__: kernel
     for kernel in (
-        _softmax_triton.segment_states_kernel,
-        _softmax_triton.merge_states_kernel,
-        _softmax_triton.logit_gradients_kernel,
-        _exponentials_triton.finish_exponentials_kernel,
-        _reverse_kl_triton.pair_states_kernel,
-        _divergences_triton.pair_sums_kernel,
-        _divergences_triton.pair_gradients_kernel,
+        softmax_triton.segment_states_kernel,
+        softmax_triton.merge_states_kernel,
+        softmax_triton.logit_gradients_kernel,
+        exponentials_triton.finish_exponentials_kernel,
+        reverse_kl_triton.pair_states_kernel,
+        divergences_triton.pair_sums_kernel,
+        divergences_triton.pair_gradients_kernel,
     )
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -51,7 +45,7 @@ WIDE = 16  # bytes, the most that a load or store of a thread moved before sm_10
 OPTIONS = ("HAS_BIAS", "HAS_SOFTCAP")
 ENTROPY = "HAS_ENTROPY"
 PAIR_OPTIONS = ("STUDENT_SOFTCAP", "TEACHER_SOFTCAP")
-KINDS = tuple(_divergences.DIVERGENCES)
+KINDS = tuple(divergences.DIVERGENCES)
 NUMBERS = ("softcap", "student_softcap", "teacher_softcap", "jsd_weight", "log_odds")
 # Flags of sizes: in a vocabulary not divisible by 16, a slab has odd columns at its end and a
 # stride that is padded; logits of the caller have rows of an odd stride.
@@ -145,9 +139,9 @@ def variants() -> Iterator[Variant]:
 
 def constants(variant: Variant) -> dict[str, int | bool | str]:
     every = dict(
-        SEGMENT=_slabs.SEGMENT,
-        STATES=_softmax_triton.STATES,
-        BLOCK_N=_softmax_triton.MERGED_ROWS,
+        SEGMENT=slab_sizes.SEGMENT,
+        STATES=softmax_triton.STATES,
+        BLOCK_N=softmax_triton.MERGED_ROWS,
     )
     every |= {name: name in variant.flags for name in (*OPTIONS, *PAIR_OPTIONS, ENTROPY, "KEEP")}
     if variant.kernel.startswith("pair"):
@@ -206,8 +200,8 @@ def compile_kernel(variant: Variant, *, sizes_are_one: bool = False):
 def sizes_of(variant: Variant) -> tuple[int, int]:
     """Logits (of merge_states_kernel: rows) and warps of a program."""
     if variant.kernel == "merge_states_kernel":
-        return _softmax_triton.MERGED_ROWS, 1
-    return _slabs.SEGMENT, _softmax_triton.NUM_WARPS
+        return softmax_triton.MERGED_ROWS, 1
+    return slab_sizes.SEGMENT, softmax_triton.NUM_WARPS
 
 
 def compile_variant(variant: Variant) -> Row:

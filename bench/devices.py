@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 
-from codistill_kernels import _slabs
+from codistill_kernels._linear import slab_sizes
 
 # cuBLAS' usual tile on Hopper; a product takes whole waves of such tiles over the multiprocessors.
 TILE = (128, 256)
@@ -102,7 +102,7 @@ class Run:
 
     def logits(self, rows: int, columns: int, bytes_each: int, instructions: float) -> None:
         """A pass: its programs work on whole segments."""
-        lanes = rows * _slabs.round_up(columns, _slabs.SEGMENT)
+        lanes = rows * slab_sizes.round_up(columns, slab_sizes.SEGMENT)
         self.spend("pass", self.device.logits(bytes_each * rows * columns, lanes, instructions))
         self.small(1)
 

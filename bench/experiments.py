@@ -19,14 +19,14 @@ from bench.gold import REAL, SHARED, Inputs, Setting
 from bench.measure import Runner, gpu_peak_mib, gpu_times
 from bench.operations import OPERATIONS
 from bench.shapes import head_shape
-from codistill_kernels import _slabs
-from codistill_kernels._head import Plan
-from codistill_kernels._linear_triton import TritonChunks
-from codistill_kernels._products import fp32_sums, product
-from codistill_kernels._softmax_triton import STATES, segment_states
+from codistill_kernels._linear import slab_sizes
+from codistill_kernels._linear.chunks import Plan
+from codistill_kernels._linear.products import fp32_sums, product
+from codistill_kernels._linear.softmax_triton import STATES, segment_states
+from codistill_kernels._linear.triton_backend import TritonChunks
 
 BF16, FP32 = torch.bfloat16, torch.float32
-ROWS, SEGMENT = _slabs.ROWS, _slabs.SEGMENT
+ROWS, SEGMENT = slab_sizes.ROWS, slab_sizes.SEGMENT
 TOKENS, HIDDEN, VOCAB = 8192, 4096, 151936  # of the larger goal
 REPEATS = 10  # of what takes less than a millisecond
 Bounds = tuple[float, float] | None
@@ -54,7 +54,7 @@ def way(name: str) -> Iterator[None]:
         if name:
             stack.enter_context(mock.patch.object(TritonChunks, "plan", lambda *_: plan))
             shares = lambda *_: name == SHARED  # noqa: E731
-            stack.enter_context(mock.patch.object(_slabs, "shares_memory", shares))
+            stack.enter_context(mock.patch.object(slab_sizes, "shares_memory", shares))
         yield
 
 
@@ -170,7 +170,7 @@ def alignment() -> Iterator[Finding]:
     x, weight = randn(ROWS, REAL.hidden), randn(vocab, REAL.hidden)
     dx, dw = poisoned(ROWS, REAL.hidden, dtype=FP32), poisoned(vocab, REAL.hidden)
     times = {}
-    for width in (vocab, _slabs.padded_columns(vocab)):
+    for width in (vocab, slab_sizes.padded_columns(vocab)):
         dz = torch.rand((ROWS, width), device="cuda", dtype=BF16)[:, :vocab]
         both = (
             milliseconds(lambda dz=dz: product(dz, weight, dx), dx, 2),
@@ -189,7 +189,7 @@ def added_products() -> Iterator[Finding]:
     for rows, low, high in ((1024, 1.6, 2.0), (2048, 3.2, 3.7), (4096, 6.5, 6.9)):
         e, x = randn(rows, VOCAB), randn(rows, HIDDEN)
         ms = milliseconds(functools.partial(product, e.T, x, dw, add=True), dw, 2)
-        otherwise = "decides the least tokens of a chunk, _slabs.FEW_ROWS"
+        otherwise = "decides the least tokens of a chunk, slab_sizes.FEW_ROWS"
         yield in_range(f"dW += E^T x of {rows} tokens", ms, "ms", hopper(low, high), otherwise)
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from bench import eager
-from codistill_kernels import _linear, _slabs, reference
-from codistill_kernels._head import Plan
-from codistill_kernels._slabs import pieces
+from codistill_kernels import reference
+from codistill_kernels._linear import planning, slab_sizes
+from codistill_kernels._linear.chunks import Plan
+from codistill_kernels._linear.slab_sizes import pieces
 from tests.numerics import MatrixUnit
 
 LOGIT_STD = 2.0
@@ -57,12 +58,12 @@ SHARED = "kept, shared memory"
 def forced(way: str, setting: Setting, tokens: int) -> Iterator[None]:
     """This way, whatever the workspace; chunks are three."""
     tensor = torch.empty(0, dtype=setting.dtype, device=setting.device)
-    kind = _linear.kind_of_chunks(tensor, setting.backend)
+    kind = planning.chunks_for(tensor, 1, setting.backend)
     plan = Plan("kept" if way == SHARED else way, -(-tokens // 3))
     shares = lambda *_: way == SHARED  # noqa: E731
     with (
         mock.patch.object(kind, "plan", lambda *_: plan),
-        mock.patch.object(_slabs, "shares_memory", shares),
+        mock.patch.object(slab_sizes, "shares_memory", shares),
     ):
         yield
 

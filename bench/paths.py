@@ -1,7 +1,7 @@
 """The Triton backend's paths: products, passes, launches and memory, in the order of the code.
 
 It goes through the same segments, row blocks, slices and chunks and asks the code for their sizes
-(`codistill_kernels._slabs`), so a changed slab changes what `bench.roofline` predicts.
+(`codistill_kernels._linear.slab_sizes`), so a changed slab changes what `bench.roofline` predicts.
 """
 
 import csv
@@ -15,9 +15,9 @@ import torch
 
 from bench.devices import Run
 from bench.results import FOLDER
-from codistill_kernels import _slabs
-from codistill_kernels._head import Plan
-from codistill_kernels._slabs import padded_columns, padded_rows, pieces
+from codistill_kernels._linear import slab_sizes
+from codistill_kernels._linear.chunks import Plan
+from codistill_kernels._linear.slab_sizes import padded_columns, padded_rows, pieces
 
 TABLE = FOLDER / "ahead_of_time.csv"
 DTYPE, ITEM = torch.bfloat16, 2  # of operands: what the ceilings are of; its bytes
@@ -66,10 +66,10 @@ class Case:
     @property
     def workspace(self) -> int:
         """Bytes; the default where enough is free."""
-        return 2**20 * (self.workspace_mib or _slabs.WORKSPACE_MIB)
+        return 2**20 * (self.workspace_mib or slab_sizes.WORKSPACE_MIB)
 
     def plan(self, rows: int) -> Plan:
-        return _slabs.plan(rows, self.vocab, DTYPE, self.workspace)
+        return slab_sizes.plan(rows, self.vocab, DTYPE, self.workspace)
 
     @property
     def needed_flops(self) -> float:
@@ -100,7 +100,7 @@ class Head:
         return replace(self, rows=rows)
 
 
-# --- products and passes (_products_triton, _exponentials_triton) ------------------------------
+# --- products and passes (slabs.py, exponentials_triton.py) -------------------------------------
 
 
 def length(piece: slice) -> int:
@@ -110,9 +110,9 @@ def length(piece: slice) -> int:
 @contextmanager
 def slab_memory(run: Run, head: Head) -> Iterator[None]:
     """Slabs.__init__: the slab, and a row block with zeros below it."""
-    blocks = [length(rows) for rows in pieces(head.rows, _slabs.ROWS)]
+    blocks = [length(rows) for rows in pieces(head.rows, slab_sizes.ROWS)]
     padded = head.hidden * sum(padded_rows(n) for n in blocks if padded_rows(n) != n)
-    slab = 4 * padded_rows(head.rows) * padded_columns(min(_slabs.SEGMENT, head.vocab))
+    slab = 4 * padded_rows(head.rows) * padded_columns(min(slab_sizes.SEGMENT, head.vocab))
     if padded:
         run.copies(3 * ITEM * padded, 2)
     with run.memory(slab + ITEM * padded):
@@ -121,13 +121,13 @@ def slab_memory(run: Run, head: Head) -> Iterator[None]:
 
 def slabs(run: Run, head: Head, width: int) -> Iterator[int]:
     """Slabs.of: rows of each slab, after its product."""
-    for rows in pieces(head.rows, _slabs.ROWS):
+    for rows in pieces(head.rows, slab_sizes.ROWS):
         run.product("logits", padded_rows(length(rows)), width, head.hidden, 4)
         yield length(rows)
 
 
 def linear_states(run: Run, head: Head, columns: int, *, keeps: bool) -> None:
-    for segment in pieces(columns, _slabs.SEGMENT):
+    for segment in pieces(columns, slab_sizes.SEGMENT):
         for rows in slabs(run, head, length(segment)):
             flags = " ".join(["HAS_ENTROPY"] * head.has_entropy + ["KEEP"] * keeps)
             each = instructions("segment_states", "bf16" if keeps else "", flags)
@@ -142,7 +142,7 @@ def statistics(run: Run, head: Head) -> None:
 def fill_exponentials(run: Run, head: Head, shared: bool) -> None:
     """Exponentials.__init__, into memory that the caller has taken."""
     with slab_memory(run, head):
-        for columns in _slabs.slices(head.rows, head.vocab, head.hidden, shared=shared):
+        for columns in slab_sizes.slices(head.rows, head.vocab, head.hidden, shared=shared):
             stop = min(columns.stop, head.vocab)
             linear_states(run, head, stop - columns.start, keeps=True)
 
@@ -151,7 +151,7 @@ def overlaps(head: Head, columns: slice, shared: bool) -> bool:
     """Whether a slice's gradient would be written where its own exponentials lie."""
     if not shared:
         return False
-    size = _slabs.kept_elements(head.rows, head.vocab, head.hidden, shared=True)
+    size = slab_sizes.kept_elements(head.rows, head.vocab, head.hidden, shared=True)
     first = size - head.rows * (padded_columns(head.vocab) - columns.start)
     last = first + head.rows * length(columns)
     gradient = (columns.start * head.hidden, min(columns.stop, head.vocab) * head.hidden)
@@ -162,8 +162,8 @@ def use_exponentials(
     run: Run, head: Head, kept: int, *, shared: bool, dw_bytes: int, add: bool = False
 ) -> None:
     """Exponentials.gradients of `kept` rows; leaves their gradient in fp32 in memory."""
-    segments = ceil(head.vocab / _slabs.SEGMENT)
-    some, is_all = head.of(kept), not _slabs.gathers(kept, head.rows)
+    segments = ceil(head.vocab / slab_sizes.SEGMENT)
+    some, is_all = head.of(kept), not slab_sizes.gathers(kept, head.rows)
     if is_all:  # the others' exponentials become 0
         run.copies(2 * ITEM * (head.rows - kept) * head.vocab)
         some, kept = head, head.rows
@@ -173,10 +173,10 @@ def use_exponentials(
     run.take(gathered_states + states)  # v x
     run.copies(2 * gathered_states + 4 * states, 3)
     run.take(4 * some.states)  # dx
-    widest = padded_columns(head.vocab) if is_all else _slabs.SEGMENT
+    widest = padded_columns(head.vocab) if is_all else slab_sizes.SEGMENT
     gathered = 0 if is_all else ITEM * kept * widest
     with run.memory(gathered):
-        for columns in _slabs.slices(head.rows, head.vocab, head.hidden, shared=shared):
+        for columns in slab_sizes.slices(head.rows, head.vocab, head.hidden, shared=shared):
             run.small(1)  # finish_exponentials_kernel
             for piece in pieces(length(columns), widest):
                 first = columns.start + piece.start
@@ -225,16 +225,18 @@ def linear_logps(run: Run, case: Case, hidden: int) -> Iterator[None]:
 
 
 def kept_exponentials(run: Run, case: Case, head: Head) -> Iterator[None]:
-    shared = _slabs.shares_memory(head.rows, head.vocab, head.hidden, ITEM, case.workspace)
+    shared = slab_sizes.shares_memory(head.rows, head.vocab, head.hidden, ITEM, case.workspace)
     run.ways.append("kept, shared" if shared else "kept")
-    exponentials = ITEM * _slabs.kept_elements(head.rows, head.vocab, head.hidden, shared=shared)
+    exponentials = ITEM * slab_sizes.kept_elements(
+        head.rows, head.vocab, head.hidden, shared=shared
+    )
     run.take(exponentials)
     fill_exponentials(run, head, shared)
     yield
     run.small(KEPT_BACKWARD, waits=1)
     run.take(0 if shared else ITEM * head.weight)
     use_exponentials(run, head, case.kept, shared=shared, dw_bytes=ITEM)
-    kept = case.kept if _slabs.gathers(case.kept, head.rows) else head.rows
+    kept = case.kept if slab_sizes.gathers(case.kept, head.rows) else head.rows
     if kept < case.tokens:
         part = 4 * kept * head.hidden
         run.take(4 * case.tokens * head.hidden)
@@ -245,7 +247,7 @@ def kept_exponentials(run: Run, case: Case, head: Head) -> Iterator[None]:
 
 
 def by_columns(run: Run, case: Case, head: Head) -> None:
-    """_linear.by_columns and TritonChunks.write_gradients."""
+    """passes.recomputed_gradients and TritonChunks.write_gradients."""
     run.small(COLUMNS_BACKWARD, waits=1)
     dx = 4 * case.tokens * head.hidden
     run.take(dx + ITEM * head.weight)
@@ -253,9 +255,9 @@ def by_columns(run: Run, case: Case, head: Head) -> None:
     part = (4 + ITEM) * head.states if head.rows < case.tokens else 0
     if part:  # rows gathered, and their gradient put back
         run.copies((2 * ITEM + 4 + 2 * 4) * head.states, 3)
-    dz = ITEM * head.rows * padded_columns(min(_slabs.SEGMENT, head.vocab))
+    dz = ITEM * head.rows * padded_columns(min(slab_sizes.SEGMENT, head.vocab))
     with run.memory(part + dz), slab_memory(run, head):
-        for columns in pieces(head.vocab, _slabs.SEGMENT):
+        for columns in pieces(head.vocab, slab_sizes.SEGMENT):
             width = length(columns)
             for rows in slabs(run, head, width):
                 run.logits(rows, width, 4 + ITEM, instructions("logit_gradients", "bf16"))
@@ -286,7 +288,7 @@ def policy_chunks(run: Run, case: Case, head: Head) -> Iterator[None]:
     all_states = case.tokens * head.hidden
     run.take(4 * all_states)
     run.copies(4 * all_states)
-    exponentials = ITEM * _slabs.kept_elements(most, head.vocab, head.hidden, shared=False)
+    exponentials = ITEM * slab_sizes.kept_elements(most, head.vocab, head.hidden, shared=False)
     with run.memory(exponentials):
         for number, rows in enumerate(pieces(head.rows, most)):
             chunk = head.of(length(rows))
@@ -321,7 +323,7 @@ def linear_reverse_kl(run: Run, case: Case) -> Iterator[None]:
     run.small(DIVERGENCE)
     student, teacher = (Head(case.tokens, hidden, case.vocab) for hidden in case.hidden)
     with slab_memory(run, student), slab_memory(run, teacher):
-        for segment in pieces(case.vocab, _slabs.SEGMENT):
+        for segment in pieces(case.vocab, slab_sizes.SEGMENT):
             width = length(segment)
             for rows, _ in zip(slabs(run, student, width), slabs(run, teacher, width), strict=True):
                 run.logits(rows, width, 4 + 4, instructions("pair_states", ""))

@@ -18,8 +18,8 @@ from bench.batch import CLIPPED_EVERY
 from bench.devices import DEVICES, Device, device_named
 from bench.paths import DTYPE, OPERATIONS, Case, Run
 from bench.shapes import Shape
-from codistill_kernels._linear import workspace_bytes
-from codistill_kernels._linear_cpu import CpuChunks
+from codistill_kernels._linear.cpu_backend import CpuChunks
+from codistill_kernels._linear.planning import workspace_bytes
 
 MODES = {"linear_reverse_kl": ("forward",)}
 ALL_MODES = ("forward", "backward", "both")

@@ -2,8 +2,9 @@
 
     python -m bench tune --seconds 100
 
-Nothing is changed: what is faster goes by hand into kernels/codistill_kernels: ROWS and SEGMENT of
-_slabs.py, NUM_WARPS of _softmax_triton.py. All times are in bench/results/<device>-tune.csv.
+Nothing is changed: what is faster goes by hand into kernels/codistill_kernels/_linear: ROWS and
+SEGMENT of slab_sizes.py, NUM_WARPS of softmax_triton.py. All times are in
+bench/results/<device>-tune.csv.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch
 import triton
 
 from bench import results
-from codistill_kernels import _products, _slabs, _softmax_triton
+from codistill_kernels._linear import products, slab_sizes, softmax_triton
 
 ROWS = (2048, 4096, 8192)
 SEGMENTS = (4096, 8192, 16384)
@@ -79,7 +80,7 @@ class Row:
 
 
 def constants_now() -> Constants:
-    return _slabs.ROWS, _slabs.SEGMENT, _softmax_triton.NUM_WARPS
+    return slab_sizes.ROWS, slab_sizes.SEGMENT, softmax_triton.NUM_WARPS
 
 
 def choices() -> tuple[list[int], ...]:
@@ -105,31 +106,31 @@ def call_of(candidate: Candidate, device: torch.device) -> Callable[[], None]:
     if candidate.hidden is not None:
         x = torch.randn(rows, candidate.hidden, device=device, dtype=DTYPE)
         weight = torch.randn(segment, candidate.hidden, device=device, dtype=DTYPE)
-        return lambda: _products.product(x, weight.T, slab)
+        return lambda: products.product(x, weight.T, slab)
     slab.normal_()
     out = torch.empty(rows, segment, device=device, dtype=DTYPE)
     ids = torch.randint(0, segment, (rows,), device=device)
     token = ids, torch.ones(rows, device=device), 0.0, segment, 0
     if candidate.step == "segment_states":
-        states = torch.empty(1, _softmax_triton.STATES, rows, device=device)
-        return lambda: _softmax_triton.segment_states(slab, None, *token, states, False, out)
+        states = torch.empty(1, softmax_triton.STATES, rows, device=device)
+        return lambda: softmax_triton.segment_states(slab, None, *token, states, False, out)
     numbers = torch.ones(3, rows, device=device)  # of no meaning: a row without any is skipped
-    return lambda: _softmax_triton.logit_gradients(slab, out, None, *token, numbers, numbers)
+    return lambda: softmax_triton.logit_gradients(slab, out, None, *token, numbers, numbers)
 
 
 @contextmanager
 def constants_of(candidate: Candidate) -> Iterator[None]:
-    warps = candidate.num_warps or _softmax_triton.NUM_WARPS
+    warps = candidate.num_warps or softmax_triton.NUM_WARPS
     with (
-        mock.patch.object(_slabs, "SEGMENT", candidate.segment),
-        mock.patch.object(_softmax_triton, "NUM_WARPS", warps),
+        mock.patch.object(slab_sizes, "SEGMENT", candidate.segment),
+        mock.patch.object(softmax_triton, "NUM_WARPS", warps),
     ):
         yield
 
 
 def milliseconds(candidate: Candidate) -> float:
     """Median time on this GPU, of slabs that are not in its cache."""
-    with constants_of(candidate), _products.fp32_sums:
+    with constants_of(candidate), products.fp32_sums:
         call = call_of(candidate, torch.device("cuda"))
         return triton.testing.do_bench(call, return_mode="median")
 

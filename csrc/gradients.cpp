@@ -1,6 +1,6 @@
 // Gradients of a linear head from what linear.cpp holds of its logits.
 //
-//   finish   held panels -> dz in their place, or E = dz / f with a number f a row
+//   finish   held panels -> dz in their place, or E = dz / f with one number f per row
 //   dX       f (E @ weight): a block of it stays in cache while all panels go by
 //   dW       E^T @ (f x): a tile of it stays in cache while all rows go by
 //
@@ -14,12 +14,12 @@
 namespace codistill {
 namespace {
 
-// A block of dX. Its sums, 1.5 MiB, go through the L2 a tile at a time, in order; smaller blocks, that
-// stay there, took longer: the weight is packed once for every kSumRows rows, and dz is read once for
-// every kSumColumns columns.
+// Size of a block of dX. Its sums, 1.5 MiB, go through the L2 one tile after another; smaller blocks,
+// which stay there, took longer: the weight is packed once for every kSumRows rows, and dz is read
+// once for every kSumColumns columns.
 constexpr int64_t kSumRows = 1024, kSumColumns = 384;
 constexpr int64_t kTransposed = 256 * 1024;  // bytes of E^T at once: they stay in the L2
-constexpr int64_t kTiles = kPanel / kRows;            // of dW a panel
+constexpr int64_t kTiles = kPanel / kRows;   // of dW per panel
 
 // dz, or E, of the kept rows: panels of [>= rows.padded, kPanel], zeros from rows.count on.
 template <typename S>
@@ -34,7 +34,7 @@ struct Panels {
 
 // What turns the exponentials of a row into its gradient.
 struct RowFactor {
-  double power;     // of two, of all its panels
+  double power;     // the power of two that all its panels are brought to
   float at_target;  // p - 1 in units of the exponentials
   float factor;     // 1 of these units in dz: c0 p = factor exp(z) 2^-power
 };
@@ -68,18 +68,26 @@ void finish_panel(const Rows& rows, const int64_t* kept, const float* powers,
   std::fill(panel + rows.count * kPanel, panel + rows.padded * kPanel, BFloat16(0));
 }
 
+// Kept rows, and what their gradients are made of.
+struct KeptRows {
+  Rows rows;
+  const int64_t* kept;        // [K] their numbers among the rows held
+  const float* coefficients;  // [3, K]
+  const float* lse_parts;     // [3, K]
+};
+
 // One panel of raw logits becomes dz, as T, from the panel's start on: row i comes from raw row
 // kept[i] >= i, so nothing is overwritten before it is read. db: [kPanel] sums, or null.
 template <typename T>
-void finish_panel(const Rows& rows, const int64_t* kept, const float* coefficients,
-                  const float* log_softmax, int64_t column, int64_t valid, float* panel, float* db) {
+void finish_panel(const KeptRows& all, int64_t column, int64_t valid, float* panel, float* db) {
   alignas(64) float dz[kPanel];
   T* out = reinterpret_cast<T*>(panel);
+  const Rows& rows = all.rows;
   const int64_t n = rows.count;
   for (int64_t i = 0; i < n; ++i, out += kPanel) {
-    const Coefficients c{coefficients[i], coefficients[n + i], coefficients[2 * n + i],
-                         log_softmax[i],  log_softmax[n + i],  log_softmax[2 * n + i]};
-    row_gradient(panel + kept[i] * kPanel, valid, rows.scale(i), rows.target(i, column, valid), c, dz);
+    const Coefficients c = coefficients_of(all.coefficients, all.lse_parts, n, i);
+    row_gradient(panel + all.kept[i] * kPanel, valid, rows.scale(i), rows.target(i, column, valid), c,
+                 dz);
     if (db != nullptr)
       for (int64_t j = 0; j < valid; ++j) db[j] += dz[j];
     for (int64_t j = 0; j < kPanel; ++j) out[j] = static_cast<T>(dz[j]);
@@ -87,41 +95,34 @@ void finish_panel(const Rows& rows, const int64_t* kept, const float* coefficien
   std::fill(out, out + (rows.padded - n) * kPanel, T(0));
 }
 
-// Exponentials of all rows held; out [K]: the number a kept row that makes them its gradient.
-void finish_exponentials(const View& held, const View& powers, const View& kept,
-                         const View& token_ids, const View& targets, const View& temperature,
-                         const View& c0, const View& log_softmax, int64_t vocab, const View& out) {
-  const Rows rows(token_ids, temperature, 0.0);
-  const float *c = c0.as<float>(), *s = log_softmax.as<float>();
+// Exponentials of all rows held become those of the kept rows. all.coefficients: [K] c0 alone.
+// targets [K]: logits of the tokens; out [K]: the number f of each row.
+void finish_exponentials(const View& held, const View& powers, const KeptRows& all,
+                         const float* targets, int64_t vocab, float* out) {
+  const Rows& rows = all.rows;
+  const float *max = all.lse_parts, *log_sum = max + rows.count;
   std::vector<RowFactor> factors(rows.count);
   for (int64_t i = 0; i < rows.count; ++i) {
-    factors[i] = row_factor(c[i], s[i], s[rows.count + i], targets.as<float>()[i],
-                            rows.temperature[i]);
-    out.as<float>()[i] = factors[i].factor;
+    factors[i] =
+        row_factor(all.coefficients[i], max[i], log_sum[i], targets[i], rows.temperature[i]);
+    out[i] = factors[i].factor;
   }
   parallel_for(0, held.rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel)
-      finish_panel(rows, kept.as<int64_t>(),
-                   powers.as<float>() + panel * powers.columns, factors, panel * kPanel,
-                   std::min(kPanel, vocab - panel * kPanel),
+      finish_panel(rows, all.kept, powers.as<float>() + panel * powers.columns, factors,
+                   panel * kPanel, std::min(kPanel, vocab - panel * kPanel),
                    held.as<BFloat16>() + panel * held.stride);
   });
 }
 
-// Raw logits of all rows held; dz [panels, ...] is their memory, of the dtype of the products.
-void finish_raw(const View& held, const View& dz, const View& kept, const View& token_ids,
-                const View& temperature, double softcap, const View& coefficients,
-                const View& log_softmax, int64_t vocab, const View* db) {
-  const Rows rows(token_ids, temperature, softcap);
-  float* sums = data_or_null(db);
-  const auto finish =
-      dz.dtype == DType::kBFloat16 ? finish_panel<BFloat16> : finish_panel<float>;
+// Raw logits of all rows held become the gradients of the kept rows, of the dtype of dz, which is the
+// same memory. sums [vocab]: the gradient of a bias, or null.
+void finish_raw(const View& held, DType dz, const KeptRows& all, int64_t vocab, float* sums) {
+  const auto finish = dz == DType::kBFloat16 ? finish_panel<BFloat16> : finish_panel<float>;
   parallel_for(0, held.rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t column = panel * kPanel;
-      finish(rows, kept.as<int64_t>(), coefficients.as<float>(),
-             log_softmax.as<float>(), column, std::min(kPanel, vocab - column),
-             held.as<float>() + panel * held.stride,
+      finish(all, column, std::min(kPanel, vocab - column), held.as<float>() + panel * held.stride,
              sums == nullptr ? nullptr : sums + column);
     }
   });
@@ -164,12 +165,26 @@ const T* as_operand(const S* tile, int64_t height, std::vector<T>& buffer) {
   }
 }
 
-// dx [rows [first, last), columns [h0, h1)]; at: rows of dx. A block of sums is tiles of kRows x a
-// slice, one behind the other.
+// What dX is made of.
+template <typename S, typename W>
+struct HiddenOperands {
+  Panels<S> dz;
+  const Weight& shape;
+  const W* weight;       // [vocab, hidden]
+  const float* factors;  // [K] f
+  const int64_t* at;     // [K] rows of dx
+};
+
+// Rows [first, last) and columns [h0, h1) of dX.
+struct Block {
+  int64_t first, last, h0, h1;
+};
+
+// One block of dx. Its sums are tiles of kRows x a slice, one behind the other.
 template <typename T, typename S, typename W>
-void hidden_gradients(const Panels<S>& dz, const Weight& shape, const W* weight, const float* factors,
-                      const int64_t* at, int64_t first, int64_t last, int64_t h0, int64_t h1,
-                      const Output& dx) {
+void hidden_gradients(const HiddenOperands<S, W>& operands, const Block& block, const Output& dx) {
+  const auto& [dz, shape, weight, factors, at] = operands;
+  const auto [first, last, h0, h1] = block;
   const int64_t slice = slice_width(), slices = (h1 - h0 + slice - 1) / slice, size = kRows * slice;
   std::vector<uint32_t> packed(packed_words<T>(kPanel, h1 - h0));
   std::vector<float> sums(round_up(last - first, kRows) / kRows * slices * size);
@@ -198,8 +213,8 @@ void hidden_gradients(const Panels<S>& dz, const Weight& shape, const W* weight,
 
 // All of dx, its blocks over threads.
 template <typename T, typename S, typename W>
-void all_hidden_gradients(const Panels<S>& dz, int64_t rows, const Weight& shape, const W* weight,
-                          const float* factors, const int64_t* at, const Output& dx) {
+void all_hidden_gradients(const HiddenOperands<S, W>& operands, int64_t rows, const Output& dx) {
+  const Weight& shape = operands.shape;
   const int64_t tiles = (rows + kRows - 1) / kRows, threads = num_threads();
   const int64_t slice = slice_width(), slices = (shape.hidden + slice - 1) / slice;
   const int64_t least = (shape.hidden + kSumColumns - 1) / kSumColumns;
@@ -209,15 +224,16 @@ void all_hidden_gradients(const Panels<S>& dz, int64_t rows, const Weight& shape
   parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t h = item / down, row = item % down;
-      hidden_gradients<T>(dz, shape, weight, factors, at, row * tiles / down * kRows,
-                          std::min(rows, (row + 1) * tiles / down * kRows),
-                          h * slices / across * slice,
-                          std::min(shape.hidden, (h + 1) * slices / across * slice), dx);
+      const Block block{row * tiles / down * kRows, std::min(rows, (row + 1) * tiles / down * kRows),
+                        h * slices / across * slice,
+                        std::min(shape.hidden, (h + 1) * slices / across * slice)};
+      hidden_gradients<T>(operands, block, dx);
     }
   });
 }
 
-// Tiles [begin, end) of dw, kRows vocabulary rows each, from the packed x of all rows (padded).
+// Tiles [begin, end) of dw, kRows vocabulary rows each, from the packed x of all rows, of which there
+// are `padded` with zeros.
 template <typename T, typename S>
 void weight_gradients(const Panels<S>& dz, int64_t padded, const Weight& shape, const uint32_t* x,
                       float factor, int64_t begin, int64_t end, const Output& dw) {
@@ -249,8 +265,8 @@ void weight_gradients(const Panels<S>& dz, int64_t padded, const Weight& shape, 
   release<T>();
 }
 
-// All of dw. Numbers of rows become those times a power of two, exactly: their largest is then near 1,
-// and a small upstream gradient does not leave the range of bf16.
+// All of dw. The factors are multiplied by a power of two, exactly, that brings the largest near 1: a
+// small upstream gradient then does not leave the range of bf16.
 template <typename T, typename S>
 void all_weight_gradients(const Panels<S>& dz, int64_t rows, const Weight& shape, const T* x,
                           int64_t stride_x, const float* factors, const int64_t* at,
@@ -279,9 +295,9 @@ void hidden_gradient(const View& dz, const View& weight, const View& factors, co
   const int64_t rows = factors.rows;
   const Output out(dx, add);
   const auto run = [&](auto operand, const auto* panels, const auto* weight_data) {
-    all_hidden_gradients<decltype(operand)>(Panels{panels, dz.stride}, rows, shape, weight_data,
-                                            factors.as<float>(),
-                                            at.as<int64_t>(), out);
+    const HiddenOperands operands{Panels{panels, dz.stride}, shape, weight_data,
+                                  factors.as<float>(), at.as<int64_t>()};
+    all_hidden_gradients<decltype(operand)>(operands, rows, out);
   };
   if (dz.dtype == DType::kFloat)
     return with_type(weight, [&](const auto* data) { run(float(), dz.as<float>(), data); });
@@ -312,23 +328,26 @@ void weight_gradient(const View& dz, const View& x, const View& factors, const V
 
 }  // namespace
 
-// Shapes in kernels/codistill_kernels/_linear_cpu.py.
+// Shapes in kernels/codistill_kernels/_linear/cpu_backend.py.
 CODISTILL_EXPORT const char* codistill_finish_exponentials(
     int64_t threads, const View& held, const View& powers, const View& kept, const View& token_ids,
-    const View& targets, const View& temperature, const View& c0, const View& log_softmax,
+    const View& targets, const View& temperature, const View& c0, const View& lse_parts,
     int64_t vocab, const View& out) {
   return guarded(threads, [&] {
-    finish_exponentials(held, powers, kept, token_ids, targets, temperature, c0, log_softmax, vocab,
-                        out);
+    const KeptRows all{Rows(token_ids, temperature, 0.0), kept.as<int64_t>(), c0.as<float>(),
+                       lse_parts.as<float>()};
+    finish_exponentials(held, powers, all, targets.as<float>(), vocab, out.as<float>());
   });
 }
 
 CODISTILL_EXPORT const char* codistill_finish_raw(
     int64_t threads, const View& held, const View& dz, const View& kept, const View& token_ids,
-    const View& temperature, double softcap, const View& coefficients, const View& log_softmax,
+    const View& temperature, double softcap, const View& coefficients, const View& lse_parts,
     int64_t vocab, const View* db) {
   return guarded(threads, [&] {
-    finish_raw(held, dz, kept, token_ids, temperature, softcap, coefficients, log_softmax, vocab, db);
+    const KeptRows all{Rows(token_ids, temperature, softcap), kept.as<int64_t>(),
+                       coefficients.as<float>(), lse_parts.as<float>()};
+    finish_raw(held, dz.dtype, all, vocab, data_or_null(db));
   });
 }
 

@@ -3,22 +3,33 @@
 //   weight panel, packed once, reused by all rows -> tile of raw logits -> states, and what is held
 //
 // What is held for the gradients (gradients.cpp) is [panels][rows.padded][kPanel]: of exponentials in
-// bf16, with their power of two a row and panel, or of raw logits in fp32.
+// bf16, with one power of two per row and panel, or of raw logits in fp32.
 //
-// Panels are shared by the threads; the states of blocks of panels are merged in block order. Results depend neither on threads nor on the other rows.
+// Panels are shared by the threads; the states of blocks of panels are merged in block order. Results
+// depend neither on the threads nor on the other rows.
 
 #include "linear.h"
 
 namespace codistill {
 namespace {
 
-struct Held {
-  float* raw;
-  BFloat16* exponentials;
-  float* powers;  // [panels][rows]
+// What is multiplied: x [rows, stride_x], weight [vocab, hidden], and bias [vocab] or null.
+template <typename T, typename W>
+struct Operands {
+  const T* x;
+  int64_t stride_x;
+  const W* weight;
+  const float* bias;
 };
 
-// State of row `row` from its panel of raw logits; keeps what is to be held of it.
+// What is held, each null where it is not: raw logits, or exponentials and their powers.
+struct Held {
+  float* raw;              // [panels][rows.padded][kPanel]
+  BFloat16* exponentials;  // [panels][rows.padded][kPanel]
+  float* powers;           // [panels][rows]
+};
+
+// State of row `row` from its panel of raw logits; what is to be held of it is written.
 State held_state(const float* raw, const Held& held, const Rows& rows, int64_t row, int64_t panel,
                  int64_t valid) {
   const int64_t target = rows.target(row, panel * kPanel, valid);
@@ -30,9 +41,9 @@ State held_state(const float* raw, const Held& held, const Rows& rows, int64_t r
 
 // States of rows [first, last) over a block of panels.
 template <typename T, typename W>
-void block_states(const Rows& rows, const Weight& shape, const T* x, int64_t stride_x, const W* weight,
-                  const float* bias, int64_t block, int64_t first, int64_t last, const Held& held,
-                  State* states) {
+void block_states(const Rows& rows, const Weight& shape, const Operands<T, W>& operands, const Held& held,
+                  int64_t block, int64_t first, int64_t last, State* states) {
+  const auto [x, stride_x, weight, bias] = operands;
   std::vector<uint32_t> packed(packed_words<T>(stride_x, kPanel));
   std::vector<float> tile(held.raw == nullptr ? kRows * kPanel : 0);
   const int64_t stop = std::min((block + 1) * kBlock, shape.panels);
@@ -57,13 +68,12 @@ void block_states(const Rows& rows, const Weight& shape, const T* x, int64_t str
 }
 
 template <typename T, typename W>
-void forward(const Rows& rows, const Weight& shape, const T* x, int64_t stride_x, const W* weight,
-             const float* bias, const Held& held, float* out) {
+void forward(const Rows& rows, const Weight& shape, const Operands<T, W>& operands, const Held& held,
+             float* out) {
   const int64_t blocks = num_blocks(shape.panels);
   std::vector<State> states(blocks * rows.count);
   for_blocks(shape, rows.count, [&](int64_t block, int64_t first, int64_t last) {
-    block_states(rows, shape, x, stride_x, weight, bias, block, first, last, held,
-                 states.data() + block * rows.count);
+    block_states(rows, shape, operands, held, block, first, last, states.data() + block * rows.count);
   });
   parallel_for(0, rows.count, kRows, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
@@ -76,7 +86,8 @@ void forward(const Rows& rows, const Weight& shape, const T* x, int64_t stride_x
   });
 }
 
-// out [4, N]. x: rows and columns in multiples of kUnit; beyond the rows and the hidden size it is zero.
+// out [4, N]: max, rest, weighted and target of `State`. x: rows and columns in multiples of kUnit;
+// beyond the rows and the hidden size it is zero.
 void linear_forward(const View& x, const View& weight, const View* bias, const View& token_ids,
                     const View& temperature, double softcap, const View* held, const View* powers,
                     const View& out) {
@@ -91,14 +102,14 @@ void linear_forward(const View& x, const View& weight, const View* bias, const V
     parts.raw = data_or_null(held);
   }
   with_types(x, weight, [&](const auto* x_data, const auto* weight_data) {
-    forward(rows, shape, x_data, x.columns, weight_data, data_or_null(bias), parts,
+    forward(rows, shape, Operands{x_data, x.columns, weight_data, data_or_null(bias)}, parts,
             out.as<float>());
   });
 }
 
 }  // namespace
 
-// Shapes in kernels/codistill_kernels/_linear_cpu.py.
+// Shapes in kernels/codistill_kernels/_linear/cpu_backend.py.
 CODISTILL_EXPORT const char* codistill_linear_forward(
     int64_t threads, const View& x, const View& weight, const View* bias, const View& token_ids,
     const View& temperature, double softcap, const View* held, const View* powers, const View& out) {

@@ -1,4 +1,4 @@
-// What the passes over a linear head share: its shape, its rows, and who works on what.
+// What the passes over a linear head share: its shape, its rows, and which thread works on what.
 #pragma once
 
 #include "interface.h"
@@ -7,8 +7,9 @@
 
 namespace codistill {
 
-constexpr int64_t kBlock = 4;  // panels of a block, the unit of work of the forward pass; even shares
+constexpr int64_t kBlock = 4;  // panels per block, which is the unit of work of the forward pass
 
+// The rows (tokens) of a call: which token is each row's, and how its raw logits become logits.
 struct Rows {
   int64_t count, padded;  // padded to a multiple of kUnit
   const int64_t* token_ids;
@@ -31,6 +32,7 @@ struct Rows {
   }
 };
 
+// The shape of a weight, whose vocabulary rows are worked on in panels.
 struct Weight {
   int64_t vocab, hidden, panels;
 
@@ -44,7 +46,8 @@ struct Weight {
 // c [height, kPanel] = a [height, depth] @ a packed panel, in whole slices up to `valid` columns. Terms
 // outermost: each part of `a` is then fetched once.
 template <typename T>
-void multiply_panel(int64_t height, int64_t depth, const T* a, const uint32_t* packed, int64_t valid, float* c) {
+void multiply_panel(int64_t height, int64_t depth, const T* a, const uint32_t* packed, int64_t valid,
+                    float* c) {
   const int64_t slice = slice_width();
   for (int64_t k = 0; k < depth; k += kDepth<T>) {
     const int64_t part = std::min(kDepth<T>, depth - k), ahead = k + part;

@@ -38,19 +38,19 @@ void logits_statistics(const View& logits, int64_t vocab, const View& token_ids,
   });
   for (int64_t row = 0; row < n; ++row) {
     const State& s = states[row];
-    parts[row] = s.sum.max, parts[n + row] = s.sum.rest;
-    parts[2 * n + row] = s.weighted, parts[3 * n + row] = s.target;
+    const float numbers[] = {s.sum.max, s.sum.rest, s.weighted, s.target};
+    for (int64_t i = 0; i < 4; ++i) parts[i * n + row] = numbers[i];
   }
 }
 
 // out = d/d logits, in the logits' dtype; may be `logits` itself. Columns from `vocab` on become 0.
 template <typename L>
 void write_gradients(const L* logits, const View& shape, int64_t vocab, const Rows& rows,
-                     const float* c, const float* s, const View& out) {
+                     const float* coefficients, const float* lse_parts, const View& out) {
   L* data = out.as<L>();
-  const int64_t n = rows.count, stride = out.stride, width = out.columns;
+  const int64_t stride = out.stride, width = out.columns;
   for_panels(logits, shape, vocab, [&](int64_t row, int64_t column, int64_t valid, float* panel) {
-    const Coefficients all{c[row], c[n + row], c[2 * n + row], s[row], s[n + row], s[2 * n + row]};
+    const Coefficients all = coefficients_of(coefficients, lse_parts, rows.count, row);
     const int64_t target = rows.target(row, column, valid);
     // A row without a gradient may hold NaN.
     if (all.c0 == 0.0f && all.c1 == 0.0f && all.c2 == 0.0f)
@@ -75,11 +75,11 @@ CODISTILL_EXPORT const char* codistill_logits_statistics(
 
 CODISTILL_EXPORT const char* codistill_logits_gradients(
     int64_t threads, const View& out, const View& logits, int64_t vocab, const View& token_ids,
-    const View& temperature, double softcap, const View& coefficients, const View& log_softmax) {
+    const View& temperature, double softcap, const View& coefficients, const View& lse_parts) {
   return guarded(threads, [&] {
     const Rows rows(token_ids, temperature, softcap);
     with_type(logits, [&](const auto* data) {
-      write_gradients(data, logits, vocab, rows, coefficients.as<float>(), log_softmax.as<float>(), out);
+      write_gradients(data, logits, vocab, rows, coefficients.as<float>(), lse_parts.as<float>(), out);
     });
   });
 }

@@ -8,8 +8,8 @@
 
 namespace codistill {
 
-// out [depth, rows] = packed(in^T) for in [rows, columns], zeros beyond. rows: up to the next slice;
-// depth, a multiple of 8 words.
+// out [depth, rows] = packed(in^T) for in [rows, columns], with zeros up to the next whole slice of
+// rows and up to depth, a multiple of 8 words.
 template <typename T, typename W>
 void pack_transposed(const W* in, int64_t rows, int64_t columns, int64_t depth, uint32_t* out);
 

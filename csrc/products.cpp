@@ -13,13 +13,24 @@ namespace {
 constexpr int64_t kLanes = 8, kRowsAtOnce = 4;
 using Vec = float __attribute__((vector_size(kLanes * sizeof(float))));
 
-// kRowsAtOnce rows of c, kVectors vectors wide: their sums, 8 or 16, stay in registers and hide the
-// latency of a multiply-add.
+// c (+)= a @ b, each with its stride.
+struct Matrices {
+  const float* a;
+  const float* b;
+  float* c;
+  int64_t stride_a, stride_b, stride_c;
+  bool add;
+};
+
+// kRowsAtOnce rows of c from `first` on, kVectors vectors wide from column `n` on: their sums, 8 or 16,
+// stay in registers and hide the latency of a multiply-add.
 template <int64_t kVectors>
-CODISTILL_INLINE void multiply_rows(int64_t k, int64_t stride_a, int64_t stride_b, int64_t stride_c,
-                                    bool add, const float* a, const float* b, float* c) {
+CODISTILL_INLINE void multiply_rows(const Matrices& all, int64_t first, int64_t n, int64_t k) {
+  const int64_t stride_a = all.stride_a, stride_b = all.stride_b, stride_c = all.stride_c;
+  const float *a = all.a + first * stride_a, *b = all.b + n;
+  float* c = all.c + first * stride_c + n;
   Vec sums[kRowsAtOnce][kVectors] = {};
-  if (add)
+  if (all.add)
     for (int64_t i = 0; i < kRowsAtOnce; ++i)
       for (int64_t j = 0; j < kVectors; ++j)
         std::memcpy(&sums[i][j], c + i * stride_c + j * kLanes, sizeof(Vec));
@@ -35,17 +46,13 @@ CODISTILL_INLINE void multiply_rows(int64_t k, int64_t stride_a, int64_t stride_
 }
 
 template <int64_t kVectors>
-CODISTILL_INLINE void multiply_columns(int64_t m, int64_t n, int64_t k, int64_t stride_a,
-                                       int64_t stride_b, int64_t stride_c, bool add, const float* a,
-                                       const float* b, float* c) {
+CODISTILL_INLINE void multiply_columns(const Matrices& all, int64_t m, int64_t n, int64_t k) {
   for (int64_t j = 0; j < n; j += kVectors * kLanes)
-    for (int64_t i = 0; i < m; i += kRowsAtOnce)
-      multiply_rows<kVectors>(k, stride_a, stride_b, stride_c, add, a + i * stride_a, b + j,
-                              c + i * stride_c + j);
+    for (int64_t i = 0; i < m; i += kRowsAtOnce) multiply_rows<kVectors>(all, i, j, k);
 }
 
-// Small whole numbers, whose products are exact in any order, where each size and stride differs.
-// Interleaved, b [k, n] of bf16 has rows of n pairs.
+// Whether a product multiplies as it should: small whole numbers, whose sums are exact in any order,
+// with every size and stride different. Of bf16, b [k, n] has rows of n pairs.
 template <typename T>
 bool multiplies(Product<T> product) {
   constexpr int64_t kM = 8, kK = 16, kStrideA = 24;
@@ -87,10 +94,11 @@ bool has_bf16_instructions() {
 CODISTILL_CLONES
 void multiply_tiles(int64_t m, int64_t n, int64_t k, int64_t stride_a, int64_t stride_b,
                     int64_t stride_c, bool add, const float* a, const float* b, float* c, bool) {
+  const Matrices all{a, b, c, stride_a, stride_b, stride_c, add};
   if (n == 64)  // AVX-512 has 32 registers
-    multiply_columns<4>(m, n, k, stride_a, stride_b, stride_c, add, a, b, c);
+    multiply_columns<4>(all, m, n, k);
   else
-    multiply_columns<2>(m, n, k, stride_a, stride_b, stride_c, add, a, b, c);
+    multiply_columns<2>(all, m, n, k);
 }
 
 }  // namespace codistill

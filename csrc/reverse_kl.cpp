@@ -89,8 +89,8 @@ void block_states(Factor<T, Ws> student, Factor<T, Wt> teacher, const Weight& sh
   release<T>();
 }
 
-// out [N] nats. x_s, x_t: rows in multiples of kUnit, of one dtype; the weights have the same number of
-// rows.
+// out [N], nats. x_s and x_t have rows in multiples of kUnit, and one dtype; both weights have the same
+// number of rows.
 void reverse_kl(const View& x_s, const View& weight_s, const View& temperature_s, double softcap_s,
                 const View& x_t, const View& weight_t, const View& temperature_t, double softcap_t,
                 const View& out) {

@@ -17,8 +17,9 @@ struct Scale {
   float temperature;
 };
 
-// Of a vocabulary range: max z, and sum exp(z - max) without one term of the maximum. That term is 1;
-// left out, log1p(rest) keeps the digits of the small log-probability of a peaked row's token.
+// The softmax's sum over a range of the vocabulary: max z, and sum exp(z - max) without one term of the
+// maximum, which is 1: log1p(rest) keeps the digits of the small log-probability of a peaked row's
+// token.
 struct Sum {
   float max, rest;
 };
@@ -29,7 +30,7 @@ struct State {
   float target;    // z of the token, 0 if it is not in the range
 };
 
-// Of two models over the same vocabulary range, s the student and t the teacher.
+// The sums of two models over the same range of the vocabulary, s the student and t the teacher.
 struct PairState {
   Sum student, teacher;
   float difference;  // sum exp(z_s - max_s) ((z_s - max_s) - (z_t - max_t))
@@ -40,6 +41,12 @@ struct Coefficients {
   float c0, c1, c2;
   float max, log_sum, mean;  // of the whole vocabulary: max z, log sum exp(z - max), E_p[z - max]
 };
+
+// Those of row i of n, from coefficients [3, n] and lse_parts [3, n].
+inline Coefficients coefficients_of(const float* coefficients, const float* lse_parts, int64_t n, int64_t i) {
+  return {coefficients[i], coefficients[n + i], coefficients[2 * n + i],
+          lse_parts[i],    lse_parts[n + i],    lse_parts[2 * n + i]};
+}
 
 State empty_state();
 PairState empty_pair_state();
@@ -53,8 +60,8 @@ State row_state(const float* raw, int64_t valid, Scale scale, int64_t target);
 // The same, and the row's exponentials exp(z) 2^-power [kPanel], rounded; 0 from `valid` on.
 State row_exponentials(const float* raw, int64_t valid, Scale scale, int64_t target,
                        BFloat16* exponentials, float* power);
-// The power for a range with this maximum, a multiple of 64: where the largest logits of a row's
-// ranges are all between -11 and 33 nats, they share one.
+// The power of two for a range with this maximum, a multiple of 64: ranges of a row whose largest
+// logits are between -11 and 33 nats have the same.
 double power_of(float max);
 
 PairState row_pair_state(const float* student, const float* teacher, int64_t valid, Scale scale);

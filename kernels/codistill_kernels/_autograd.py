@@ -1,4 +1,4 @@
-"""What kernels with a backward pass of their own cannot do is refused: it would silently give 0."""
+"""Refusals of what kernels with their own backward pass cannot do: it would silently give 0."""
 
 import functools
 from collections.abc import Callable
@@ -10,18 +10,19 @@ from torch.autograd import forward_ad
 
 
 def first_order_only(name: str) -> Callable[[Callable], Callable]:
-    """Decorates a Function's `backward`: its results are refused a derivative of their own.
+    """A decorator of a Function's `backward`, whose results then refuse to be differentiated.
 
-    `once_differentiable` does so only where the gradient from above requires one itself, which that
-    of a plain loss does not. The refusal reaches everyone who asks for the derivative by a saved
-    tensor that requires a gradient: save one connected to each input. name: of the operation.
+    `once_differentiable` refuses only where the upstream gradient requires a gradient itself, which
+    that of a plain loss does not. Here whoever differentiates by a saved tensor that requires a
+    gradient meets the refusal: save a tensor that is connected to each input. name: what the
+    operation is called in the message.
     """
 
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def first_order_backward(ctx: Any, *upstream: Tensor | None) -> Any:
-            # Before the backward pass, which may write over what is saved. torch.compile refuses
-            # second derivatives itself.
+            # Looked at before the backward pass, which may write over what is saved. torch.compile
+            # refuses second derivatives itself.
             has_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
             tensors = (*ctx.saved_tensors, *upstream) if has_graph else ()
             connected = [t for t in tensors if t is not None and t.requires_grad]
@@ -39,7 +40,7 @@ def first_order_only(name: str) -> Callable[[Callable], Callable]:
 
 
 class NotDifferentiable(torch.autograd.Function):
-    """The first `count` tensors, whose derivative with respect to the others is refused."""
+    """Returns the first `count` tensors; their derivatives by the others are refused."""
 
     @staticmethod
     def forward(ctx, name, count, *tensors):
@@ -52,12 +53,14 @@ class NotDifferentiable(torch.autograd.Function):
 
 
 def refuse_transforms(name: str, *tensors: Tensor | None) -> None:
-    """Raise where a tensor carries what the operation `name` would drop: a tangent of forward-mode
-    differentiation, or a dimension or level of torch.func."""
+    """Raise RuntimeError where a tensor carries what the operation `name` would drop.
+
+    That is a tangent of forward-mode differentiation, or a dimension or level of torch.func.
+    """
     if torch.compiler.is_compiling():
         return
     for tensor in tensors:
-        if not isinstance(tensor, Tensor):  # None, or for the checks of arguments to say
+        if not isinstance(tensor, Tensor):  # None, or a mistake that the checks of arguments name
             continue
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             raise RuntimeError(f"{name} does not work inside torch.func (vmap, grad, jvp, ...)")

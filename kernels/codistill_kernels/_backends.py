@@ -1,4 +1,4 @@
-"""Which implementation runs."""
+"""Which backend runs, and why another one does not."""
 
 import functools
 import importlib
@@ -16,7 +16,7 @@ BACKENDS = ("auto", "triton", "cpu", "torch")
 
 @functools.cache
 def library_error() -> str | None:
-    """Load the C++ library; why it cannot be loaded, or None."""
+    """Why the C++ library cannot be loaded; None: it is loaded now."""
     try:
         _native.library()
     except OSError as error:
@@ -31,7 +31,7 @@ def report_fallback(wanted: str, error: str) -> None:
 
 @functools.cache
 def triton_error() -> str | None:
-    """Import Triton; why it cannot be imported, or None."""
+    """Why Triton cannot be imported; None: it is imported now."""
     try:
         importlib.import_module("triton")
     except ImportError as error:
@@ -43,8 +43,8 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that runs: "triton", "cpu" or "torch".
 
     Raises:
-        ValueError: unknown, or asked for and the device, the dtype or the installation does not
-            allow it.
+        ValueError: the backend is unknown, or it is asked for by name and the device, the dtype or
+            the installation does not allow it.
     """
     require(backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", repr(backend))
     fused = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "torch")
@@ -53,7 +53,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend == "torch" or (backend == "auto" and fused == "torch"):
         return "torch"
     wanted = fused if backend == "auto" else backend
-    # TRITON_INTERPRET=1 runs Triton kernels on the CPU, to look into them.
+    # TRITON_INTERPRET=1 runs Triton kernels on the CPU, for debugging and tests.
     interpreted = wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     expected = {
         "triton": "float32, bfloat16 or float16 tensors on a GPU",

@@ -1,4 +1,4 @@
-"""Checks of arguments, at the public functions only."""
+"""Checks of arguments, made by public functions alone: a ValueError names the argument."""
 
 import math
 from numbers import Real
@@ -10,7 +10,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def can_look(tensor: Tensor) -> bool:
-    """Whether values may be checked: a GPU would be waited for, a compiled graph would break."""
+    """Whether values may be checked: on a GPU one would wait for them, a graph would break."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -22,7 +22,7 @@ def require(condition: bool, name: str, expected: str, got: object) -> None:
 def require_tensor(
     name: str, value: object, like_name: str = "", like: Tensor | None = None
 ) -> None:
-    """value is a tensor, on the device of `like` if given."""
+    """The value is a tensor, on the device of `like` if that is given."""
     is_tensor = isinstance(value, Tensor)
     module = "" if is_tensor else f"{type(value).__module__}."
     require(is_tensor, name, "a torch.Tensor", f"{module}{type(value).__name__}")
@@ -60,7 +60,7 @@ def require_mask(
 
 
 def require_sequences(cu_seqlens: Tensor, tokens: int, like_name: str, like: Tensor) -> None:
-    """cu_seqlens is [S + 1] integers, rising from 0 to `tokens` where one can look."""
+    """cu_seqlens is [S + 1] integers that rise from 0 to `tokens`, where one can look."""
     require_tensor("cu_seqlens", cu_seqlens, like_name, like)
     require(
         cu_seqlens.ndim == 1
@@ -82,7 +82,7 @@ def require_sequences(cu_seqlens: Tensor, tokens: int, like_name: str, like: Ten
 
 
 def require_normalizer(normalizer: float | Tensor) -> None:
-    """A scalar that is not negative, where one can look."""
+    """The normalizer is a scalar, and not negative where one can look."""
     if isinstance(normalizer, Tensor):
         require_shape("normalizer", normalizer, (), "a scalar")
         real = not normalizer.is_complex() and not normalizer.is_meta
@@ -114,8 +114,10 @@ def require_in_vocabulary(token_ids: Tensor, active: Tensor, vocab_size: int) ->
 def nan_where_outside(
     temperature: Tensor, token_ids: Tensor, active: Tensor, vocab_size: int
 ) -> Tensor:
-    """temperature [N], NaN for ids that `require_in_vocabulary` refuses where it can look: all that
-    follows from such a row is NaN then, where it would be finite and mean nothing."""
+    """temperature [N], NaN where `require_in_vocabulary` would refuse the id if it could look.
+
+    All that follows from such a row is then NaN, where it would be finite and mean nothing.
+    """
     if can_look(token_ids):
         return temperature
     is_outside = active & ((token_ids < 0) | (token_ids >= vocab_size))
@@ -125,7 +127,7 @@ def nan_where_outside(
 def require_scaling(
     temperature: float | Tensor, softcap: float | None, shape: tuple[int, ...]
 ) -> None:
-    """temperature: a number or a tensor of this shape."""
+    """temperature is a number or a tensor of this shape; softcap a number or None."""
     if isinstance(temperature, Tensor):
         if temperature.ndim:
             require_shape("temperature", temperature, shape, "[...]")
@@ -134,7 +136,7 @@ def require_scaling(
             require(not len(wrong), "temperature", "> 0 and finite", wrong[:3].tolist())
     else:
         require(0 < temperature < math.inf, "temperature", "> 0 and finite", temperature)
-    # fp32 kernels divide by it and multiply with it.
+    # fp32 kernels divide by the softcap and multiply with it.
     valid = softcap is None or 1e-30 <= softcap <= 1e30
     require(valid, "softcap", "in 1e-30 .. 1e30, or None", softcap)
 
@@ -145,7 +147,7 @@ def require_logit_scale(logit_scale: float) -> None:
 
 
 def of_both(name: str, value: object, models: str) -> tuple:
-    """An option of two models: (the first one's, the second one's), or one for both."""
+    """(the first model's, the second model's) of an option, which may be one for both."""
     values = value if isinstance(value, tuple) else (value, value)
     require(len(values) == 2, name, f"one for both, or ({models})", values)
     return values

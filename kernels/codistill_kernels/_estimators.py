@@ -14,7 +14,7 @@ class Estimator(NamedTuple):
     value: Callable[[Tensor], Tensor]
     """k(d), element by element."""
     slope: Callable[[Tensor], Tensor] | None = None
-    """k'(d), in closed form; None: not for an objective."""
+    """k'(d), in closed form; None: the estimator serves no objective."""
     in_reward: bool = False
     """Whether `kd_rewards` offers it."""
 
@@ -24,7 +24,7 @@ def sign(d: Tensor) -> Tensor:
 
 
 ESTIMATORS = {
-    # Its slope would be -1: whatever the other model is, zero in expectation.
+    # Its slope would be -1, and the gradient zero in expectation, whatever the other model is.
     "k1": Estimator(lambda d: -d, in_reward=True),
     "k2": Estimator(lambda d: d.square() / 2, slope=lambda d: d),
     "k3": Estimator(lambda d: d.expm1() - d, slope=torch.expm1, in_reward=True),
@@ -35,7 +35,7 @@ OF_OBJECTIVES = tuple(name for name, each in ESTIMATORS.items() if each.slope is
 
 
 class Estimate(torch.autograd.Function):
-    """k(d), whose gradient is made of the slope: that of expm1(d) - d, by autograd, has no digits
+    """k(d), whose gradient is made of the closed slope: autograd's of expm1(d) - d has no digits
     left where d is small."""
 
     generate_vmap_rule = True

@@ -1,7 +1,8 @@
-"""The C++ library (csrc/): loaded at the first call, its functions on tensors.
+"""The C++ library (csrc/): loaded at the first call; its functions take tensors.
 
-It knows nothing of torch: a build serves every torch and every Python. Products of tiles are those
-of ATen, found by name in the torch that runs; where it has none of that name, the library's own.
+The library knows nothing of torch, so one build serves every torch and every Python. It multiplies
+tiles by functions of ATen, found by name in the torch that runs, or by its own where that torch has
+none of that name.
 """
 
 import ctypes
@@ -19,7 +20,7 @@ BRGEMM = (
     "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb",
     "_ZN2at6native7cpublas14brgemm_releaseEb",
 )
-DTYPES = {  # DType in csrc/interface.h
+DTYPES = {  # as DType of csrc/interface.h
     torch.float32: 0,
     torch.float64: 1,
     torch.bfloat16: 2,
@@ -29,7 +30,7 @@ DTYPES = {  # DType in csrc/interface.h
 
 
 class View(ctypes.Structure):
-    """A tensor, as csrc/interface.h has it."""
+    """A tensor: View of csrc/interface.h."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -41,7 +42,7 @@ class View(ctypes.Structure):
 
 
 CODES = {"t": ctypes.POINTER(View), "i": ctypes.c_int64, "f": ctypes.c_double, "b": ctypes.c_bool}
-PARAMETERS = {  # CODES of each; csrc/ has their names
+PARAMETERS = {  # CODES of the parameters of each function; csrc/ has their names
     "linear_forward": "tttttfttt",
     "finish_exponentials": "ttttttttit",
     "finish_raw": "tttttfttit",
@@ -55,7 +56,7 @@ PARAMETERS = {  # CODES of each; csrc/ has their names
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Raises OSError where it was not built, or cannot be loaded."""
+    """The loaded library; OSError where it was not built, or cannot be loaded."""
     if not PATH.exists():
         raise OSError(f"{PATH.name} is not there: no C++ compiler was found at installation")
     loaded = ctypes.CDLL(str(PATH))
@@ -68,6 +69,7 @@ def library() -> ctypes.CDLL:
 
 
 def declare(loaded: ctypes.CDLL) -> None:
+    """Give the functions their types; AttributeError where one is missing."""
     for name, parameters in PARAMETERS.items():
         function = getattr(loaded, f"codistill_{name}")
         function.argtypes = (ctypes.c_int64, *(CODES[code] for code in parameters))  # threads first
@@ -78,8 +80,8 @@ def declare(loaded: ctypes.CDLL) -> None:
 
 
 def products_of_torch() -> list[int | None]:
-    """Addresses of BRGEMM."""
-    linked = ctypes.CDLL(torch._C.__file__)  # a name is looked up in what it links to, too
+    """Addresses of the functions BRGEMM, None for each that this torch does not have."""
+    linked = ctypes.CDLL(torch._C.__file__)  # a name is looked up in the libraries it links to, too
     functions = (getattr(linked, name, None) for name in BRGEMM)
     return [ctypes.cast(f, ctypes.c_void_p).value if f else None for f in functions]
 
@@ -96,9 +98,9 @@ def tile_shape() -> tuple[int, int]:
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory for what is as large as a weight or all logits, on huge pages where Linux has them.
+    """Memory for a tensor as large as a weight or all logits, on huge pages where Linux has them.
 
-    Page faults, one every 4 KiB, took 3 to 7 % of a loss.
+    Page faults, one for every 4 KiB, took 3 to 7 % of the time of a loss.
     """
     out = torch.empty(shape, dtype=dtype)
     library().codistill_use_huge_pages(out.data_ptr(), out.nbytes)
@@ -106,7 +108,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def call(name: str, *arguments: Tensor | float | None) -> None:
-    """Run one of PARAMETERS on torch's number of threads; results go into the arguments."""
+    """Run a function of PARAMETERS on as many threads as torch; results go into the arguments."""
     converted = [view(a) if isinstance(a, Tensor) else a for a in arguments]
     function = getattr(library(), f"codistill_{name}")
     reason = function(torch.get_num_threads(), *converted)
@@ -115,7 +117,7 @@ def call(name: str, *arguments: Tensor | float | None) -> None:
 
 
 def view(tensor: Tensor) -> View:
-    """[rows] or [rows, columns] on the CPU, contiguous along the last dimension."""
+    """The view of a CPU tensor [rows] or [rows, columns], contiguous in its last dimension."""
     shape, strides = tensor.shape, tensor.stride()
     assert tensor.is_cpu and (strides[-1] == 1 or shape[-1] <= 1), (tensor.device, strides)
     columns, stride = (shape[1], strides[0]) if len(shape) == 2 else (1, 1)

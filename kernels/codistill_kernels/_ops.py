@@ -13,8 +13,11 @@ LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def custom_op(*, mutates: tuple[str, ...] = ()) -> Callable[[Callable], torch._ops.OpOverload]:
-    """Make an operator of a function with annotated arguments; `mutates`: names of those that it
-    writes to. Its derivative is refused, never 0."""
+    """A decorator that makes an operator of a function with annotated arguments.
+
+    mutates: names of the arguments that it writes to. The operator's derivative is refused, never
+    0.
+    """
 
     def register(function: Callable) -> torch._ops.OpOverload:
         name = function.__name__

@@ -1,4 +1,4 @@
-"""Gradients that are known up to a factor."""
+"""Losses that are divided by a normalizer, and gradients that are known up to that factor."""
 
 from collections.abc import Sequence
 
@@ -9,6 +9,20 @@ from torch import Tensor
 from codistill_kernels._autograd import first_order_only
 
 
+def divisor(total: Tensor, normalizer: float | Tensor) -> float | Tensor:
+    """What a sum is divided by: the normalizer, or infinity for 0 over 0.
+
+    Where there is nothing to train on, loss and gradient are thereby 0. No value is looked at, for
+    which one would wait for a GPU.
+    """
+    if not isinstance(normalizer, Tensor):
+        if normalizer != 0:
+            return normalizer
+        normalizer = torch.zeros_like(total)
+    normalizer = normalizer.detach().to(total)
+    return torch.where((normalizer == 0) & (total.detach() == 0), torch.inf, normalizer)
+
+
 def with_gradients(
     inputs: Sequence[Tensor | None],
     loss: Tensor,
@@ -16,9 +30,12 @@ def with_gradients(
     normalizer: float | Tensor,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """The loss, whose gradients by hidden_states, lm_head_weight and bias, before they are divided
-    by the normalizer, are known; the first is summed over the group."""
-    # Without memory, but connected: by these a second derivative finds that there is none.
+    """The loss, connected to hidden_states, lm_head_weight and bias by these gradients of it.
+
+    The gradients are those before the division by the normalizer; that of hidden_states is summed
+    over the group.
+    """
+    # Empty, but connected to the inputs: by these a second derivative finds the refusal.
     anchors = [t[:0].clone() for t in inputs if t is not None and t.requires_grad]
     return WithGradients.apply(*inputs, loss, gradients, normalizer, group, *anchors)
 
@@ -60,7 +77,8 @@ class WithGradients(torch.autograd.Function):
         return dx, dw, db, *[None] * (len(needs) - 3)
 
 
-ROWS_AT_ONCE = 512  # of a gradient scaled on a CPU: 3 MiB of fp32 at H = 1536, which stay in cache
+# Rows of a gradient that a CPU scales at once: 3 MiB of fp32 at H = 1536, which stay in cache.
+ROWS_AT_ONCE = 512
 
 
 def scale(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -82,7 +100,7 @@ def scale_in_place(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tens
     if gradient.dtype == dtype:
         return gradient.mul_(factor)
     source, out = gradient.view(-1), gradient.view(-1).view(dtype)[: gradient.numel()]
-    # Results first .. 2 first take the bytes of sources first / 2 .. first, which are done with.
+    # Results first .. 2 first take the bytes of sources first / 2 .. first, which were read before.
     first = min(4096, len(source))
     out[:first] = source[:first] * factor
     while first < len(source):

@@ -1,12 +1,12 @@
-"""Sums over the tokens of a sequence, and numbers of a sequence given to its tokens."""
+"""Sums over the tokens of each sequence, and values of sequences spread over their tokens."""
 
 import torch
 from torch import Tensor
 
 
 def sequence_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[N] -> [S], in the order of the tokens: no atomics, so equal inputs give equal bits."""
-    # unsafe: lengths are not looked at, which would wait for a GPU.
+    """[N] -> [S], summed in the order of the tokens: equal inputs give equal bits."""
+    # unsafe: the lengths are not checked, for which one would wait for a GPU.
     sums = torch.segment_reduce(
         values.double(), "sum", lengths=cu_seqlens.diff(), initial=0.0, unsafe=True
     )
@@ -14,5 +14,5 @@ def sequence_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def to_tokens(values: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """[S] -> [N]"""
+    """[S] -> [N]: each token gets the value of its sequence."""
     return values.repeat_interleave(cu_seqlens.diff(), output_size=tokens)

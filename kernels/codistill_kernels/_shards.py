@@ -8,16 +8,21 @@ from torch import Tensor
 
 from codistill_kernels._checks import require, require_tensor
 
+# What to do with a head of FSDP, whose processes bring tokens of their own: the gradient of a bare
+# .full_tensor() would not be summed over them.
+WHOLE = "unshard() its module, or .full_tensor(grad_placements=[Partial()])"
+
 
 @dataclass(frozen=True)
 class Shard:
     """Rows of the head that are here: all of them without a group."""
 
     first_row: int
+    """Row of the whole head that is the first one here."""
     all_rows: int
-    """Of the whole head."""
+    """Rows of the whole head."""
     most_rows: int
-    """Of the largest shard: by these all processes make the same chunks of tokens."""
+    """Rows of the largest shard, by which all processes make the same chunks of tokens."""
     group: dist.ProcessGroup | None = None
 
 
@@ -28,7 +33,7 @@ def is_dtensor(value: object) -> bool:
 
 def require_plain(name: str, tensor: object) -> None:
     require_tensor(name, tensor)
-    require(not is_dtensor(tensor), name, "a plain tensor: .full_tensor()", "a DTensor")
+    require(not is_dtensor(tensor), name, "a plain tensor (.to_local() of it)", "a DTensor")
 
 
 def local_head(
@@ -82,33 +87,35 @@ def require_placement(name: str, tensor: Tensor):
     """The one placement of a DTensor."""
     placement = tensor.placements[0]
     is_known = len(tensor.placements) == 1 and (placement.is_replicate() or placement.is_shard(0))
-    expected = "placed as Replicate or Shard(0) on a mesh of one dimension: .full_tensor()"
+    expected = f"placed as Replicate or Shard(0) on a mesh of one dimension: {WHOLE}"
     require(is_known, name, expected, tensor.placements)
     return placement
 
 
 def whole_head(name: str, weight: Tensor) -> Tensor:
-    """A weight that must be all here."""
+    """The weight, all of it here; a ValueError where it is in shards."""
     if not is_dtensor(weight):
         return weight
-    expected = "whole on every process: .full_tensor()"
+    expected = f"whole on every process: {WHOLE}"
     require(all(p.is_replicate() for p in weight.placements), name, expected, weight.placements)
     return local_replica(weight)
 
 
 def local_replica(tensor: Tensor) -> Tensor:
-    """Its gradient is that of this process's tokens; the DTensor's is the sum over processes."""
+    """The replica here, differentiable: the DTensor's gradient is the sum over processes, each of
+    which brings tokens of its own."""
     from torch.distributed.tensor import Partial
 
     return tensor.to_local(grad_placements=[Partial()] * len(tensor.placements))
 
 
 def nan_where_apart(temperature: Tensor, token_ids: Tensor, shard: Shard) -> Tensor:
-    """temperature [N], checked to be of the same tokens [N] (negative: not active) and of the same
-    vocabulary on all processes of the group; all NaN where they are not and nothing is looked at.
+    """temperature [N], after a check that all processes of the group bring the same tokens [N]
+    (negative: not active) and the same vocabulary.
 
-    One small all_reduce: unequal shards, or a head sharded over processes with tokens of their own,
-    would give wrong numbers, or other numbers of chunks and a deadlock.
+    Raises ValueError where they do not; under torch.compile, where nothing is looked at, all
+    temperatures become NaN. One small all_reduce: unequal shards, or a head sharded over processes
+    that bring tokens of their own, would give wrong results, or a deadlock by unequal chunks.
     """
     numbers = torch.stack(
         (
@@ -120,7 +127,8 @@ def nan_where_apart(temperature: Tensor, token_ids: Tensor, shard: Shard) -> Ten
     bounds = torch.cat((numbers, -numbers))
     dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=shard.group)
     largest, smallest = bounds[:3], -bounds[3:]
-    # Outside torch.compile a GPU too: it is waited for anyway, to find the active tokens.
+    # Outside torch.compile values are looked at on a GPU, too: it is waited for anyway, to find the
+    # active tokens.
     if torch.compiler.is_compiling():
         return torch.where((largest == smallest).all(), temperature, torch.nan)
     (most, *tokens), (least, *others) = largest.tolist(), smallest.tolist()

@@ -1,8 +1,8 @@
-"""The surrogates of policy optimization: a kind is one function and one line of `SURROGATES`.
+"""The surrogates of policy optimization: each kind is one function and one line of `SURROGATES`.
 
-A function gives the value and, beside it, the closed form of its slope: the value is what
-`policy_loss` sums and differentiates, the slope what the fused losses multiply the logits' gradient
-by. A test holds each slope to the derivative of the value, and both to reference.policy_loss.
+A function gives the value and, beside it, the closed form of its slope. `policy_loss` sums and
+differentiates the value; the fused losses multiply the gradient of log-probabilities by the slope.
+A test holds each slope to the derivative of the value, and both to reference.policy_loss.
 """
 
 import math
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a surrogate may depend on; every number of a masked token is 0.
+    """What a surrogate may depend on; all values of a masked token are 0.
 
-    A level is [N] for kinds of tokens, [S] for kinds whose value is one of a sequence.
+    The level of a kind is [N] where its value is one per token, [S] where it is one per sequence.
     """
 
     log_ratio: Tensor
@@ -42,26 +42,26 @@ class Tokens:
 
     @property
     def is_needed(self) -> Tensor:
-        """Of the level: what counts. The others' value may be any finite number."""
+        """Bool of the level: the values that count. The others may be any finite number."""
         return (self.advantages != 0) & (self.weights != 0)
 
     def counts(self) -> Tensor:
-        """[S] unmasked tokens, at least 1."""
+        """[S] number of unmasked tokens, at least 1."""
         return self.sums(self.keep.to(self.logps.dtype)).clamp(min=1)
 
     def sums(self, values: Tensor) -> Tensor:
-        """[N] -> [S]"""
+        """[N] -> [S] sums over the tokens of each sequence"""
         assert self.cu_seqlens is not None
         return sequence_sums(values, self.cu_seqlens)
 
     def spread(self, values: Tensor) -> Tensor:
-        """[S] -> [N]"""
+        """[S] -> [N], to the tokens of each sequence"""
         assert self.cu_seqlens is not None
         return to_tokens(values, self.cu_seqlens, len(self.keep))
 
 
 class Surrogate(NamedTuple):
-    """Before advantage and weight."""
+    """Value and slope of a kind, before they are multiplied by advantage and weight."""
 
     value: Tensor  # of the level, differentiable
     slope: Tensor  # [N] d value / d logp, 0 where a bound cuts
@@ -85,14 +85,14 @@ def gspo(tokens: Tokens, loss: "PolicyLoss") -> Surrogate:
 
 
 def clipped(log_ratio: Tensor, tokens: Tokens, loss: "PolicyLoss") -> Surrogate:
-    """All of the level."""
+    """min(r A, c(r) A) / A and its slope, both of the level."""
     ratio = log_ratio.detach().exp()
     low, high, bound = cuts(ratio, 1 - loss.epsilon_low, 1 + loss.epsilon_high, tokens.advantages)
     if loss.dual_clip is not None:
         far = (tokens.advantages < 0) & (ratio > loss.dual_clip)
         bound, high = torch.where(far, loss.dual_clip, bound), high | far
-    # Chosen by comparison: torch.minimum would split the gradient of a tie. And before exp: a ratio
-    # that overflows where nothing depends on it would make the gradient 0 * inf.
+    # Chosen by comparison: torch.minimum would split the gradient of a tie. Chosen before exp: a
+    # ratio that overflows where nothing depends on it would make the gradient 0 * inf.
     free = ~(low | high)
     ratio = torch.where(free & tokens.is_needed, log_ratio, 0.0).exp()
     return Surrogate(
@@ -119,7 +119,8 @@ def sapo(tokens: Tokens, loss: "PolicyLoss") -> Surrogate:
         loss.sapo_temperature_positive,
         torch.full_like(tokens.log_ratio, loss.sapo_temperature_negative),
     )
-    # Before exp, as in `clipped`. The gate is flat long before a ratio of e^80, the rest overflows.
+    # Chosen before exp, as in `clipped`. Far below a ratio of e^80 the gate is flat already; larger
+    # ratios overflow.
     ratio = torch.where(tokens.is_needed, tokens.log_ratio, 0.0).clamp(max=80).exp()
     gate = temperature * (ratio - 1)
     slope = 4 * gate.sigmoid() * (-gate).sigmoid() * ratio
@@ -130,7 +131,7 @@ def sapo(tokens: Tokens, loss: "PolicyLoss") -> Surrogate:
 def cuts(
     ratio: Tensor, floor: float, ceiling: float, advantages: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the low bound cuts (A < 0), the high one (A > 0), and the bound that stands there."""
+    """Where the low bound cuts (A < 0), where the high one cuts (A > 0), and that bound."""
     low, high = (ratio < floor) & (advantages < 0), (ratio > ceiling) & (advantages > 0)
     return low, high, torch.where(low, floor, torch.full_like(ratio, ceiling))
 
@@ -147,7 +148,7 @@ def cispo(tokens: Tokens, loss: "PolicyLoss") -> Surrogate:
 
 def vespo(tokens: Tokens, loss: "PolicyLoss") -> Surrogate:
     """sg(phi(W)) logp with phi(W) = W^k exp(lambda (1 - W)), W = prod r w over the sequence"""
-    smallest, largest = math.log(1e-8), 20.0  # of log W and its parts, as in the authors' code
+    smallest, largest = math.log(1e-8), 20.0  # bounds of log W and its parts in the authors' code
     log_weights = tokens.weights.log().clamp(smallest, largest)
     log_terms = tokens.log_ratio.detach().clamp(-largest, largest) + log_weights
     log_product = tokens.sums(torch.where(tokens.keep, log_terms, 0.0)).clamp(smallest, largest)
@@ -196,7 +197,7 @@ def within_trust(low: Tensor, high: Tensor, tokens: Tokens, loss: "PolicyLoss") 
 
 
 def weighted(weight: Tensor, tokens: Tokens, low: Tensor, high: Tensor) -> Surrogate:
-    """weight logp, for a weight [N] without a gradient: 0 counts nothing, whatever logp is."""
+    """weight logp, for a weight [N] without a gradient; weight 0 gives 0, whatever logp is."""
     weight = torch.where(tokens.is_needed, weight, 0.0)
     logps = torch.where(weight != 0, tokens.logps, 0.0)
     return Surrogate(weight * logps, weight, low, high)
@@ -206,7 +207,7 @@ def weighted(weight: Tensor, tokens: Tokens, low: Tensor, high: Tensor) -> Surro
 
 
 class Range(NamedTuple):
-    """Of a setting."""
+    """Which values of a setting are allowed, and how a message says so."""
 
     holds: Callable[[float], bool]
     text: str
@@ -221,17 +222,19 @@ ANY = Range(math.isfinite, "finite")
 
 
 class Kind(NamedTuple):
+    """One line of the table `SURROGATES`."""
+
     surrogate: Callable[[Tokens, "PolicyLoss"], Surrogate]
     settings: dict[str, Range]
-    """Fields of PolicyLoss that it uses, and what they may be; None may always be."""
+    """Fields of PolicyLoss that it uses, and their ranges; None is always allowed."""
     needs_sequences: bool = False
     """A token's slope depends on the other tokens of its sequence."""
     is_of_sequence: bool = False
-    """The value, and with it the advantage and the weight, is one of a sequence."""
+    """The value, and with it the advantage and the weight, is one per sequence."""
     follows_ratio: bool = True
     """The gradient flows through the ratio, so beyond log_ratio_clamp there is none."""
     has_own_weights: bool = False
-    """Importance weights are inside the value."""
+    """The value contains the importance weights."""
 
 
 CLIP = {"epsilon_low": BELOW_ONE, "epsilon_high": NOT_NEGATIVE, "dual_clip": ABOVE_ONE}

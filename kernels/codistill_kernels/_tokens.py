@@ -1,4 +1,4 @@
-"""Tokens in rows of sequences, [B, T], taken as flat ones, [N = B T]."""
+"""Tokens in rows of sequences, [B, T], brought to flat tokens, [N = B T], and back."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class TokenShape:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> "TokenShape":
-        """The shape of the argument `name`, which all others of tokens must have too."""
+        """The shape of the argument `name`, which all other arguments of tokens must have, too."""
         require_tensor(name, tensor)
         require(tensor.ndim in (1, 2), name, "[N] or [B, T]", tuple(tensor.shape))
         return cls(tensor.shape)
@@ -26,8 +26,10 @@ class TokenShape:
         return len(self.shape) == 1
 
     def flat(self, **arguments: object) -> tuple:
-        """Each tensor of one number a token as [N]. Numbers, None and what is no tensor stay as
-        they are; so do all where tokens are flat already, for the checks of arguments to judge."""
+        """Each tensor of one number per token as [N]; all else stays as it is.
+
+        Where tokens are flat already nothing changes: the checks of arguments judge later.
+        """
         if self.is_flat:
             return tuple(arguments.values())
         return tuple(self.flatten(name, value) for name, value in arguments.items())
@@ -48,7 +50,7 @@ class TokenShape:
     def sequences(
         self, name: str, values: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """values and cu_seqlens of flat tokens: [B] values are one a sequence."""
+        """values and cu_seqlens for flat tokens; values [B] are one per sequence."""
         if self.is_flat:
             return values, cu_seqlens
         expected = "None: with tokens [B, T] each row is a sequence"
@@ -60,7 +62,7 @@ class TokenShape:
         return values, width * torch.arange(rows + 1, device=values.device)
 
     def restored(self, values: Tensor, statistics: dict[str, Tensor]) -> tuple[Tensor, dict]:
-        """Both as the caller counts tokens; scalars are not of tokens."""
+        """Both in the caller's shape of tokens; scalars stay scalars."""
         return self.rows(values), {key: self.rows(value) for key, value in statistics.items()}
 
     def rows(self, values: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ Model: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
 
 
 class Scores(NamedTuple):
-    """What training needs of S = prompts x M rollouts."""
+    """What training needs to know of S = prompts x M rollouts."""
 
     kd_rewards: Tensor
     """[S] alpha-weighted KD reward."""
@@ -33,6 +33,24 @@ class Scores(NamedTuple):
     """[prompts x G] from the effective reward."""
     large_advantages: Tensor
     """[prompts x G] from the reward alone."""
+
+
+def check_model(name: str, model: Model, token_ids: Tensor) -> None:
+    """The model is a pair or a triple of tensors whose shapes and devices fit the tokens."""
+    letters = "([N, H], [V, H]) or ([N, H], [V, H], [V] or None)"
+    is_model = isinstance(model, tuple | list) and len(model) in (2, 3)
+    require(is_model, name, letters, type(model).__name__)
+    hidden_states, lm_head_weight, *bias = model
+    for tensor in (hidden_states, lm_head_weight, *bias):
+        if tensor is not None:
+            require_tensor(name, tensor, "token_ids", token_ids)
+    expected = (*token_ids.shape, lm_head_weight.shape[-1])
+    require_shape(name, hidden_states, expected, letters)
+    if bias and bias[0] is not None:
+        require_shape(name, bias[0], tuple(lm_head_weight.shape[:1]), letters)
+
+
+# --- public functions --------------------------------------------------------------------------
 
 
 def codistill_scores(
@@ -62,8 +80,8 @@ def codistill_scores(
         rewards: [S], prompt after prompt.
         small_logps, large_logps: [N] log-probabilities (nats) of the rollouts' tokens.
         cu_seqlens: [S + 1]; tokens of rollout s are cu_seqlens[s] : cu_seqlens[s + 1].
-        group_size: M, rollouts a prompt.
-        keep: G, those kept.
+        group_size: M, rollouts per prompt.
+        keep: G, rollouts kept per prompt.
         alpha, max_completion_tokens, mask, estimator: as in `kd_rewards`; no "exact", which takes
             hidden states.
         scale, eps: as in `group_advantages`; None is Eq. 7.
@@ -142,8 +160,8 @@ def codistill_losses(
         small_old_logps: [N] under the small model that wrote the tokens: the denominator of both
             importance ratios.
         small_advantages, large_advantages: [N], or [S] with `cu_seqlens`.
-        large_loss: of the large model; None: `loss`, as for the small one.
-        logit_scale: of both, or (the small model's, the large one's).
+        large_loss: the large model's loss; None: `loss`, as for the small model.
+        logit_scale: one number for both, or (the small model's, the large one's).
         The others: as in `linear_policy_loss`, the same for both models; `group` holds shards of
             both heads.
 
@@ -197,17 +215,3 @@ def codistill_losses(
         for (hidden_states, lm_head_weight, *bias), advantages, model_loss, scale in models
     )
     return first, second
-
-
-def check_model(name: str, model: Model, token_ids: Tensor) -> None:
-    letters = "([N, H], [V, H]) or ([N, H], [V, H], [V] or None)"
-    is_model = isinstance(model, tuple | list) and len(model) in (2, 3)
-    require(is_model, name, letters, type(model).__name__)
-    hidden_states, lm_head_weight, *bias = model
-    for tensor in (hidden_states, lm_head_weight, *bias):
-        if tensor is not None:
-            require_tensor(name, tensor, "token_ids", token_ids)
-    expected = (*token_ids.shape, lm_head_weight.shape[-1])
-    require_shape(name, hidden_states, expected, letters)
-    if bias and bias[0] is not None:
-        require_shape(name, bias[0], tuple(lm_head_weight.shape[:1]), letters)

@@ -1,4 +1,4 @@
-"""Weights against the mismatch of an engine's and a trainer's probabilities."""
+"""Importance weights that correct for an engine whose probabilities differ from the trainer's."""
 
 import torch
 from torch import Tensor

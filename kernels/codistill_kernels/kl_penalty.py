@@ -1,4 +1,4 @@
-"""A KL divergence in the objective, from log-probabilities of sampled tokens."""
+"""A KL divergence as a term of the objective, from log-probabilities of sampled tokens."""
 
 import torch
 from torch import Tensor
@@ -13,9 +13,30 @@ from codistill_kernels._checks import (
     require_tensor,
 )
 from codistill_kernels._estimators import ESTIMATORS, OF_OBJECTIVES, Estimate
+from codistill_kernels._scaling import divisor
 from codistill_kernels._sequences import to_tokens
 from codistill_kernels._tokens import TokenShape
-from codistill_kernels.policy_loss import divisor
+
+
+def token_weights(
+    weights: Tensor | None, logps: Tensor, keep: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    """[N] in the dtype of logps, 0 where not `keep`."""
+    tokens = logps.shape[0]
+    if cu_seqlens is not None:
+        require_sequences(cu_seqlens, tokens, "logps", logps)
+    if weights is None:
+        return keep.to(logps.dtype)
+    require_tensor("weights", weights, "logps", logps)
+    if cu_seqlens is None:
+        require_shape("weights", weights, (tokens,), "[N]")
+    else:
+        require_shape("weights", weights, (cu_seqlens.shape[0] - 1,), "[S]")
+        weights = to_tokens(weights, cu_seqlens, tokens)
+    return torch.where(keep, weights.detach().to(logps.dtype), 0.0)
+
+
+# --- public function ---------------------------------------------------------------------------
 
 
 def kl_penalty(
@@ -91,21 +112,3 @@ def kl_penalty(
     tokens = keep.sum().to(logps.dtype)
     mean = ESTIMATORS[estimator].value(d.detach()).sum() / tokens.clamp(min=1)
     return total / divisor(total, normalizer), {"tokens": tokens, "kl": mean}
-
-
-def token_weights(
-    weights: Tensor | None, logps: Tensor, keep: Tensor, cu_seqlens: Tensor | None
-) -> Tensor:
-    """[N] in the dtype of logps, 0 where not `keep`."""
-    tokens = logps.shape[0]
-    if cu_seqlens is not None:
-        require_sequences(cu_seqlens, tokens, "logps", logps)
-    if weights is None:
-        return keep.to(logps.dtype)
-    require_tensor("weights", weights, "logps", logps)
-    if cu_seqlens is None:
-        require_shape("weights", weights, (tokens,), "[N]")
-    else:
-        require_shape("weights", weights, (cu_seqlens.shape[0] - 1,), "[S]")
-        weights = to_tokens(weights, cu_seqlens, tokens)
-    return torch.where(keep, weights.detach().to(logps.dtype), 0.0)

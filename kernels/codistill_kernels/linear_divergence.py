@@ -9,15 +9,14 @@ from torch import Tensor
 from codistill_kernels import _backends
 from codistill_kernels._autograd import first_order_only, refuse_transforms
 from codistill_kernels._checks import require, require_normalizer
-from codistill_kernels._divergences import DIVERGENCES
-from codistill_kernels._head import Head
-from codistill_kernels._linear import workspace_bytes
-from codistill_kernels._linear_inputs import require_workspace
+from codistill_kernels._linear.head import Head
+from codistill_kernels._linear.inputs import require_workspace
+from codistill_kernels._linear.planning import workspace_bytes
 from codistill_kernels._ops import custom_op, fake_of
-from codistill_kernels._pair_chunks import divergences_by_chunks
-from codistill_kernels._pair_inputs import Model, ModelInputs, Scaling, Softcap, prepare_pair
-from codistill_kernels._scaling import with_gradients
-from codistill_kernels.policy_loss import divisor
+from codistill_kernels._pair.chunks import divergences_by_chunks
+from codistill_kernels._pair.divergences import DIVERGENCES
+from codistill_kernels._pair.inputs import Model, ModelInputs, Scaling, Softcap, prepare_pair
+from codistill_kernels._scaling import divisor, with_gradients
 
 # --- custom op ---------------------------------------------------------------------------------
 

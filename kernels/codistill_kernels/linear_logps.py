@@ -8,18 +8,14 @@ from torch import Tensor
 
 from codistill_kernels._autograd import refuse_transforms
 from codistill_kernels._checks import require
-from codistill_kernels._head import Head
-from codistill_kernels._linear import (
-    Kept,
-    keep_logits,
-    make_chunks,
-    recomputed_gradients,
-    workspace_bytes,
-)
-from codistill_kernels._linear_inputs import cut, prepare, require_workspace
+from codistill_kernels._linear.chunks import Kept
+from codistill_kernels._linear.head import Head
+from codistill_kernels._linear.inputs import cut, prepare, require_workspace
+from codistill_kernels._linear.logps import logps_and_entropy, row_coefficients
+from codistill_kernels._linear.passes import recomputed_gradients
+from codistill_kernels._linear.planning import keep_logits, make_chunks, workspace_bytes
 from codistill_kernels._ops import custom_op, fake_of
 from codistill_kernels._shards import require_plain
-from codistill_kernels._softmax_torch import normalizers
 
 # --- custom ops --------------------------------------------------------------------------------
 
@@ -35,8 +31,8 @@ def linear_statistics(
     has_entropy: bool,
     backend: str,
 ) -> Tensor:
-    """[4, N] max m, rest of sum exp(z - m), sum exp(z - m) (z - m) if has_entropy, target: of these
-    vocab rows."""
+    """[4, N] max m, rest of sum exp(z - m), sum exp(z - m) (z - m) if has_entropy, and the token's
+    logit, over these vocabulary rows (`_linear.chunks`)."""
     head = Head(lm_head_weight, bias, temperature, softcap)
     return make_chunks(hidden_states, head, token_ids, backend).statistics(has_entropy)
 
@@ -55,17 +51,18 @@ def linear_gradients(
     temperature: Tensor,
     softcap: float,
     coefficients: Tensor,
-    log_softmax: Tensor,
+    lse_parts: Tensor,
     is_whole: bool,
     head_rows: int,
     needs: list[bool],
     workspace_mib: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden_states' gradient in the compute dtype, the others in those of weight and bias.
+    """Gradients of hidden_states (in the compute dtype), weight and bias (in their own dtypes).
 
-    From coefficients and log_softmax [3, N]; is_whole: the weight is the whole vocabulary. Those of
-    weight and bias have head_rows rows, zeros from V on. An empty tensor for each not needed.
+    Takes coefficients and lse_parts [3, N]; is_whole: the weight is the whole vocabulary. The
+    gradients of weight and bias have head_rows rows, zeros from V on. An empty tensor stands for
+    each gradient that is not needed.
     """
     head = Head(lm_head_weight, bias, temperature, softcap)
     dx, dw, db = recomputed_gradients(
@@ -73,7 +70,7 @@ def linear_gradients(
         head,
         token_ids,
         coefficients,
-        log_softmax,
+        lse_parts,
         is_whole,
         needs,
         backend,
@@ -93,7 +90,7 @@ def _(
     temperature,
     softcap,
     coefficients,
-    log_softmax,
+    lse_parts,
     is_whole,
     head_rows,
     needs,
@@ -128,7 +125,7 @@ class Options:
     """Whether it is sure to have a gradient."""
     workspace_mib: int | None = None
     rows: Tensor | None = None
-    """Those that are active, where they are known."""
+    """[K] int64, the active tokens, where they are known."""
     reduce_hidden_gradient: bool = True
     """Whether the gradient of hidden_states is summed over the group here."""
 
@@ -150,29 +147,29 @@ class LinearLogps(torch.autograd.Function):
             statistics, ctx.kept = statistics_of_active(
                 inputs, active, options, len(lm_head_weight), ctx.needs_input_grad[:3]
             )
-        logps, entropy, log_softmax = logps_and_entropy(statistics, active, options.group)
+        logps, entropy, lse_parts = logps_and_entropy(statistics, active, options.group)
         whole = (hidden_states, lm_head_weight, bias, token_ids, temperature)
-        ctx.save_for_backward(*whole, active, log_softmax)
+        ctx.save_for_backward(*whole, active, lse_parts)
         ctx.options = options
         return logps, entropy
 
     @staticmethod
     def backward(ctx, dlogps, dentropy):
-        hidden_states, lm_head_weight, bias, *tokens, active, log_softmax = ctx.saved_tensors
+        hidden_states, lm_head_weight, bias, *tokens, active, lse_parts = ctx.saved_tensors
         needs, group = list(ctx.needs_input_grad[:3]), ctx.options.group
-        # Once: it is used up, also by a pass that fails. A second one computes the logits again.
+        # What is kept is used up, also by a pass that fails: a second pass computes logits again.
         kept, ctx.kept = ctx.kept, None
         head_rows = len(lm_head_weight)
         lm_head_weight, bias = cut(lm_head_weight, bias, ctx.options.vocab)
-        zero = torch.zeros_like(log_softmax[0])
+        zero = torch.zeros_like(lse_parts[0])
         coefficients = row_coefficients(
             zero if dlogps is None else dlogps, zero if dentropy is None else dentropy, active
         )
         serves = kept is not None and (dentropy is None or kept.has_entropy_gradient)
         if serves and not torch.is_grad_enabled():
-            # Of shards' gradients the sum is rounded.
+            # With shards the sum of their gradients is rounded, not each of them.
             dx_dtype = hidden_states.dtype if group is None else torch.float32
-            gradients = kept.gradients(coefficients, log_softmax, needs, hidden_states, dx_dtype)
+            gradients = kept.gradients(coefficients, lse_parts, needs, hidden_states, dx_dtype)
         else:
             kept = None  # before as much is allocated again
             gradients = linear_gradients(
@@ -182,7 +179,7 @@ class LinearLogps(torch.autograd.Function):
                 *tokens,
                 ctx.options.softcap,
                 coefficients,
-                log_softmax,
+                lse_parts,
                 group is None,
                 head_rows,
                 needs,
@@ -201,8 +198,10 @@ class LinearLogps(torch.autograd.Function):
 def statistics_of_active(
     inputs: tuple, active: Tensor, options: Options, head_rows: int, needs: tuple[bool, ...]
 ) -> tuple[Tensor, Kept | None]:
-    """[4, N], zeros where not active; and what is kept of the logits for the backward pass, where
-    the backend can and the memory allows."""
+    """Statistics [4, N], zeros where not active, and what is kept of the logits.
+
+    Something is kept for the backward pass where the backend can keep it and the memory allows.
+    """
     hidden_states, weight, bias, token_ids, temperature = inputs
     rows = active.nonzero().squeeze(1) if options.rows is None else options.rows
     is_all = len(rows) == len(active)
@@ -239,50 +238,6 @@ def statistics_of_active(
     full = statistics.new_zeros((4, len(active)))
     full[:, rows] = statistics
     return full, kept
-
-
-def logps_and_entropy(
-    statistics: Tensor, active: Tensor, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logps and entropy [N], 0 where not active, and `normalizers` [3, N]."""
-    logps, log_softmax = log_probabilities(statistics, group)
-    _, log_sum, mean = log_softmax
-    # Select, not multiply: an ignored row may hold NaN.
-    entropy = torch.where(active, log_sum - mean, 0.0)
-    return torch.where(active, logps, 0.0), entropy, log_softmax
-
-
-def row_coefficients(dlogps: Tensor, dentropy: Tensor, active: Tensor) -> Tensor:
-    """c0, c1, c2 [3, N] of the logits' gradient, from those of `logps_and_entropy`."""
-    c0 = torch.where(active, -dlogps, 0.0)
-    return torch.stack((c0, c0, torch.where(active, -dentropy, 0.0)))
-
-
-def log_probabilities(statistics: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """logps [N], and `normalizers` [3, N] of the whole vocabulary."""
-    if group is not None:
-        statistics = merge_shards(statistics, group)
-    log_softmax = normalizers(statistics)
-    maximum, log_sum, _ = log_softmax
-    return (statistics[3] - maximum) - log_sum, log_softmax
-
-
-def merge_shards(statistics: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Statistics of the whole vocabulary from those of each process's rows."""
-    maximum, rest, weighted, target = statistics
-    largest = maximum.clone()
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    shift = maximum - largest
-    scale = shift.exp()
-    total = 1 + rest
-    # A shard without a vocabulary row has maximum -inf: it adds nothing.
-    weighted = torch.where(scale > 0, scale * (weighted + shift * total), 0.0)
-    is_largest = shift == 0
-    rest = torch.where(is_largest, rest, scale * total)
-    sums = torch.stack((rest, weighted, target, is_largest.to(rest.dtype)))
-    dist.all_reduce(sums, group=group)
-    rest, weighted, target, ties = sums
-    return torch.stack((largest, rest + (ties - 1), weighted, target))
 
 
 # --- public function ---------------------------------------------------------------------------
@@ -325,8 +280,8 @@ def linear_logps(
         token_ids: [...], int64, in [0, vocab_size) or `ignore_index`. On a GPU and under
             torch.compile, where values are not looked at, an id outside gives NaN.
         bias: [V], added to the logits. Differentiable.
-        temperature: divides the logits, > 0: a number, or a tensor [...], one a token. No gradient
-            flows into it.
+        temperature: divides the logits, > 0: a number, or a tensor [...] of one per token. No
+            gradient flows into it.
         softcap: > 0; soft limit of the logits, before the temperature.
         logit_scale: > 0, a number; multiplies the logits before the softcap (Cohere; 1 over
             Granite's logits_scaling).
@@ -355,7 +310,7 @@ def linear_logps(
             then). The message names it.
 
     Logits are fp32 sums, never rounded. Memory besides the inputs and the gradients: the forward
-    pass holds a tile of logits a thread (cpu), a slab of 128 MiB (triton) or a chunk of 256 rows
+    pass holds a tile of logits per thread (cpu), a slab of 128 MiB (triton) or a chunk of 256 rows
     (torch); the backward pass computes them again, the workspace at a time. Where they fit into the
     workspace, the exponentials of all logits are kept for the backward pass instead, 6 N H V
     operations, not 8: by triton in the dtype of the inputs, unless the entropy or a bias has a

@@ -8,37 +8,33 @@ out of the two gradient products, exactly.
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from codistill_kernels._chunk_gradients import as_coefficients, gradients_by_chunks
-from codistill_kernels._head import Head
-from codistill_kernels._linear import (
-    kind_of_chunks,
+from codistill_kernels._linear.chunks import Chunks
+from codistill_kernels._linear.head import Head
+from codistill_kernels._linear.inputs import LinearInputs, prepare_rows
+from codistill_kernels._linear.logps import as_coefficients, log_probabilities
+from codistill_kernels._linear.passes import gradients_by_chunks, recomputed_gradients
+from codistill_kernels._linear.planning import (
+    chunks_for,
     make_chunks,
     plan_for,
     plan_of_call,
-    recomputed_gradients,
     workspace_bytes,
 )
-from codistill_kernels._linear_inputs import LinearInputs, prepare_rows
 from codistill_kernels._ops import custom_op, fake_of
-from codistill_kernels._scaling import with_gradients
+from codistill_kernels._scaling import divisor, with_gradients
 from codistill_kernels._sequences import to_tokens
-from codistill_kernels.linear_logps import LinearLogps, Options, log_probabilities
+from codistill_kernels.linear_logps import LinearLogps, Options
 from codistill_kernels.policy_loss import (
     PolicyLoss,
     check_inputs,
-    divisor,
     policy_loss,
     token_gradients,
 )
-
-if TYPE_CHECKING:
-    from codistill_kernels._linear import Chunks
 
 # --- custom op ---------------------------------------------------------------------------------
 
@@ -64,21 +60,21 @@ def linear_policy_gradients(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logps and entropy [N], and the gradients of the sum before the normalizer, each an empty
-    tensor where it is not needed.
+    """logps and entropy [N], and the gradients of the loss times its normalizer.
 
-    kind, settings: of the loss. shard_rows: of the largest shard of the weight, not cut: all
-    processes must make the same chunks.
+    kind and settings describe the loss (`PolicyLoss.settings`). shard_rows: rows of the largest
+    shard of the weight, not cut to the vocabulary, by which all processes make the same chunks. An
+    empty tensor stands for each gradient that is not needed.
     """
     loss = PolicyLoss.from_settings(kind, settings)
     group = dist.distributed_c10d._resolve_process_group(group_name) if group_name else None
     head = Head(lm_head_weight, bias, temperature, softcap)
     terms = Terms(old_logps, advantages, importance_weights, mask, cu_seqlens, loss)
-    chunks = kind_of_chunks(hidden_states, backend)
+    chunks = chunks_for(hidden_states, shard_rows, backend)
     is_shard = group is not None
     device = hidden_states.device
     workspace = workspace_bytes(workspace_mib, device, shard_rows, is_shard=is_shard)
-    # Chunks of raw logits, or of exponentials.
+    # A chunk holds raw logits, or exponentials.
     is_exact = chunks.HOLDS_LOGITS or chunks.takes_logits(softcap, loss.entropy_bonus != 0, needs)
     plan = plan_for(chunks, hidden_states, lm_head_weight, shard_rows, workspace, is_exact)
     arguments = (hidden_states, head, token_ids, terms, group, needs, backend)
@@ -121,10 +117,13 @@ def _(
 
 
 def takes_two_passes(
-    kind: "type[Chunks]", softcap: float, loss: PolicyLoss, needs: list[bool]
+    kind: type[Chunks], softcap: float, loss: PolicyLoss, needs: list[bool]
 ) -> bool:
-    """A gradient at one token depends on others, there is none, or it takes logits that chunks of
-    this kind do not hold."""
+    """Whether all log-probabilities must come before the first gradient.
+
+    So it is where a token's gradient depends on other tokens, where there is no gradient, and where
+    it takes logits that these chunks do not hold.
+    """
     takes_logits = kind.takes_logits(softcap, loss.entropy_bonus != 0, needs)
     is_left = takes_logits and not kind.HOLDS_LOGITS
     return loss.needs_sequences or not any(needs) or is_left
@@ -143,7 +142,7 @@ class Terms:
     loss: PolicyLoss
 
     def gradients(self, logps: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[N] by logps, from all tokens' own, and by entropy (None: 0)."""
+        """d loss / d logps and d loss / d entropy [N], the latter None where it is 0."""
         by_logps = token_gradients(
             logps,
             self.old_logps,
@@ -172,14 +171,14 @@ class Terms:
         )
 
     def by_token(self) -> "Terms":
-        """Without sequences; for losses in which no token depends on another."""
+        """The same with advantages of tokens, for losses whose tokens do not depend on others."""
         if self.cu_seqlens is None:
             return self
         advantages = to_tokens(self.advantages, self.cu_seqlens, len(self.mask))
         return replace(self, advantages=advantages, cu_seqlens=None)
 
     def of_rows(self, rows: Tensor) -> "Terms":
-        """Of some tokens, where there are no sequences."""
+        """The terms of some tokens, where there are no sequences."""
         assert self.cu_seqlens is None
         old, weights = (
             None if t is None else t[rows] for t in (self.old_logps, self.importance_weights)
@@ -221,21 +220,21 @@ def two_passes(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All log-probabilities first, then the gradients from recomputed logits: 8 N H V.
 
-    For losses whose gradient at one token depends on others, for no gradient at all, and for a
-    workspace of so few rows that preparing the weight for each chunk would cost more.
+    Serves what `takes_two_passes` says, and a workspace of so few rows that preparing the weight
+    for each chunk would cost more.
     """
     rows = terms.mask.nonzero().squeeze(1)
     chunks = make_chunks(hidden_states[rows], head.of_rows(rows), token_ids[rows], backend)
     logps = torch.zeros_like(head.temperature)
-    softmax = logps.new_zeros((3, len(logps)))
+    lse_parts = logps.new_zeros((3, len(logps)))
     statistics = chunks.statistics(has_entropy=True)
-    logps[rows], softmax[:, rows] = log_probabilities(statistics, group)
+    logps[rows], lse_parts[:, rows] = log_probabilities(statistics, group)
     gradients = recomputed_gradients(
         hidden_states,
         head,
         token_ids,
         as_coefficients(*terms.gradients(logps)),
-        softmax,
+        lse_parts,
         group is None,
         needs,
         backend,
@@ -243,7 +242,7 @@ def two_passes(
         logps.dtype,
         workspace,
     )
-    return logps, softmax[1] - softmax[2], *gradients
+    return logps, lse_parts[1] - lse_parts[2], *gradients
 
 
 def by_gradients(
@@ -323,7 +322,7 @@ def linear_policy_loss(
             `policy_loss`.
         bias, temperature, softcap, logit_scale, vocab_size, group, reduce_hidden_gradient: as in
             `linear_logps`.
-        workspace_mib: bound of the logits held at once (MiB); more rows a pass, fewer passes over
+        workspace_mib: bound of the logits held at once (MiB); more rows per pass, fewer passes over
             the weight. At least 64 tokens' logits, or 256 vocabulary rows' in two passes. None: on
             a CPU 128, or what 256 tokens' logits take; on a GPU 2560, or half of what is free.
         backend: as in `linear_logps`.

@@ -3,15 +3,10 @@
 import torch
 from torch import Tensor
 
-from codistill_kernels import _backends, _native
-from codistill_kernels._linear_cpu import ROWS as CPU_ROWS
-from codistill_kernels._linear_cpu import operand, operand_dtype
-from codistill_kernels._linear_torch import matmul
+from codistill_kernels import _backends
 from codistill_kernels._ops import custom_op, fake_of
-from codistill_kernels._pair_inputs import Scaling, Softcap, prepare_pair
-from codistill_kernels._softmax_torch import scale, statistics
-
-ROWS = {"cpu": CPU_ROWS, "torch": 128}  # at once; torch holds the logits of both models
+from codistill_kernels._pair.inputs import Scaling, Softcap, prepare_pair
+from codistill_kernels._pair.reverse_kl import reverse_kl as pair_reverse_kl
 
 # --- custom op ---------------------------------------------------------------------------------
 
@@ -28,25 +23,16 @@ def reverse_kl(
     teacher_softcap: float,
     backend: str,
 ) -> Tensor:
-    """[N] sum_v p_s (log p_s - log p_t)"""
+    """[N] sum_v p (log p - log q), p of the student and q of the teacher, over all rows of the
+    weights."""
     student = (student_hidden, student_weight, student_temperature, student_softcap)
     teacher = (teacher_hidden, teacher_weight, teacher_temperature, teacher_softcap)
     chosen = _backends.choose(backend, student_hidden.device, student_hidden.dtype)
     if chosen == "triton":
-        from codistill_kernels import _reverse_kl_triton
+        from codistill_kernels._pair import reverse_kl_triton
 
-        return _reverse_kl_triton.reverse_kl(student, teacher)
-    out = torch.empty_like(student_temperature)
-    of_rows = {"cpu": of_rows_cpu, "torch": of_rows_torch}[chosen]
-    for first in range(0, len(out), ROWS[chosen]):
-        rows = slice(first, first + ROWS[chosen])
-        out[rows] = of_rows(
-            *(
-                (hidden[rows], weight.contiguous(), temperature[rows], softcap)
-                for hidden, weight, temperature, softcap in (student, teacher)
-            )
-        )
-    return out
+        return reverse_kl_triton.reverse_kl(student, teacher)
+    return pair_reverse_kl(student, teacher, chosen)
 
 
 @fake_of(reverse_kl)
@@ -62,41 +48,6 @@ def _(
     backend,
 ):
     return torch.empty_like(student_temperature)
-
-
-Rows = tuple[Tensor, Tensor, Tensor, float]
-"""Hidden states, weight, temperature, softcap."""
-
-
-def of_rows_cpu(student: Rows, teacher: Rows) -> Tensor:
-    common = torch.promote_types(*(operand_dtype(*model[:2]) for model in (student, teacher)))
-    (x_s, *others_s), (x_t, *others_t) = student, teacher
-    out = torch.empty(len(x_s), dtype=torch.float32)
-    _native.call(
-        "reverse_kl", operand(x_s, common), *others_s, operand(x_t, common), *others_t, out
-    )
-    return out
-
-
-def of_rows_torch(student: Rows, teacher: Rows) -> Tensor:
-    dtype = student[2].dtype
-    return divergence(
-        *(
-            scale(matmul(hidden, weight.T, dtype), temperature, softcap)
-            for hidden, weight, temperature, softcap in (student, teacher)
-        )
-    )
-
-
-def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(student || teacher) [R] of logits [R, V], with the digits of peaked rows."""
-    none = torch.full(student.shape[:1], -1, dtype=torch.int64, device=student.device)
-    (max_s, rest_s, *_), (max_t, rest_t, *_) = (statistics(z, none) for z in (student, teacher))
-    student, teacher = student - max_s[:, None], teacher - max_t[:, None]
-    p = student.exp()
-    difference = torch.where(p > 0, p * (student - teacher), 0.0).sum(dim=1)
-    kl = difference / (1 + rest_s) - rest_s.log1p() + rest_t.log1p()
-    return kl.clamp(min=0)  # rounding; NaN stays
 
 
 # --- public function ---------------------------------------------------------------------------
@@ -118,7 +69,7 @@ def linear_reverse_kl(
     out[n] = sum_v p[n, v] (log p[n, v] - log q[n, v])
     p = softmax_v(student_hidden @ student_weight.T / temperature), q likewise of the teacher
 
-    A reward: it has no gradient. `linear_divergence` is its differentiable twin.
+    It is a reward and has no gradient. `linear_divergence` is its differentiable twin.
 
     Args:
         student, teacher: (hidden states [N, H] or [B, T, H], lm_head weight [V, H]), each with its
@@ -137,8 +88,8 @@ def linear_reverse_kl(
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value. The message names it.
 
-    Memory besides the inputs: two tiles of logits a thread (cpu) or program (triton), or two chunks
-    of 128 rows (torch).
+    Memory besides the inputs: two tiles of logits per thread (cpu), two slabs of 128 MiB (triton),
+    or two chunks of 128 rows (torch).
     Source: the divergence that Eq. 6 estimates from sampled tokens. Definition:
     codistill_kernels.reference.linear_reverse_kl.
     """

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from codistill_kernels._autograd import first_order_only
 from codistill_kernels._checks import require, require_normalizer
-from codistill_kernels._chunk_gradients import gradients_by_chunks
-from codistill_kernels._head import Head
-from codistill_kernels._linear import make_chunks, plan_of_call
-from codistill_kernels._linear_inputs import LinearInputs, prepare_rows
-from codistill_kernels._scaling import with_gradients
+from codistill_kernels._linear.head import Head
+from codistill_kernels._linear.inputs import LinearInputs, prepare_rows
+from codistill_kernels._linear.passes import gradients_by_chunks
+from codistill_kernels._linear.planning import make_chunks, plan_of_call
+from codistill_kernels._scaling import divisor, with_gradients
 from codistill_kernels.linear_logps import LinearLogps, Options
-from codistill_kernels.policy_loss import divisor
 
 TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -26,13 +25,13 @@ TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 def evaluate(
     fn: TokenLoss, logps: Tensor, entropy: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Its losses [R], detached, and their slopes by logps and by entropy (None: it takes none)."""
+    """Losses [R] of fn, detached, and their slopes by logps and entropy (None: fn ignores it)."""
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (logps, entropy)]
         losses = fn(leaves[0], leaves[1], rows)
         require_losses(losses, rows)
         require_no_other_gradient(losses, leaves)
-        if not losses.requires_grad:  # of neither: a constant
+        if not losses.requires_grad:  # they depend on neither
             return losses.detach(), torch.zeros_like(logps), None
         slopes = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
     dlogps, dentropy = slopes

@@ -1,6 +1,6 @@
 """The importance-ratio losses of policy optimization, from log-probabilities.
 
-Which ratio, bound and gradient a kind has stands in `_surrogates`, one function a kind.
+Ratio, bound and gradient of each kind stand in `_surrogates`, one function per kind.
 """
 
 import math
@@ -18,6 +18,7 @@ from codistill_kernels._checks import (
     require_shape,
     require_tensor,
 )
+from codistill_kernels._scaling import divisor
 from codistill_kernels._sequences import sequence_sums, to_tokens
 from codistill_kernels._surrogates import SURROGATES, Surrogate, Tokens
 from codistill_kernels._tokens import TokenShape
@@ -107,16 +108,151 @@ class PolicyLoss:
         return SURROGATES[self.kind].needs_sequences
 
     def settings(self) -> list[float]:
-        """The other fields, as an argument of a custom op: NaN for None."""
+        """The fields besides kind, as an argument of a custom op: NaN stands for None."""
         values = [getattr(self, field.name) for field in fields(self)[1:]]
         return [math.nan if value is None else float(value) for value in values]
 
     @classmethod
     def from_settings(cls, kind: str, settings: list[float]) -> "PolicyLoss":
-        """The loss of which these are the `settings`."""
+        """The loss whose `settings` these are."""
         names = [field.name for field in fields(cls)[1:]]
         values = [None if math.isnan(value) else value for value in settings]
         return cls(kind, **dict(zip(names, values, strict=True)))  # type: ignore[arg-type]
+
+
+def prepare_tokens(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    loss: PolicyLoss,
+    weights: Tensor | None,
+    keep: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tokens]:
+    """Log-ratios [N] before the clamp, and what the surrogate is made of; all 0 where masked."""
+    kind, dtype = SURROGATES[loss.kind], logps.dtype
+    # Select before exp: NaN behind the mask must reach neither the loss nor its gradient.
+    logps = torch.where(keep, logps, 0.0)
+    old_logps = logps if old_logps is None else torch.where(keep, old_logps.to(dtype), 0.0)
+    old_logps = old_logps.detach()
+    log_ratio = logps - old_logps
+    advantages = advantages.detach().to(dtype)
+    weights = torch.ones_like(logps) if weights is None else weights.detach().to(dtype)
+    weights = torch.where(keep, weights, 0.0)
+    if kind.is_of_sequence:
+        assert cu_seqlens is not None, loss.kind
+        counted = sequence_sums(keep.to(dtype), cu_seqlens) > 0
+        weights = sequence_sums(weights, cu_seqlens)
+    else:
+        counted = keep
+        if cu_seqlens is not None:
+            advantages = to_tokens(advantages, cu_seqlens, len(keep))
+    advantages = torch.where(counted, advantages, 0.0)
+    # Both 0 where one is, lest an infinite other one make it NaN. NaN itself is never hidden.
+    none = (advantages == 0) & ~weights.isnan() | (weights == 0) & ~advantages.isnan()
+    advantages, weights = (torch.where(none, 0.0, factor) for factor in (advantages, weights))
+    clamp = loss.log_ratio_clamp
+    clamped = log_ratio if clamp is None else log_ratio.clamp(-clamp, clamp)
+    return log_ratio, Tokens(clamped, logps, old_logps, keep, advantages, weights, cu_seqlens)
+
+
+def surrogate_of(tokens: Tokens, log_ratio: Tensor, loss: PolicyLoss) -> Surrogate:
+    """The surrogate of the loss; masked tokens and those beyond log_ratio_clamp have slope 0."""
+    kind = SURROGATES[loss.kind]
+    value, slope, low, high = kind.surrogate(tokens, loss)
+    if loss.log_ratio_clamp is not None and kind.follows_ratio:
+        below, above = log_ratio < -loss.log_ratio_clamp, log_ratio > loss.log_ratio_clamp
+        low, high = low | below, high | above
+        slope = torch.where(below | above, 0.0, slope)
+    keep = tokens.keep
+    return Surrogate(value, torch.where(keep, slope, 0.0), keep & low, keep & high)
+
+
+def factors(tokens: Tokens, loss: PolicyLoss) -> Tensor:
+    """What the surrogate's value is multiplied by: weight times advantage."""
+    if SURROGATES[loss.kind].has_own_weights:
+        return torch.where(tokens.weights.isnan(), torch.nan, tokens.advantages)
+    return tokens.weights * tokens.advantages
+
+
+def token_gradients(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    loss: PolicyLoss,
+    *,
+    weights: Tensor | None = None,
+    keep: Tensor,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """d(-sum of weight * surrogate) / d logp of each token, [N], from the closed slopes; arguments
+    as in `policy_loss`. The entropy bonus is not in it: its slope by the entropy is constant."""
+    log_ratio, tokens = prepare_tokens(
+        logps, old_logps, advantages, loss, weights, keep, cu_seqlens
+    )
+    slope = surrogate_of(tokens, log_ratio, loss).slope
+    factor = factors(tokens, loss)
+    if SURROGATES[loss.kind].is_of_sequence:
+        factor = tokens.spread(factor)
+    # A slope of 0 is 0 whatever stands before it; only NaN shows.
+    none = ~keep | (slope == 0) & ~factor.isnan()
+    return torch.where(none, 0.0, -factor * slope)
+
+
+def summarize(log_ratio: Tensor, keep: Tensor, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+    """Statistics of `policy_loss`; masked tokens, whose log_ratio is 0, are left out."""
+    tokens = keep.sum().to(log_ratio.dtype)
+    count = tokens.clamp(min=1)
+    ratio = torch.where(keep, log_ratio.exp(), 0.0)
+    # ess does not change when all ratios are scaled: by the largest, no square overflows.
+    largest = torch.where(keep, log_ratio, -torch.inf).max() if len(keep) else tokens
+    scaled = torch.where(keep, (log_ratio - largest).exp(), 0.0)
+    kl = torch.where(keep, log_ratio.expm1() - log_ratio, 0.0)
+    return {
+        "tokens": tokens,
+        "ratio_mean": ratio.sum() / count,
+        "ratio_square_mean": ratio.square().sum() / count,
+        "ratio_max": ratio.max() if ratio.numel() else tokens,
+        "clip_fraction_low": low.sum() / count,
+        "clip_fraction_high": high.sum() / count,
+        "approx_kl": kl.sum() / count,
+        "ess": torch.where(
+            tokens > 0, scaled.sum().square() / (count * scaled.square().sum()), 0.0
+        ),
+    }
+
+
+def check_inputs(
+    loss: PolicyLoss,
+    logps: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    normalizer: float | Tensor,
+    importance_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Check the arguments of `policy_loss`, but for the entropy."""
+    require(isinstance(loss, PolicyLoss), "loss", "a PolicyLoss", type(loss).__name__)
+    require_logps("logps", logps)
+    tokens = tuple(logps.shape)
+    for name, tensor in (("old_logps", old_logps), ("importance_weights", importance_weights)):
+        if tensor is not None:
+            require_tensor(name, tensor, "logps", logps)
+            require_shape(name, tensor, tokens, "[N]")
+    require_mask(mask, logps.shape[0], "logps", logps)
+    require_tensor("advantages", advantages, "logps", logps)
+    if cu_seqlens is None:
+        expected = f"given with {loss.kind!r}, or tokens [B, T] with advantages [B]"
+        require(not loss.needs_sequences, "cu_seqlens", expected, None)
+        require_shape("advantages", advantages, tokens, "[N]")
+    else:
+        require_sequences(cu_seqlens, logps.shape[0], "logps", logps)
+        require_shape("advantages", advantages, (cu_seqlens.shape[0] - 1,), "[S]")
+    require_normalizer(normalizer)
+
+
+# --- public function ---------------------------------------------------------------------------
 
 
 def policy_loss(
@@ -210,148 +346,3 @@ def policy_loss(
             # Select before summing: NaN behind the mask must reach neither loss nor gradient.
             total = total - loss.entropy_bonus * torch.where(keep, entropy, 0.0).sum()
     return shape.restored(total / divisor(total, normalizer), statistics)
-
-
-def prepare_tokens(
-    logps: Tensor,
-    old_logps: Tensor | None,
-    advantages: Tensor,
-    loss: PolicyLoss,
-    weights: Tensor | None,
-    keep: Tensor,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tokens]:
-    """The log-ratios [N] before the clamp, and what the surrogate is made of; 0 where masked."""
-    kind, dtype = SURROGATES[loss.kind], logps.dtype
-    # Select before exp: NaN behind the mask must reach neither the loss nor its gradient.
-    logps = torch.where(keep, logps, 0.0)
-    old_logps = logps if old_logps is None else torch.where(keep, old_logps.to(dtype), 0.0)
-    old_logps = old_logps.detach()
-    log_ratio = logps - old_logps
-    advantages = advantages.detach().to(dtype)
-    weights = torch.ones_like(logps) if weights is None else weights.detach().to(dtype)
-    weights = torch.where(keep, weights, 0.0)
-    if kind.is_of_sequence:
-        assert cu_seqlens is not None, loss.kind
-        counted = sequence_sums(keep.to(dtype), cu_seqlens) > 0
-        weights = sequence_sums(weights, cu_seqlens)
-    else:
-        counted = keep
-        if cu_seqlens is not None:
-            advantages = to_tokens(advantages, cu_seqlens, len(keep))
-    advantages = torch.where(counted, advantages, 0.0)
-    # Both 0 where one is, lest an infinite other one make it NaN. NaN itself is never hidden.
-    none = (advantages == 0) & ~weights.isnan() | (weights == 0) & ~advantages.isnan()
-    advantages, weights = (torch.where(none, 0.0, factor) for factor in (advantages, weights))
-    clamp = loss.log_ratio_clamp
-    clamped = log_ratio if clamp is None else log_ratio.clamp(-clamp, clamp)
-    return log_ratio, Tokens(clamped, logps, old_logps, keep, advantages, weights, cu_seqlens)
-
-
-def surrogate_of(tokens: Tokens, log_ratio: Tensor, loss: PolicyLoss) -> Surrogate:
-    """Of the kind; masked tokens and those beyond log_ratio_clamp have slope 0."""
-    kind = SURROGATES[loss.kind]
-    value, slope, low, high = kind.surrogate(tokens, loss)
-    if loss.log_ratio_clamp is not None and kind.follows_ratio:
-        below, above = log_ratio < -loss.log_ratio_clamp, log_ratio > loss.log_ratio_clamp
-        low, high = low | below, high | above
-        slope = torch.where(below | above, 0.0, slope)
-    keep = tokens.keep
-    return Surrogate(value, torch.where(keep, slope, 0.0), keep & low, keep & high)
-
-
-def factors(tokens: Tokens, loss: PolicyLoss) -> Tensor:
-    """What the value is multiplied by: weight and advantage."""
-    if SURROGATES[loss.kind].has_own_weights:
-        return torch.where(tokens.weights.isnan(), torch.nan, tokens.advantages)
-    return tokens.weights * tokens.advantages
-
-
-def token_gradients(
-    logps: Tensor,
-    old_logps: Tensor | None,
-    advantages: Tensor,
-    loss: PolicyLoss,
-    *,
-    weights: Tensor | None = None,
-    keep: Tensor,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """d(-sum of weight * surrogate) / d logp of each token, [N], from the closed slopes; arguments
-    as in `policy_loss`. The entropy bonus is not in it: its slope by the entropy is constant."""
-    log_ratio, tokens = prepare_tokens(
-        logps, old_logps, advantages, loss, weights, keep, cu_seqlens
-    )
-    slope = surrogate_of(tokens, log_ratio, loss).slope
-    factor = factors(tokens, loss)
-    if SURROGATES[loss.kind].is_of_sequence:
-        factor = tokens.spread(factor)
-    # A slope of 0 is 0 whatever stands before it; only NaN shows.
-    none = ~keep | (slope == 0) & ~factor.isnan()
-    return torch.where(none, 0.0, -factor * slope)
-
-
-def divisor(total: Tensor, normalizer: float | Tensor) -> float | Tensor:
-    """What a sum is divided by: the normalizer, or infinity for 0 over 0.
-
-    Nothing to train on has thereby loss 0 and gradient 0. Nothing is looked at, so that no GPU is
-    waited for.
-    """
-    if not isinstance(normalizer, Tensor):
-        if normalizer != 0:
-            return normalizer
-        normalizer = torch.zeros_like(total)
-    normalizer = normalizer.detach().to(total)
-    return torch.where((normalizer == 0) & (total.detach() == 0), torch.inf, normalizer)
-
-
-def summarize(log_ratio: Tensor, keep: Tensor, low: Tensor, high: Tensor) -> dict[str, Tensor]:
-    """Statistics of `policy_loss`. Masked tokens have ratio 1 and are taken out again."""
-    tokens = keep.sum().to(log_ratio.dtype)
-    count = tokens.clamp(min=1)
-    ratio = torch.where(keep, log_ratio.exp(), 0.0)
-    # ess does not change when all ratios are scaled: by the largest, no square overflows.
-    largest = torch.where(keep, log_ratio, -torch.inf).max() if len(keep) else tokens
-    scaled = torch.where(keep, (log_ratio - largest).exp(), 0.0)
-    kl = torch.where(keep, log_ratio.expm1() - log_ratio, 0.0)
-    return {
-        "tokens": tokens,
-        "ratio_mean": ratio.sum() / count,
-        "ratio_square_mean": ratio.square().sum() / count,
-        "ratio_max": ratio.max() if ratio.numel() else tokens,
-        "clip_fraction_low": low.sum() / count,
-        "clip_fraction_high": high.sum() / count,
-        "approx_kl": kl.sum() / count,
-        "ess": torch.where(
-            tokens > 0, scaled.sum().square() / (count * scaled.square().sum()), 0.0
-        ),
-    }
-
-
-def check_inputs(
-    loss: PolicyLoss,
-    logps: Tensor,
-    old_logps: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    normalizer: float | Tensor,
-    importance_weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    require(isinstance(loss, PolicyLoss), "loss", "a PolicyLoss", type(loss).__name__)
-    require_logps("logps", logps)
-    tokens = tuple(logps.shape)
-    for name, tensor in (("old_logps", old_logps), ("importance_weights", importance_weights)):
-        if tensor is not None:
-            require_tensor(name, tensor, "logps", logps)
-            require_shape(name, tensor, tokens, "[N]")
-    require_mask(mask, logps.shape[0], "logps", logps)
-    require_tensor("advantages", advantages, "logps", logps)
-    if cu_seqlens is None:
-        expected = f"given with {loss.kind!r}, or tokens [B, T] with advantages [B]"
-        require(not loss.needs_sequences, "cu_seqlens", expected, None)
-        require_shape("advantages", advantages, tokens, "[N]")
-    else:
-        require_sequences(cu_seqlens, logps.shape[0], "logps", logps)
-        require_shape("advantages", advantages, (cu_seqlens.shape[0] - 1,), "[S]")
-    require_normalizer(normalizer)

@@ -20,6 +20,90 @@ from codistill_kernels._estimators import ESTIMATORS, OF_REWARDS
 from codistill_kernels._sequences import sequence_sums
 from codistill_kernels.linear_reverse_kl import linear_reverse_kl
 
+# --- KD reward ---------------------------------------------------------------------------------
+
+
+def require_unused(estimator: str, **options: object) -> None:
+    """Each option is None: the estimator would ignore it."""
+    for name, option in options.items():
+        require(option is None, name, f"left out with estimator {estimator!r}", "one")
+
+
+def sampled_kd(
+    teacher_logps: Tensor | None, student_logps: Tensor | None, estimator: str, rewards: Tensor
+) -> Tensor:
+    """[N] fp64: minus the estimate of KL(student || teacher) at each sampled token."""
+    for name, logps in (("teacher_logps", teacher_logps), ("student_logps", student_logps)):
+        require(logps is not None, name, f"[N] with {estimator!r}", None)
+        require_tensor(name, logps, "rewards", rewards)
+    assert teacher_logps is not None and student_logps is not None
+    require_logps("teacher_logps", teacher_logps)
+    require_shape("student_logps", student_logps, tuple(teacher_logps.shape), "[N]")
+    require_float("student_logps", student_logps)
+    log_ratio = teacher_logps.detach().double() - student_logps.detach().double()
+    return -ESTIMATORS[estimator].value(log_ratio)
+
+
+# --- down-sampling -----------------------------------------------------------------------------
+
+
+def widest_split(falling: Tensor, keep: int) -> Tensor:
+    """[P, 1] how many of the highest scores are among the `keep` scores of largest variance.
+
+    falling: [P, M] scores in falling order.
+    """
+    # Less the lowest score, in fp64: a common offset costs no digits, and whole numbers stay exact,
+    # so that equal variances are found equal.
+    moved = falling.double() - falling[:, -1:].double()
+    highest = torch.arange(keep, -1, -1, device=falling.device)
+    sums = []
+    for values in (moved, moved.square()):
+        prefix = torch.nn.functional.pad(values.cumsum(dim=1), (1, 0))  # [P, M + 1]
+        lowest = prefix[:, -1:] - prefix[:, falling.shape[1] - keep + highest]
+        sums.append(prefix[:, highest] + lowest)
+    return highest[(keep * sums[1] - sums[0].square()).argmax(dim=1, keepdim=True)]
+
+
+class Method(NamedTuple):
+    """How `downsample` keeps the highest and the lowest of a group."""
+
+    highest: Callable[[Tensor, int], int | Tensor]
+    """(falling scores [P, M], keep) -> how many of the highest to keep, one number for all groups
+    or [P, 1]; the others that are kept are the lowest."""
+    divisor: int = 1
+    """A number that divides `keep`."""
+    is_random: bool = False
+    """Whether scores are drawn at random, by a seed."""
+    needs_finite: bool = False
+
+
+METHODS = {
+    "top_bottom": Method(lambda falling, keep: keep // 2, divisor=2),
+    "top": Method(lambda falling, keep: keep),
+    "max_variance": Method(widest_split, needs_finite=True),
+    "random": Method(lambda falling, keep: keep, is_random=True),
+}
+
+
+def drawn_like(groups: Tensor, seed: int) -> Tensor:
+    """Random scores of this shape, drawn on the CPU, so that they are the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(groups.shape, dtype=torch.float64, generator=generator, device="cpu")
+    return -draws.to(groups.device)
+
+
+def in_groups(name: str, values: Tensor, group_size: int) -> Tensor:
+    """[S] -> [S / group_size, group_size]"""
+    require_tensor(name, values)
+    require(values.ndim == 1, name, "[S]", tuple(values.shape))
+    require(group_size > 0, "group_size", "> 0", group_size)
+    if values.shape[0] % group_size:  # a message made for nothing would bind a graph to this S
+        require(False, "group_size", f"a divisor of S = {values.shape[0]}", group_size)
+    return values.view(-1, group_size)
+
+
+# --- public functions --------------------------------------------------------------------------
+
 
 def kd_rewards(
     rewards: Tensor,
@@ -116,27 +200,6 @@ def kd_rewards(
     return out.to(rewards.dtype if rewards.dtype == torch.float64 else torch.float32)
 
 
-def require_unused(estimator: str, **options: object) -> None:
-    """All are None: the estimator would ignore them."""
-    for name, option in options.items():
-        require(option is None, name, f"left out with estimator {estimator!r}", "one")
-
-
-def sampled_kd(
-    teacher_logps: Tensor | None, student_logps: Tensor | None, estimator: str, rewards: Tensor
-) -> Tensor:
-    """[N] fp64: minus the estimate of KL(student || teacher) at each sampled token."""
-    for name, logps in (("teacher_logps", teacher_logps), ("student_logps", student_logps)):
-        require(logps is not None, name, f"[N] with {estimator!r}", None)
-        require_tensor(name, logps, "rewards", rewards)
-    assert teacher_logps is not None and student_logps is not None
-    require_logps("teacher_logps", teacher_logps)
-    require_shape("student_logps", student_logps, tuple(teacher_logps.shape), "[N]")
-    require_float("student_logps", student_logps)
-    log_ratio = teacher_logps.detach().double() - student_logps.detach().double()
-    return -ESTIMATORS[estimator].value(log_ratio)
-
-
 def group_advantages(
     rewards: Tensor, group_size: int, *, scale: Literal["std"] | None = None, eps: float = 0.0
 ) -> Tensor:
@@ -165,49 +228,13 @@ def group_advantages(
     require_float("rewards", rewards)
     groups = groups if groups.dtype == torch.float64 else groups.float()
     centred = groups - groups.mean(dim=1, keepdim=True)
-    # The mean of equal numbers may round: what is left is no advantage.
+    # The mean of equal numbers may round: the difference that is left is no advantage.
     equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)
     centred = torch.where(equal, 0.0, centred)
     if scale == "std":
         deviation = centred.square().sum(dim=1, keepdim=True).div(max(group_size - 1, 1)).sqrt()
         centred = torch.where(equal, 0.0, centred / (deviation + eps))
     return centred.reshape(-1).to(rewards.dtype)
-
-
-def widest_split(falling: Tensor, keep: int) -> Tensor:
-    """[P, M] falling scores -> [P, 1]: how many of the highest are among the `keep` of largest
-    variance."""
-    # Moved by the lowest, in fp64: offsets do not cancel badly, and whole numbers stay exact, so
-    # that equal variances are found equal.
-    moved = falling.double() - falling[:, -1:].double()
-    highest = torch.arange(keep, -1, -1, device=falling.device)
-    sums = []
-    for values in (moved, moved.square()):
-        prefix = torch.nn.functional.pad(values.cumsum(dim=1), (1, 0))  # [P, M + 1]
-        lowest = prefix[:, -1:] - prefix[:, falling.shape[1] - keep + highest]
-        sums.append(prefix[:, highest] + lowest)
-    return highest[(keep * sums[1] - sums[0].square()).argmax(dim=1, keepdim=True)]
-
-
-class Method(NamedTuple):
-    """How `downsample` keeps the highest and the lowest of a group."""
-
-    highest: Callable[[Tensor, int], int | Tensor]
-    """falling scores [P, M], keep -> how many of the highest, for all groups or [P, 1] for each;
-    the others are the lowest."""
-    divisor: int = 1
-    """Of keep."""
-    is_random: bool = False
-    """Scores are drawn, by a seed."""
-    needs_finite: bool = False
-
-
-METHODS = {
-    "top_bottom": Method(lambda falling, keep: keep // 2, divisor=2),
-    "top": Method(lambda falling, keep: keep),
-    "max_variance": Method(widest_split, needs_finite=True),
-    "random": Method(lambda falling, keep: keep, is_random=True),
-}
 
 
 def downsample(
@@ -266,20 +293,3 @@ def downsample(
     chosen = order.gather(1, places.expand(len(groups), keep)).sort(dim=1).values
     first = torch.arange(len(groups), device=scores.device)[:, None] * group_size
     return (chosen + first).reshape(-1)
-
-
-def drawn_like(groups: Tensor, seed: int) -> Tensor:
-    """Random scores of this shape, drawn on the CPU: the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.rand(groups.shape, dtype=torch.float64, generator=generator, device="cpu")
-    return -draws.to(groups.device)
-
-
-def in_groups(name: str, values: Tensor, group_size: int) -> Tensor:
-    """[S] -> [S / group_size, group_size]"""
-    require_tensor(name, values)
-    require(values.ndim == 1, name, "[S]", tuple(values.shape))
-    require(group_size > 0, "group_size", "> 0", group_size)
-    if values.shape[0] % group_size:  # a message made for nothing would bind a graph to this S
-        require(False, "group_size", f"a divisor of S = {values.shape[0]}", group_size)
-    return values.view(-1, group_size)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from codistill_kernels import _backends, _native, _softmax_torch
+from codistill_kernels import _backends, _native
 from codistill_kernels._autograd import first_order_only, refuse_transforms
 from codistill_kernels._checks import (
     nan_where_outside,
@@ -15,11 +15,12 @@ from codistill_kernels._checks import (
     require_scaling,
     require_token_ids,
 )
-from codistill_kernels._head import compute_dtype
+from codistill_kernels._linear import softmax_torch
+from codistill_kernels._linear.head import compute_dtype
+from codistill_kernels._linear.logps import logps_and_entropy, row_coefficients
 from codistill_kernels._ops import custom_op, fake_of
-from codistill_kernels.linear_logps import logps_and_entropy, row_coefficients
 
-ROWS = 256  # that the torch backend works on at once, in fp32; chosen, untested
+ROWS = 256  # at once in the torch backend, which makes them fp32; chosen, untested
 
 # --- custom ops --------------------------------------------------------------------------------
 
@@ -34,8 +35,8 @@ def logits_statistics(
     has_entropy: bool,
     backend: str,
 ) -> Tensor:
-    """[4, N] max m, rest of sum exp(z - m), sum exp(z - m) (z - m) if has_entropy, target, from
-    logits [N, V]."""
+    """[4, N] max m, rest of sum exp(z - m), sum exp(z - m) (z - m) if has_entropy, and the token's
+    logit, from logits [N, V] (`_linear.chunks`)."""
     chosen = _backends.choose(backend, logits.device, logits.dtype)
     if chosen != "torch" and logits.stride(1) != 1:
         logits = logits.contiguous()
@@ -44,15 +45,15 @@ def logits_statistics(
         _native.call("logits_statistics", logits, vocab_size, token_ids, temperature, softcap, out)
         return out
     if chosen == "triton":
-        from codistill_kernels._softmax_triton import logit_statistics
+        from codistill_kernels._linear.softmax_triton import logit_statistics
 
         token = (token_ids, temperature, softcap)
         return logit_statistics(logits, *token, vocab_size, has_entropy)
     out = temperature.new_empty((4, len(logits)))
     for rows in row_slices(len(logits)):
         raw = logits[rows, :vocab_size].to(temperature.dtype)
-        scaled = _softmax_torch.scale(raw, temperature[rows], softcap)
-        out[:, rows] = _softmax_torch.statistics(scaled, token_ids[rows])
+        scaled = softmax_torch.scale(raw, temperature[rows], softcap)
+        out[:, rows] = softmax_torch.statistics(scaled, token_ids[rows])
     return out
 
 
@@ -70,38 +71,38 @@ def write_logits_gradients(
     softcap: float,
     vocab_size: int,
     coefficients: Tensor,
-    log_softmax: Tensor,
+    lse_parts: Tensor,
     backend: str,
 ) -> None:
-    """out [N, V] = gradient of the logits, which are `out` itself where logits is None."""
+    """out [N, V] = gradient of the logits, in whose place it is written where logits is None."""
     logits = out if logits is None else logits
     chosen = _backends.choose(backend, logits.device, logits.dtype)
     if chosen != "torch":
-        # Kernels go along rows: others are copied, and the result copied back.
+        # Kernels take contiguous rows: others are copied, and the result is copied back.
         in_rows = logits if logits.stride(1) == 1 else logits.contiguous()
         result = out if out.stride(1) == 1 else torch.empty_like(in_rows)
-        numbers = (coefficients.contiguous(), log_softmax.contiguous())
+        per_row = (coefficients.contiguous(), lse_parts.contiguous())
         if chosen == "cpu":
             token = (token_ids, temperature, softcap)
-            _native.call("logits_gradients", result, in_rows, vocab_size, *token, *numbers)
+            _native.call("logits_gradients", result, in_rows, vocab_size, *token, *per_row)
         else:
-            from codistill_kernels._softmax_triton import logit_gradients
+            from codistill_kernels._linear.softmax_triton import logit_gradients
 
             token = (token_ids.contiguous(), temperature.contiguous(), softcap)
-            logit_gradients(in_rows, result, None, *token, vocab_size, 0, *numbers)
+            logit_gradients(in_rows, result, None, *token, vocab_size, 0, *per_row)
         if result is not out:
             out.copy_(result)
         return
     for rows in row_slices(len(logits)):
-        dlogits = _softmax_torch.gradients(
+        dlogits = softmax_torch.gradients(
             logits[rows, :vocab_size].to(temperature.dtype),
             token_ids[rows],
             temperature[rows],
             softcap,
             coefficients[:, rows],
-            log_softmax[:, rows],
+            lse_parts[:, rows],
         )
-        # Select: a row without a gradient may hold NaN.
+        # Select, not multiply: a row without a gradient may hold NaN.
         active = coefficients[:, rows].ne(0).any(dim=0)[:, None]
         out[rows, :vocab_size] = torch.where(active, dlogits, 0.0)
         out[rows, vocab_size:] = 0
@@ -116,7 +117,7 @@ def _(
     softcap,
     vocab_size,
     coefficients,
-    log_softmax,
+    lse_parts,
     backend,
 ):
     return None
@@ -137,15 +138,15 @@ class SelectiveLogps(torch.autograd.Function):
         softcap, vocab_size, has_entropy, _, backend = options
         numbers = (softcap, vocab_size, has_entropy)
         statistics = logits_statistics(logits, token_ids, temperature, *numbers, backend)
-        logps, entropy, log_softmax = logps_and_entropy(statistics, active, group=None)
-        ctx.save_for_backward(logits, token_ids, temperature, active, log_softmax)
+        logps, entropy, lse_parts = logps_and_entropy(statistics, active, group=None)
+        ctx.save_for_backward(logits, token_ids, temperature, active, lse_parts)
         ctx.options = options
         return logps, entropy
 
     @staticmethod
     @first_order_only("selective_logps")
     def backward(ctx, dlogps, dentropy):
-        logits, token_ids, temperature, active, log_softmax = ctx.saved_tensors
+        logits, token_ids, temperature, active, lse_parts = ctx.saved_tensors
         softcap, vocab_size, _, inplace_backward, backend = ctx.options
         coefficients = row_coefficients(dlogps, dentropy, active)
         # Detached: the same memory, without its place in the graph.
@@ -158,10 +159,35 @@ class SelectiveLogps(torch.autograd.Function):
             softcap,
             vocab_size,
             coefficients,
-            log_softmax,
+            lse_parts,
             backend,
         )
         return out, *[None] * 4
+
+
+# --- checks ------------------------------------------------------------------------------------
+
+
+def check_inputs(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    vocab_size: int | None,
+    ignore_index: int,
+) -> int:
+    """The size of the vocabulary, checked with all else."""
+    require(logits.ndim >= 1, "logits", "[..., V]", tuple(logits.shape))
+    require_float("logits", logits)
+    require(logits.shape[-1] > 0, "logits", "[..., V] with V > 0", tuple(logits.shape))
+    columns = logits.shape[-1]
+    vocab_size = columns if vocab_size is None else vocab_size
+    require(0 < vocab_size <= columns, "vocab_size", f"in 1 .. {columns}", vocab_size)
+    require_token_ids(token_ids, tuple(logits.shape[:-1]))
+    require_device("token_ids", token_ids, "logits", logits)
+    require_in_vocabulary(token_ids, token_ids != ignore_index, vocab_size)
+    require_scaling(temperature, softcap, tuple(token_ids.shape))
+    return vocab_size
 
 
 # --- public function ---------------------------------------------------------------------------
@@ -189,7 +215,7 @@ def selective_logps(
         logits: [..., V], fp32, bf16, fp16 or fp64. Differentiable.
         token_ids: [...] int64, in [0, vocab_size) or `ignore_index`. Checked on the CPU and outside
             torch.compile; elsewhere an id outside gives NaN, of its row's gradient too.
-        temperature: divides the logits, > 0: a number, or a tensor [...], one a token.
+        temperature: divides the logits, > 0: a number, or a tensor [...] of one per token.
         softcap: > 0; soft limit of the logits, before the temperature.
         vocab_size: columns from here on are outside the softmax. None: all count.
         ignore_index: these tokens get log-probability 0, entropy 0 and no gradient, whatever their
@@ -228,25 +254,3 @@ def selective_logps(
     )
     logps, entropy = logps.view(token_ids.shape), entropy.view(token_ids.shape)
     return (logps, entropy) if return_entropy else logps
-
-
-def check_inputs(
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: float | Tensor,
-    softcap: float | None,
-    vocab_size: int | None,
-    ignore_index: int,
-) -> int:
-    """vocab_size, resolved."""
-    require(logits.ndim >= 1, "logits", "[..., V]", tuple(logits.shape))
-    require_float("logits", logits)
-    require(logits.shape[-1] > 0, "logits", "[..., V] with V > 0", tuple(logits.shape))
-    columns = logits.shape[-1]
-    vocab_size = columns if vocab_size is None else vocab_size
-    require(0 < vocab_size <= columns, "vocab_size", f"in 1 .. {columns}", vocab_size)
-    require_token_ids(token_ids, tuple(logits.shape[:-1]))
-    require_device("token_ids", token_ids, "logits", logits)
-    require_in_vocabulary(token_ids, token_ids != ignore_index, vocab_size)
-    require_scaling(temperature, softcap, tuple(token_ids.shape))
-    return vocab_size

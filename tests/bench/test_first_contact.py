@@ -35,8 +35,8 @@ def test_right_in_every_way_on_triton():
 import torch
 from bench import exactness
 from bench.gold import Inputs, Setting, Sizes
-from codistill_kernels import _slabs
-_slabs.SEGMENT, _slabs.ROWS, _slabs.ROW_PADDING = 512, 64, 32
+from codistill_kernels._linear import slab_sizes
+slab_sizes.SEGMENT, slab_sizes.ROWS, slab_sizes.ROW_PADDING = 512, 64, 32
 inputs = Inputs({TINY}, Setting(torch.float32, torch.device("cpu"), "triton"))
 for finding in exactness.check_linear_policy_loss(inputs):
     print(finding)

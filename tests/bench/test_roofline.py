@@ -14,15 +14,15 @@ from bench.paths import DTYPE, OPERATIONS, Case
 from bench.report import cell
 from bench.roofline import COLUMNS, GOALS, LLAMA, QWEN, Goal, main, predict, roofline_ms, title
 from bench.shapes import Shape
-from codistill_kernels import (
-    _backends,
-    _exponentials_triton,
-    _linear_triton,
-    _products_triton,
-    _reverse_kl_triton,
-    _slabs,
-    _softmax_triton,
+from codistill_kernels import _backends
+from codistill_kernels._linear import (
+    exponentials_triton,
+    slab_sizes,
+    slabs,
+    softmax_triton,
+    triton_backend,
 )
+from codistill_kernels._pair import reverse_kl_triton
 
 SMALL = Device("small", matmul=1e12, copy=1e9, multiprocessors=2)
 
@@ -67,17 +67,17 @@ def products_of_code(monkeypatch):
 
     launcher = collections.defaultdict(lambda: nothing)
     monkeypatch.setattr(_backends, "choose", lambda *_: "triton")
-    for module in (_exponentials_triton, _linear_triton, _products_triton):
+    for module in (exponentials_triton, triton_backend, slabs):
         monkeypatch.setattr(module, "product", product)
-    monkeypatch.setattr(_products_triton, "segment_states", nothing)
-    monkeypatch.setattr(_linear_triton, "logit_gradients", nothing)
-    monkeypatch.setattr(_exponentials_triton, "finish_exponentials_kernel", launcher)
-    monkeypatch.setattr(_softmax_triton, "merge_states_kernel", launcher)
-    monkeypatch.setattr(_reverse_kl_triton, "pair_states_kernel", launcher)
-    monkeypatch.setattr(_slabs, "SEGMENT", 64)
-    monkeypatch.setattr(_slabs, "ROWS", 2048)
-    monkeypatch.setattr(_slabs, "SLAB_BYTES", 4 * 64 * 2048)
-    monkeypatch.setattr(_slabs, "FEW_ROWS", 1024)
+    monkeypatch.setattr(slabs, "segment_states", nothing)
+    monkeypatch.setattr(triton_backend, "logit_gradients", nothing)
+    monkeypatch.setattr(exponentials_triton, "finish_exponentials_kernel", launcher)
+    monkeypatch.setattr(softmax_triton, "merge_states_kernel", launcher)
+    monkeypatch.setattr(reverse_kl_triton, "pair_states_kernel", launcher)
+    monkeypatch.setattr(slab_sizes, "SEGMENT", 64)
+    monkeypatch.setattr(slab_sizes, "ROWS", 2048)
+    monkeypatch.setattr(slab_sizes, "SLAB_BYTES", 4 * 64 * 2048)
+    monkeypatch.setattr(slab_sizes, "FEW_ROWS", 1024)
 
     def run(case: Case) -> list[tuple]:
         models = [
@@ -173,16 +173,16 @@ def test_a_pass_by_hand():
 def test_sizes_are_those_of_the_code(monkeypatch):
     case = Case("linear_logps", "both", *QWEN)
     before = predict(H200, case)
-    monkeypatch.setattr(_slabs, "SEGMENT", _slabs.SEGMENT // 8)
-    monkeypatch.setattr(_slabs, "SLAB_BYTES", _slabs.SLAB_BYTES // 8)
+    monkeypatch.setattr(slab_sizes, "SEGMENT", slab_sizes.SEGMENT // 8)
+    monkeypatch.setattr(slab_sizes, "SLAB_BYTES", slab_sizes.SLAB_BYTES // 8)
     narrow = predict(H200, case)
     assert narrow.parts["launches"] > before.parts["launches"] + 500 * LAUNCH
     assert narrow.ms > before.ms
     monkeypatch.undo()
-    monkeypatch.setattr(_slabs, "ROWS", 1024)
+    monkeypatch.setattr(slab_sizes, "ROWS", 1024)
     forward = dataclasses.replace(case, mode="forward")
     assert predict(H200, forward).gib < 0.3 * 0.125
-    monkeypatch.setattr(_slabs, "WORKSPACE_MIB", 512)
+    monkeypatch.setattr(slab_sizes, "WORKSPACE_MIB", 512)
     assert predict(H200, case).ways == ["columns"]
 
 

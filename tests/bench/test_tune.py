@@ -8,7 +8,7 @@ import torch
 
 from bench import tune
 from bench.tune import Candidate
-from codistill_kernels import _slabs, _softmax_triton
+from codistill_kernels._linear import slab_sizes, softmax_triton
 
 CPU = torch.device("cpu")
 
@@ -21,8 +21,8 @@ def even(candidate: Candidate) -> float:
 def test_what_the_present_constants_need_comes_first():
     found = list(tune.candidates())
     assert len(set(found)) == len(found) == 3 * 3 * 2 + 3 * 4 * 2
-    now = dict(rows=_slabs.ROWS, segment=_slabs.SEGMENT)
-    warps = _softmax_triton.NUM_WARPS
+    now = dict(rows=slab_sizes.ROWS, segment=slab_sizes.SEGMENT)
+    warps = softmax_triton.NUM_WARPS
     assert found[:4] == [
         *(Candidate("product", **now, hidden=hidden) for hidden in tune.HIDDEN),
         *(Candidate(step, **now, num_warps=warps) for step in tune.PASSES),
@@ -78,7 +78,7 @@ def test_figures_of_a_row():
 
 def test_proposes_the_fastest_constants(tmp_path):
     def time_of(candidate: Candidate) -> float:
-        is_best = candidate.segment == 4096 and candidate.rows in (2048, _slabs.ROWS)
+        is_best = candidate.segment == 4096 and candidate.rows in (2048, slab_sizes.ROWS)
         is_best &= candidate.num_warps in (None, 16)
         return even(candidate) * (0.5 if is_best else 1.0)
 
@@ -99,14 +99,14 @@ def test_constants_of_a_candidate_reach_the_launch(monkeypatch):
             return lambda *_, **options: launched.append((grid, options))
 
     for step in tune.PASSES:
-        monkeypatch.setattr(_softmax_triton, f"{step}_kernel", Kernel())
+        monkeypatch.setattr(softmax_triton, f"{step}_kernel", Kernel())
         candidate = Candidate(step, rows=4, segment=64, num_warps=16)
         with tune.constants_of(candidate):
             tune.call_of(candidate, CPU)()
     assert [grid for grid, _ in launched] == [(4, 1), (4, 1)]
     assert all((o["SEGMENT"], o["num_warps"]) == (64, 16) for _, o in launched)
     assert launched[0][1]["KEEP"]
-    assert _slabs.SEGMENT != 64 and _softmax_triton.NUM_WARPS == 8
+    assert slab_sizes.SEGMENT != 64 and softmax_triton.NUM_WARPS == 8
 
 
 def test_a_product_runs():

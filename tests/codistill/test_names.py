@@ -22,8 +22,8 @@ from codistill.config.algorithm import (
 )
 from codistill.losses import OF_THE_LARGE_MODEL, make_policy_loss
 from codistill_kernels import PolicyLoss, downsample, kd_rewards, kl_penalty, policy_loss
-from codistill_kernels._divergences import DIVERGENCES
 from codistill_kernels._estimators import ESTIMATORS, OF_OBJECTIVES, OF_REWARDS
+from codistill_kernels._pair.divergences import DIVERGENCES
 from codistill_kernels._surrogates import SURROGATES
 from codistill_kernels.rewards import METHODS
 

@@ -15,14 +15,14 @@ def on_device(monkeypatch):
     if INTERPRETED:  # small vocabularies and few tokens must have several slabs too
         from triton.runtime.interpreter import InterpreterBuilder
 
-        from codistill_kernels import _slabs
+        from codistill_kernels._linear import slab_sizes
 
         monkeypatch.setattr(
             InterpreterBuilder, "create_exp2", lambda self, x: self.unary_op(x, exp2_of_a_gpu)
         )
-        monkeypatch.setattr(_slabs, "SEGMENT", 512)
-        monkeypatch.setattr(_slabs, "ROWS", 32)
-        monkeypatch.setattr(_slabs, "ROW_PADDING", 16)
-        monkeypatch.setattr(_slabs, "SLAB_BYTES", 4 * 32 * 512)
+        monkeypatch.setattr(slab_sizes, "SEGMENT", 512)
+        monkeypatch.setattr(slab_sizes, "ROWS", 32)
+        monkeypatch.setattr(slab_sizes, "ROW_PADDING", 16)
+        monkeypatch.setattr(slab_sizes, "SLAB_BYTES", 4 * 32 * 512)
     with torch.device(DEVICE):
         yield

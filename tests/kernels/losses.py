@@ -1,8 +1,9 @@
-"""Every kind of policy loss with settings that matter on the tests' numbers, enumerated once."""
+"""Every kind of policy loss, with settings that matter on the tests' tokens, and those tokens."""
 
 import pytest
+import torch
 
-from codistill_kernels import PolicyLoss
+from codistill_kernels import PolicyLoss, policy_loss
 from codistill_kernels._surrogates import SURROGATES
 
 BOUNDS = dict(epsilon_low=0.1, epsilon_high=0.3)
@@ -40,7 +41,45 @@ def has_bounds(loss: PolicyLoss) -> bool:
 
 
 def first_step_value(loss: PolicyLoss, logp: float) -> float:
-    """Of a token with ratio 1 and advantage 1."""
+    """The surrogate of a token with ratio 1 and advantage 1."""
     if loss.kind == "sapo":
         return 2 / loss.sapo_temperature_positive
     return 1.0 if SURROGATES[loss.kind].follows_ratio else logp
+
+
+# Sequences 1 and 7 have no token; the mask takes all tokens of sequence 3.
+ENDS = torch.tensor([0, 7, 7, 20, 24, 25, 45, 60, 60])
+
+
+def flat_case(tokens: int, seed: int = 0, dtype=torch.float64) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    old = -0.6 - torch.rand(tokens, generator=generator, dtype=dtype) * 5
+    logps = old + 0.4 * torch.randn(tokens, generator=generator, dtype=dtype)
+    return dict(
+        logps=logps.clamp(max=-0.05).requires_grad_(),
+        old_logps=old,
+        advantages=torch.randn(tokens, generator=generator, dtype=dtype),
+        mask=torch.rand(tokens, generator=generator) > 0.2,
+        importance_weights=torch.rand(tokens, generator=generator, dtype=dtype),
+        entropy=torch.rand(tokens, generator=generator, dtype=dtype).requires_grad_(),
+    )
+
+
+def sequence_case(seed: int = 0, dtype=torch.float64) -> dict:
+    case = flat_case(60, seed, dtype) | {"cu_seqlens": ENDS}
+    case["mask"][20:24] = False
+    # Sequence 0 rose with a positive and sequence 2 fell with a negative advantage: gspo cuts both.
+    case["advantages"] = case["advantages"][:8].clone()
+    case["advantages"][0], case["advantages"][2], case["advantages"][5] = 1.5, -0.7, 0.3
+    case["old_logps"][:7] -= 0.5
+    case["old_logps"][7:20] += 0.5
+    return case
+
+
+def leaf(values, dtype=torch.float64):
+    return torch.tensor(values, dtype=dtype).requires_grad_()
+
+
+def with_gradient(logps, *arguments, **keywords):
+    loss, stats = policy_loss(logps, *arguments, **keywords)
+    return loss.detach(), torch.autograd.grad(loss, logps)[0], stats

@@ -27,15 +27,14 @@ from bench.ahead_of_time import (
     sizes_of,
     variants,
 )
-from codistill_kernels import (
-    _divergences_triton,
-    _exponentials_triton,
-    _linear_triton,
-    _reverse_kl_triton,
-    _slabs,
-    _softmax_triton,
+from codistill_kernels._linear import (
+    exponentials_triton,
+    slab_sizes,
+    softmax_triton,
+    triton_backend,
 )
-from codistill_kernels._head import Head
+from codistill_kernels._linear.head import Head
+from codistill_kernels._pair import divergences_triton, reverse_kl_triton
 
 BYTES = {"bf16": 2, "fp32": 4, "": 0}
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64"}
@@ -89,7 +88,7 @@ def test_nothing_spills_and_all_fit(compiled):
 def test_rows_move_in_accesses_of_16_bytes(compiled):
     """All bytes that a thread must move, and nothing but single numbers otherwise."""
     for row in compiled:
-        if row.kernel == "merge_states_kernel":  # a few numbers a row: there is no row of logits
+        if row.kernel == "merge_states_kernel":  # a few numbers per row: there is no row of logits
             continue
         flags = row.flags.split()
         models = 2 if row.kernel.startswith("pair") else 1
@@ -176,7 +175,7 @@ def is_odd(value: object) -> bool:
 @pytest.fixture
 def launches(monkeypatch):
     found: set[Variant] = set()
-    modules = (_divergences_triton, _exponentials_triton, _reverse_kl_triton, _softmax_triton)
+    modules = (divergences_triton, exponentials_triton, reverse_kl_triton, softmax_triton)
     for module in modules:
         for name in KERNELS:
             if hasattr(module, name):
@@ -191,37 +190,38 @@ def launch_all(dtype: torch.dtype, vocab: int, *, options: bool) -> None:
     ids, temperature = torch.zeros(rows, dtype=torch.long), torch.ones(rows)
     head = Head(weight, torch.zeros(vocab) if options else None, temperature, softcap)
     numbers = torch.zeros(3, rows), torch.zeros(3, rows)
-    chunks = _linear_triton.TritonChunks(x, head, ids)
+    chunks = triton_backend.TritonChunks(x, head, ids)
     for has_entropy in (False, True):
         chunks.statistics(has_entropy)
-        _exponentials_triton.Exponentials(chunks.x, chunks.head, ids, has_entropy=has_entropy)
+        exponentials_triton.Exponentials(chunks.x, chunks.head, ids, has_entropy=has_entropy)
     every = torch.arange(rows)
     assert chunks.hold(every).shape == (4, rows)
     chunks.gradients(every, *numbers, True, None, None)
-    kept = chunks.keep_logits(x, head, ids, every, vocab)
+    is_kept = dict(is_exact=True, has_entropy=True, needs_dw=True, workspace=0)
+    kept = chunks.keep(every, vocab, **is_kept)
     kept.gradients(*numbers, [True, True, options], x, torch.float32)
     for db in (None, torch.zeros(vocab)) if options else (None,):
         gradients = torch.empty_like(x, dtype=torch.float32), None, db
-        chunks.write_gradients(x, head, ids, *numbers, *gradients, workspace=0)
+        chunks.write_gradients(*numbers, True, *gradients, workspace=0)
     model = (x, weight, temperature, softcap)
-    _reverse_kl_triton.reverse_kl(model, model)
+    reverse_kl_triton.reverse_kl(model, model)
     head = Head(weight, None, temperature, softcap)
-    raw, other = torch.zeros(2, rows, _slabs.padded_columns(vocab))[:, :, :vocab]
+    raw, other = torch.zeros(2, rows, slab_sizes.padded_columns(vocab))[:, :, :vocab]
     for kind in KINDS:
-        _divergences_triton.divergences(raw, other, head, head, kind, 0.5, None, raw)
+        divergences_triton.divergences(raw, other, head, head, kind, 0.5, None, raw)
     logits = torch.zeros(rows, vocab, dtype=dtype)
     if dtype == torch.bfloat16 or not options:
         token = ids, temperature, softcap, vocab
         for has_entropy in (False, True) if not options and vocab % 16 == 0 else (False,):
-            _softmax_triton.logit_statistics(logits, *token, has_entropy)
-        _softmax_triton.logit_gradients(logits, logits, None, *token, 0, *numbers)
+            softmax_triton.logit_statistics(logits, *token, has_entropy)
+        softmax_triton.logit_gradients(logits, logits, None, *token, 0, *numbers)
 
 
 def test_variants_are_what_the_launchers_launch(launches):
     for dtype, odd in product((torch.bfloat16, torch.float32), (False, True)):
-        launch_all(dtype, _slabs.SEGMENT + (17 if odd else 64), options=False)
+        launch_all(dtype, slab_sizes.SEGMENT + (17 if odd else 64), options=False)
     for dtype in (torch.bfloat16, torch.float32):
-        launch_all(dtype, _slabs.SEGMENT, options=True)
+        launch_all(dtype, slab_sizes.SEGMENT, options=True)
     assert launches == {variant for variant in variants() if variant.capability == 90}
 
 

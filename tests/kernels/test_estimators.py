@@ -21,7 +21,7 @@ masked = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 
 
 def make_logps(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of two models: as near as 0.01 and as far as 4 nats; token 7 is alike in both."""
+    """logps of two models: as near as 0.01 and as far as 4 nats; token 7 is alike in both."""
     generator = seeded(1)
     ours = -torch.rand(30, generator=generator, dtype=torch.float64) * 3
     apart = torch.logspace(-2, 0.6, 30, dtype=torch.float64)

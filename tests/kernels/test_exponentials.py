@@ -21,18 +21,14 @@ from numerics import (
 )
 from processes import spawn
 
-from codistill_kernels import (
-    _exponentials_triton,
-    _linear_triton,
-    _products_triton,
-    _slabs,
-    linear_logps,
-    reference,
-)
-from codistill_kernels._head import Head, Plan
+from codistill_kernels import linear_logps, reference
+from codistill_kernels._linear import exponentials_triton, slab_sizes, slabs, triton_backend
+from codistill_kernels._linear.chunks import Plan
+from codistill_kernels._linear.head import Head
 from codistill_kernels._scaling import scale_in_place
 
 needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="runs in test_triton.py")
+NO_MATTER = dict(has_entropy=True, needs_dw=True, workspace=0)  # where raw logits are kept
 WAYS = {"kept": False, "kept, shared": True, "columns": None}
 
 
@@ -40,13 +36,13 @@ WAYS = {"kept": False, "kept, shared": True, "columns": None}
 def way(request, monkeypatch):
     """How the backward pass gets its gradients, whatever the memory."""
     # Several segments and slabs, on a GPU too.
-    monkeypatch.setattr(_slabs, "SEGMENT", 512)
-    monkeypatch.setattr(_slabs, "ROWS", 32)
-    monkeypatch.setattr(_slabs, "ROW_PADDING", 16)
+    monkeypatch.setattr(slab_sizes, "SEGMENT", 512)
+    monkeypatch.setattr(slab_sizes, "ROWS", 32)
+    monkeypatch.setattr(slab_sizes, "ROW_PADDING", 16)
     is_shared = WAYS[request.param]
     plan = Plan("columns" if is_shared is None else "kept", 0)
-    monkeypatch.setattr(_slabs, "plan", lambda *_: plan)
-    monkeypatch.setattr(_slabs, "shares_memory", lambda *_: is_shared)
+    monkeypatch.setattr(slab_sizes, "plan", lambda *_: plan)
+    monkeypatch.setattr(slab_sizes, "shares_memory", lambda *_: is_shared)
     return request.param
 
 
@@ -164,7 +160,7 @@ def test_after_a_backward_pass_that_failed(way, monkeypatch):
         def fail(*_, **__):
             raise torch.OutOfMemoryError
 
-        for module in (_exponentials_triton, _linear_triton):
+        for module in (exponentials_triton, triton_backend):
             patch.setattr(module, "product", fail)
         with pytest.raises(torch.OutOfMemoryError):
             loss.backward(retain_graph=True)
@@ -198,7 +194,7 @@ def test_banned_columns_and_a_bias(way):
 @pytest.mark.parametrize("share", [1.0, 0.0], ids=["gathered", "all, others 0"])
 def test_rows_without_a_gradient_do_not_reach_it(way, share, monkeypatch):
     """Neither ignored ones nor those whose upstream gradient is 0, whatever they hold."""
-    monkeypatch.setattr(_slabs, "GATHERED_SHARE", share)
+    monkeypatch.setattr(slab_sizes, "GATHERED_SHARE", share)
     x, weight, ids, upstream = make_case()
     ids[::4], upstream[1::4] = -100, 0.0
     x[::4], x[5] = torch.nan, torch.inf
@@ -272,14 +268,14 @@ def half_of_the_vocabulary(rank: int, folder: str) -> None:
     """One of two processes; the second's logits are 300 nats below the first's in some rows, above
     them in others, so that the target's term is all of the softmax or none of it."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    _slabs.SEGMENT, _slabs.ROWS, _slabs.ROW_PADDING = 64, 32, 16
+    slab_sizes.SEGMENT, slab_sizes.ROWS, slab_sizes.ROW_PADDING = 64, 32, 16
     x, weight, ids, upstream = make_case(rows=12, hidden=8, vocab=200)
     ids %= 200
     x[:, 0], weight[:100, 0], weight[100:, 0] = torch.linspace(-150, 150, 12), 1.0, -1.0
     mine = slice(100 * rank, 100 * (rank + 1))
     expected = gradients(exact_logps, *(t.double() for t in (x, weight)), ids, upstream)
     for way in ("kept", "columns"):
-        _slabs.plan = lambda *_, way=way: Plan(way, 0)
+        slab_sizes.plan = lambda *_, way=way: Plan(way, 0)
         options = dict(group=dist.group.WORLD, backend="triton")
         logps, dx, dw = gradients(linear_logps, x, weight[mine], ids, upstream, **options)
         found = (logps, dx, dw)
@@ -332,7 +328,7 @@ def states_of_segments(
 def merge_states(states, token_ids, vocab):
     """What the launcher of this name launches."""
     maxima, totals, weighted, targets, _, _ = states.unbind(1)
-    owner = token_ids.div(_slabs.SEGMENT, rounding_mode="floor")
+    owner = token_ids.div(slab_sizes.SEGMENT, rounding_mode="floor")
     is_owner = owner == torch.arange(len(states))[:, None]
     maximum, target = maxima.amax(0), torch.where(is_owner, targets, 0.0).sum(0)
     factor = (maxima - maximum).exp()
@@ -352,11 +348,15 @@ class FinishExponentials:
     @staticmethod
     def launch(e, rows, shifts, ids, at_target, factors, kept, first, segments, columns, *_, **__):
         for segment in range(segments):
-            part = e[rows, segment * _slabs.SEGMENT : (segment + 1) * _slabs.SEGMENT].float()
+            part = e[
+                rows, segment * slab_sizes.SEGMENT : (segment + 1) * slab_sizes.SEGMENT
+            ].float()
             part *= shifts[first + segment].exp2()[:, None]
-            e[rows, segment * _slabs.SEGMENT : (segment + 1) * _slabs.SEGMENT] = part.to(e.dtype)
+            e[rows, segment * slab_sizes.SEGMENT : (segment + 1) * slab_sizes.SEGMENT] = part.to(
+                e.dtype
+            )
         assert factors.all()
-        column = ids - first * _slabs.SEGMENT
+        column = ids - first * slab_sizes.SEGMENT
         here = ((column >= 0) & (column < columns)).nonzero().squeeze(1)
         e[rows[here], column[here]] = at_target[here].to(e.dtype)
 
@@ -367,19 +367,19 @@ class FinishExponentials:
 @pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
 def test_bf16_errors_are_at_most_twice_those_of_eager(monkeypatch, std, size, shared):
     """Eager rounds the gradient of the logits to bf16, this way E and the scaled hidden states."""
-    monkeypatch.setattr(_slabs, "SEGMENT", 1024)
-    monkeypatch.setattr(_products_triton, "segment_states", states_of_segments)
-    monkeypatch.setattr(_exponentials_triton, "merge_states", merge_states)
-    monkeypatch.setattr(_exponentials_triton, "finish_exponentials_kernel", FinishExponentials())
+    monkeypatch.setattr(slab_sizes, "SEGMENT", 1024)
+    monkeypatch.setattr(slabs, "segment_states", states_of_segments)
+    monkeypatch.setattr(exponentials_triton, "merge_states", merge_states)
+    monkeypatch.setattr(exponentials_triton, "finish_exponentials_kernel", FinishExponentials())
     case = make_case(rows=256, hidden=256, vocab=8000, std=std, dtype=torch.bfloat16)
     x, weight, ids, upstream = case if size is None else peaked(case, size)
     head = Head(weight, None, torch.full((256,), 0.9), 0.0)
-    kept = _exponentials_triton.Exponentials(x, head, ids, is_shared=shared)
+    kept = exponentials_triton.Exponentials(x, head, ids, is_shared=shared)
     maximum, rest, weighted, target = kept.statistics
-    log_softmax = torch.stack((maximum, rest.log1p(), weighted / (1 + rest)))
+    lse_parts = torch.stack((maximum, rest.log1p(), weighted / (1 + rest)))
     every = torch.arange(256)
     dw = kept.head_gradient(torch.bfloat16)
-    dx = kept.gradients(every, -upstream, log_softmax, True, dw)
+    dx = kept.gradients(every, -upstream, lse_parts, True, dw)
     ours = (target - maximum - rest.log1p(), dx.bfloat16(), dw)
     check((x, weight, ids, upstream), ours, temperature=0.9)
 
@@ -392,43 +392,13 @@ def test_kept_logits_take_temperatures_and_bias_of_any_layout():
     for temperature, of_row in ((torch.tensor(0.7).expand(len(x)), bias), (None, bias.clone())):
         temperature = torch.full((len(x),), 0.7) if temperature is None else temperature
         head = Head(weight, of_row, temperature, 0.0)
-        kept = _linear_triton.TritonChunks.keep_logits(x, head, ids, every, len(weight))
+        chunks = triton_backend.TritonChunks(x, head, ids)
+        kept = chunks.keep(every, len(weight), is_exact=True, **NO_MATTER)
         found.append(kept.statistics)
     assert torch.equal(*found)
 
 
 # --- memory ------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(INTERPRETED, reason="slabs are small there")
-@pytest.mark.parametrize("rows", [1, 300, 1530, 4090, 4096, 5000, 8192, 20000])
-@pytest.mark.parametrize("hidden", [64, 1536, 4096])
-def test_gradient_never_overwrites_exponentials_that_are_not_read_yet(rows, hidden):
-    vocab = 151665
-    elements = _slabs.kept_elements(rows, vocab, hidden, shared=True)
-    columns = list(_slabs.slices(rows, vocab, hidden, shared=True))
-    start = elements - rows * _slabs.padded_columns(vocab)
-    assert start >= 0 and columns[0].start == 0
-    assert columns[-1].stop == _slabs.padded_columns(vocab)
-    for one, following in zip(columns, columns[1:], strict=False):
-        assert one.stop == following.start
-        assert one.stop * hidden <= start + rows * one.stop  # the next slice is whole
-        if one.stop - one.start > _slabs.SEGMENT:  # and so is this one: no buffer is needed
-            assert one.stop * hidden <= start + rows * one.start
-
-
-@pytest.mark.skipif(INTERPRETED, reason="slabs are small there")
-def test_plans():
-    """By the workspace: everything, chunks of at least 2048 tokens, or nothing is kept."""
-    gib, shape = 2**30, (151936, torch.bfloat16)
-    assert _slabs.plan(8192, *shape, int(2.5 * gib)) == Plan("kept", 8192)
-    assert _slabs.plan(16384, *shape, int(2.5 * gib)) == Plan("chunks", 8192)
-    assert _slabs.plan(16384, *shape, gib) == Plan("chunks", 2731)
-    assert _slabs.plan(16384, *shape, gib // 2).way == "columns"
-    assert _slabs.plan(8, 100, torch.float16, gib).way == "columns"
-    assert _slabs.shares_memory(8192, 151936, 4096, 2, int(2.5 * gib))
-    assert not _slabs.shares_memory(4096, 128256, 4096, 2, int(2.5 * gib))
-    assert not _slabs.shares_memory(8192, 151936, 1536, 2, int(2.5 * gib))
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (100, 60), (4096, 3), (333, 77)])

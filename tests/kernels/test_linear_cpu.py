@@ -4,16 +4,11 @@ import pytest
 import torch
 from numerics import BACKENDS, MatrixUnit, assert_as_accurate_as_eager, row_error, seeded
 
-from codistill_kernels import (
-    _linear,
-    _linear_cpu,
-    _native,
-    linear_logps,
-    linear_policy_loss,
-    reference,
-)
-from codistill_kernels._head import Head, Plan
-from codistill_kernels._linear_cpu import CpuChunks, HeldLogits
+from codistill_kernels import _native, linear_logps, linear_policy_loss, reference
+from codistill_kernels._linear import cpu_backend, planning
+from codistill_kernels._linear.chunks import Plan
+from codistill_kernels._linear.cpu_backend import CpuChunks, HeldLogits
+from codistill_kernels._linear.head import Head
 
 pytestmark = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ backend")
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -21,7 +16,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 @pytest.fixture(autouse=True)
 def library():
-    _linear.kind_of_chunks(torch.empty(0), "cpu")  # loads it
+    planning.chunks_for(torch.empty(0), 1, "cpu")  # loads it
 
 
 def make_case(rows=70, hidden=40, vocab=1021, dtype=BF16, std=2.0, seed=0):
@@ -44,7 +39,7 @@ def gradients(x, weight, ids, upstream, function=linear_logps, **options):
 
 
 def check(x, weight, ids, upstream, **options):
-    """As accurate as eager, of the same rounded inputs, in every row."""
+    """Ours is as accurate as eager on the same rounded inputs, in every row."""
     found = gradients(x, weight, ids, upstream, **options)
     function = reference.linear_logps
     inputs = [t.float() for t in (x, weight)]
@@ -59,10 +54,10 @@ def check(x, weight, ids, upstream, **options):
 
 @pytest.fixture(params=["as the CPU multiplies", "fp32", "without torch's products"])
 def products(request, monkeypatch):
-    """Those of bf16 instructions; those of a CPU without them; those of the library itself."""
+    """Products by bf16 instructions; by a CPU without them; by the library itself."""
     use = _native.library().codistill_use_products
     if request.param == "fp32":
-        monkeypatch.setattr(_linear_cpu, "operand_dtype", lambda *_: FP32)
+        monkeypatch.setattr(cpu_backend, "operand_dtype", lambda *_: FP32)
     elif request.param == "without torch's products":
         use(None, None, None)
     yield

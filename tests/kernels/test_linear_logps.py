@@ -7,8 +7,9 @@ import torch
 from numerics import BACKENDS, DTYPES, INTERPRETED, MatrixUnit, assert_as_accurate_as_eager, seeded
 from torch import Tensor
 
-from codistill_kernels import _linear, linear_logps, reference
-from codistill_kernels._head import Plan
+from codistill_kernels import linear_logps, reference
+from codistill_kernels._linear import planning
+from codistill_kernels._linear.chunks import Plan
 
 
 @dataclass
@@ -232,24 +233,15 @@ def test_layouts(backend):
 @pytest.mark.parametrize("frozen", ["hidden_states", "lm_head_weight", "bias"])
 def test_frozen_input_costs_no_gradient(backend, frozen, monkeypatch):
     needed = []
-    kind = _linear.kind_of_chunks(torch.empty(0), backend)
-    if backend == "torch":
-        original = _linear.GradientSums.__init__
+    kind = planning.chunks_for(torch.empty(0), 1, backend)
+    original = kind.write_gradients
 
-        def spy(self, chunks, needs):
-            needed.append(list(needs))
-            original(self, chunks, needs)
+    def spy(*arguments):
+        needed.append([gradient is not None for gradient in arguments[-4:-1]])
+        original(*arguments)
 
-        monkeypatch.setattr(_linear.GradientSums, "__init__", spy)
-    else:
-        original = kind.write_gradients
-
-        def spy(*arguments):
-            needed.append([gradient is not None for gradient in arguments[-4:-1]])
-            original(*arguments)
-
-        monkeypatch.setattr(kind, "write_gradients", spy)
-        monkeypatch.setattr(kind, "plan", lambda *_: Plan("columns", 0))
+    monkeypatch.setattr(kind, "write_gradients", spy)
+    monkeypatch.setattr(kind, "plan", lambda *_: Plan("columns", 64))
     case = make_case(bias=torch.zeros(1021))
     leaves = case.leaves()
     leaves[frozen].requires_grad_(False)

@@ -11,16 +11,9 @@ from losses import LOSSES
 from numerics import BACKENDS, DTYPES, MatrixUnit, assert_as_accurate_as_eager, seeded
 from processes import spawn
 
-from codistill_kernels import (
-    PolicyLoss,
-    _linear,
-    _linear_cpu,
-    linear_logps,
-    linear_policy_loss,
-    policy_loss,
-    reference,
-)
-from codistill_kernels._head import Plan
+from codistill_kernels import PolicyLoss, linear_logps, linear_policy_loss, policy_loss, reference
+from codistill_kernels._linear import cpu_backend, passes, planning
+from codistill_kernels._linear.chunks import Plan
 
 NAMES = ("hidden_states", "lm_head_weight", "bias")
 BOUNDS = dict(epsilon_low=0.1, epsilon_high=0.3, dual_clip=2.0)
@@ -78,7 +71,7 @@ WAYS = {
 def way(request, monkeypatch):
     """In which order tokens and vocabulary rows are gone through, whatever the workspace."""
     for backend in BACKENDS:
-        kind = _linear.kind_of_chunks(torch.empty(0), backend)
+        kind = planning.chunks_for(torch.empty(0), 1, backend)
         is_kept = request.param == "kept" and backend != "torch"  # which has not this way
         plan = WAYS["kept" if is_kept else request.param.replace("kept", "one chunk")]
         monkeypatch.setattr(kind, "plan", lambda *_, plan=plan: plan)
@@ -148,27 +141,27 @@ def test_rows_without_a_gradient_reach_neither_product(way, monkeypatch):
     head["bias"] = leaves.pop("bias")
     terms["advantages"][1::5] = 0
     added = []
-    kind = _linear.kind_of_chunks(torch.empty(0), BACKENDS[0])
+    kind = planning.chunks_for(torch.empty(0), 1, BACKENDS[0])
     if kind.__name__ == "TritonChunks":
-        from codistill_kernels import _exponentials_triton, _linear_triton
+        from codistill_kernels._linear import exponentials_triton, triton_backend
 
-        original = _linear_triton.product
+        original = triton_backend.product
 
         def spy(a, b, out, **options):
             if b.shape == (509 - 9, 48) or a.shape == (60, 48):
                 added.append(len(a))
             return original(a, b, out, **options)
 
-        for module in (_exponentials_triton, _linear_triton):
+        for module in (exponentials_triton, triton_backend):
             monkeypatch.setattr(module, "product", spy)
     else:
-        original = _linear_cpu.HeldLogits.finish
+        original = cpu_backend.HeldLogits.finish
 
         def spy(self, kept, *rest):
             added.append(len(kept))
             return original(self, kept, *rest)
 
-        monkeypatch.setattr(_linear_cpu.HeldLogits, "finish", spy)
+        monkeypatch.setattr(cpu_backend.HeldLogits, "finish", spy)
     copies = leaves_in(None, leaves)
     loss, stats = linear_policy_loss(
         **copies, token_ids=ids, **terms, **head, normalizer=1.0, backend=BACKENDS[0]
@@ -211,7 +204,7 @@ def test_frozen_input_gets_and_costs_nothing(frozen):
 
 def test_without_gradients_none_is_made(monkeypatch):
     leaves, ids, terms, head = make_case()
-    monkeypatch.setattr(_linear.GradientSums, "add", None)
+    monkeypatch.setattr(passes.GradientSums, "add", None)
     with torch.no_grad():
         copies = leaves_in(None, leaves)
         loss, _ = linear_policy_loss(**copies, token_ids=ids, **terms, **head, normalizer=1.0)
@@ -290,8 +283,8 @@ def test_compiles_as_one_graph_and_passes_opcheck():
 
 def sharded(rank: int, folder: str, vocab_size: int, way: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    _linear.CpuChunks.plan = lambda *_: Plan(way, 68)
-    _linear.TorchChunks.plan = lambda *_: Plan("chunks" if way == "kept" else way, 68)
+    planning.CpuChunks.plan = lambda *_: Plan(way, 68)
+    planning.TorchChunks.plan = lambda *_: Plan("chunks" if way == "kept" else way, 68)
     leaves, ids, terms, head = make_case(vocab=510, rows=150)
     head["vocab_size"] = vocab_size  # cuts the second shard, or leaves nothing of it
     ids[ids >= vocab_size] %= vocab_size

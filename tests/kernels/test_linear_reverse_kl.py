@@ -32,7 +32,7 @@ def check(student, teacher, backend, **options):
         for dtype in (torch.float32, torch.float64)
     )
     assert ours.dtype == torch.float32
-    # One row a token: each is judged by itself, by the worst of eager's.
+    # One row per token: each is judged by itself, by the worst of eager's.
     error, base = ((x.double() - gold).abs() / (gold + 1e-3) for x in (ours, eager))
     assert error.max() <= 2 * base.max() + 1e-6
     assert_as_accurate_as_eager("kl", ours, eager, gold)

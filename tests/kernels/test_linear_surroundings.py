@@ -8,14 +8,14 @@ from numerics import BACKENDS, seeded
 
 from codistill_kernels import (
     PolicyLoss,
-    _linear,
     codistill_losses,
     linear_logps,
     linear_policy_loss,
     linear_token_loss,
     policy_loss,
 )
-from codistill_kernels._head import Plan
+from codistill_kernels._linear import planning
+from codistill_kernels._linear.chunks import Plan
 
 
 def make_case(rows=9, hidden=16, vocab=50, dtype=torch.float32):
@@ -52,7 +52,7 @@ def test_fp64_temperature_is_exact():
 @pytest.mark.parametrize("bad", [-1, -5, 50, 1050])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ids_outside_the_vocabulary_give_nan_where_they_are_not_looked_at(backend, bad):
-    """As on a GPU: a logit of its own it has not, and so no log-probability."""
+    """Such an id has no logit, and so no log-probability, on a CPU as on a GPU."""
     x, weight, ids = make_case()
     ids[2], ids[4] = bad, -100
     bias = torch.full((50,), -150.0)
@@ -77,7 +77,7 @@ LENGTHS = range(10, 32, 2)
 
 
 def compilations(function, lengths=LENGTHS) -> int:
-    """Of a function of (hidden states, ids, [N] numbers) over so many lengths."""
+    """Compiled frames of a function of (hidden states, ids, [N] numbers) over so many lengths."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
@@ -127,15 +127,15 @@ def test_no_function_compiles_once_per_temperature():
 
 @pytest.mark.parametrize("vocab", [131073, 151936])
 def test_large_vocabularies_take_one_pass_on_a_cpu_by_default(vocab):
-    workspace = _linear.workspace_bytes(None, torch.device("cpu"), vocab)
-    plan = _linear.CpuChunks.plan(1024, vocab, torch.bfloat16, workspace)
+    workspace = planning.workspace_bytes(None, torch.device("cpu"), vocab)
+    plan = planning.CpuChunks.plan(1024, vocab, torch.bfloat16, workspace)
     assert plan.way == "chunks" and plan.rows >= 256
     assert workspace == max(128 * 2**20, 1024 * vocab)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_arguments_of_every_dtype(backend):
-    """As numpy gives them, in fp64: computed and returned in fp32."""
+    """Temperatures in fp64, as numpy gives them: all is computed and returned in fp32."""
     x, weight, ids = make_case()
     old, advantages = torch.full((9,), -4.0), torch.linspace(-1, 1, 9)
     results = []
@@ -172,7 +172,7 @@ def test_nothing_to_divide_is_zero(backend, compiled):
 @pytest.mark.parametrize("way", ["chunks", "columns"])
 def test_clamped_log_ratios(backend, way, monkeypatch):
     """Settings reach the fused op; an overflowing ratio has a bound and no gradient."""
-    kind = _linear.kind_of_chunks(torch.empty(0), backend)
+    kind = planning.chunks_for(torch.empty(0), 1, backend)
     monkeypatch.setattr(kind, "plan", lambda *_: Plan(way, 4))
     x, weight, ids = make_case()
     logps = linear_logps(x, weight, ids)
@@ -244,7 +244,7 @@ def token(x, weight, ids, backend):
 @pytest.mark.parametrize("function", [policy, token])
 def test_higher_and_other_derivatives_are_refused(function, way, backend, monkeypatch):
     """Never 0 instead: gradient penalties, Hessian products, forward mode, vmap."""
-    kind = _linear.kind_of_chunks(torch.empty(0), backend)
+    kind = planning.chunks_for(torch.empty(0), 1, backend)
     monkeypatch.setattr(kind, "plan", lambda *_: Plan(way, 4))
     x, weight, ids = make_case()
     x.requires_grad_()

@@ -6,14 +6,9 @@ import torch.distributed as dist
 from numerics import BACKENDS, DTYPES, MatrixUnit, assert_as_accurate_as_eager, seeded
 from processes import spawn
 
-from codistill_kernels import (
-    PolicyLoss,
-    _linear,
-    linear_policy_loss,
-    linear_token_loss,
-    reference,
-)
-from codistill_kernels._head import Plan
+from codistill_kernels import PolicyLoss, linear_policy_loss, linear_token_loss, reference
+from codistill_kernels._linear import planning
+from codistill_kernels._linear.chunks import Plan
 
 NAMES = ("hidden_states", "lm_head_weight", "bias")
 WAYS = {
@@ -26,7 +21,7 @@ WAYS = {
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     for backend in BACKENDS:
-        kind = _linear.kind_of_chunks(torch.empty(0), backend)
+        kind = planning.chunks_for(torch.empty(0), 1, backend)
         plan = WAYS["chunks" if request.param == "kept" and backend == "torch" else request.param]
         monkeypatch.setattr(kind, "plan", lambda *_, plan=plan: plan)
     return request.param
@@ -275,9 +270,9 @@ def half_of_the_vocabulary(rank: int, folder: str) -> None:
     expected = [wanted[0], wanted[1][mine], wanted[2][mine]]
     part = as_leaves({n: t if n == NAMES[0] else t[mine] for n, t in leaves.items()})
     for way in WAYS.values():
-        _linear.CpuChunks.plan = lambda *_, way=way: way
+        planning.CpuChunks.plan = lambda *_, way=way: way
         # Where a process has no vocabulary row.
-        _linear.TorchChunks.plan = lambda *_: WAYS["chunks"]
+        planning.TorchChunks.plan = lambda *_: WAYS["chunks"]
         for leaf in part.values():
             leaf.grad = None
         loss, _ = linear_token_loss(**part, **options, group=dist.group.WORLD)

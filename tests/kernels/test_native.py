@@ -89,7 +89,7 @@ def test_wrong_dtype_is_an_error():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_threads_are_those_of_torch():
-    """As many as torch says now, and those that torch itself has started."""
+    """The library runs on as many threads as torch says now, and on those that torch started."""
     code = textwrap.dedent("""
         import os, torch
         from codistill_kernels import selective_logps

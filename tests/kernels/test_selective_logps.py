@@ -4,8 +4,9 @@ import pytest
 import torch
 from numerics import BACKENDS, DTYPES, INTERPRETED, assert_as_accurate_as_eager, seeded
 
-from codistill_kernels import _slabs, _softmax_triton, linear_logps, reference, selective_logps
-from codistill_kernels._softmax_torch import normalizers
+from codistill_kernels import linear_logps, reference, selective_logps
+from codistill_kernels._linear import slab_sizes, softmax_triton
+from codistill_kernels._linear.softmax_torch import lse_parts_of
 
 
 def make_case(dtype=torch.float32, *, rows=20, columns=1021, std=4.0):
@@ -128,25 +129,25 @@ def test_triton_passes_over_a_row_do_not_depend_on_other_rows(softcap, dtype):
 
     def statistics(rows):
         token = (ids[rows], temperature[rows], softcap)
-        states = torch.zeros(-(-1100 // _slabs.SEGMENT), _softmax_triton.STATES, len(rows))
+        states = torch.zeros(-(-1100 // slab_sizes.SEGMENT), softmax_triton.STATES, len(rows))
         e = torch.zeros(len(rows), 1152, dtype=dtype)
-        _softmax_triton.segment_states(logits[rows], None, *token, 1100, 0, states, True, e)
-        return states.permute(2, 0, 1), e, _softmax_triton.merge_states(states, ids[rows], 1100).T
+        softmax_triton.segment_states(logits[rows], None, *token, 1100, 0, states, True, e)
+        return states.permute(2, 0, 1), e, softmax_triton.merge_states(states, ids[rows], 1100).T
 
-    def gradients_of(rows, log_softmax):
+    def gradients_of(rows, lse_parts):
         token = (ids[rows], temperature[rows], softcap)
         dz = torch.empty(len(rows), 1100)
-        numbers = (t[:, rows].contiguous() for t in (coefficients, log_softmax))
-        _softmax_triton.logit_gradients(logits[rows], dz, None, *token, 1100, 0, *numbers)
+        numbers = (t[:, rows].contiguous() for t in (coefficients, lse_parts))
+        softmax_triton.logit_gradients(logits[rows], dz, None, *token, 1100, 0, *numbers)
         return dz
 
     all_rows, some = torch.arange(40), torch.tensor([39, 3, 17, 18, 5])
     every = statistics(all_rows)
     for whole, few in zip(every, statistics(some), strict=True):
         assert whole.any() and torch.equal(whole[some], few)
-    log_softmax = normalizers(every[2].T)
-    dz = gradients_of(all_rows, log_softmax)
-    assert dz.any() and torch.equal(dz[some], gradients_of(some, log_softmax))
+    lse_parts = lse_parts_of(every[2].T)
+    dz = gradients_of(all_rows, lse_parts)
+    assert dz.any() and torch.equal(dz[some], gradients_of(some, lse_parts))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

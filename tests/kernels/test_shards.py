@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from codistill_kernels import (
     PolicyLoss,
-    _linear,
     codistill_losses,
     linear_divergence,
     linear_logps,
@@ -21,7 +20,8 @@ from codistill_kernels import (
     linear_reverse_kl,
     linear_token_loss,
 )
-from codistill_kernels._head import Plan
+from codistill_kernels._linear import planning
+from codistill_kernels._linear.chunks import Plan
 
 N, H = 13, 8
 BACKENDS = ["cpu", "torch"]
@@ -96,7 +96,7 @@ def value_and_gradients(function, leaves, *others, **options):
 
 def each_way():
     """Pieces of 5 rows so that there are several, and the workspace's own choice."""
-    plans = {kind: kind.plan for kind in (_linear.CpuChunks, _linear.TorchChunks)}
+    plans = {kind: kind.plan for kind in (planning.CpuChunks, planning.TorchChunks)}
     for way in (Plan("chunks", 5), Plan("columns", 5), None):
         for kind, plan in plans.items():
             kind.plan = plan if way is None else staticmethod(lambda *_, way=way: way)
@@ -145,7 +145,7 @@ def same_chunks(rank: int, folder: str) -> None:
         planned.append(vocab)
         return Plan("chunks", 5)
 
-    _linear.CpuChunks.plan = plan
+    planning.CpuChunks.plan = plan
     policy(hidden, *head, ids, advantages)
     token(hidden, *head, ids, advantages)
     assert planned == [21, 21, 21]  # the policy loss plans twice
@@ -167,7 +167,7 @@ def gradient_of_this_shard(rank: int, folder: str) -> None:
     mine = slice(21 * rank, 21 * (rank + 1))
     for function in FUNCTIONS:
         for way in ("kept", "chunks", "columns"):
-            _linear.CpuChunks.plan = lambda *_, way=way: Plan(way, 5)
+            planning.CpuChunks.plan = lambda *_, way=way: Plan(way, 5)
             _, (whole, _, _) = value_and_gradients(
                 function, (hidden, weight, bias), ids, advantages, backend="cpu"
             )
@@ -367,7 +367,10 @@ def mistakes(rank: int, folder: str) -> None:
     )
     other = dist.new_group([0, 1])
     for change, message in (
-        (dict(lm_head_weight=placed(weight, Shard(1))), "lm_head_weight must be placed as"),
+        (
+            dict(lm_head_weight=placed(weight, Shard(1))),
+            r"lm_head_weight must be placed as .*unshard\(\).*grad_placements=\[Partial\(\)\]",
+        ),
         (
             dict(lm_head_weight=placed(weight, Shard(0), Replicate(), mesh=plane)),
             "lm_head_weight must be placed as",
@@ -397,7 +400,7 @@ def mistakes(rank: int, folder: str) -> None:
             with pytest.raises(ValueError, match=f"^{message}"):
                 function(**arguments, **terms)
     for pair, message in (
-        ((hidden, rows), "teacher must be whole on every process"),
+        ((hidden, rows), "teacher must be whole on every process: .*grad_placements"),
         ((placed(hidden, Replicate()), weight), "teacher must be a plain tensor"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):

@@ -264,7 +264,7 @@ def test_no_forward_mode_and_no_transforms(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ids_outside_give_nan_where_nobody_looks(backend, monkeypatch):
-    """As on a GPU and under torch.compile."""
+    """Values are not looked at, as on a GPU and under torch.compile."""
     monkeypatch.setattr("codistill_kernels._checks.can_look", lambda tensor: False)
     hidden, weight, ids = make_case()
     wrong, ignored = [1, 3, 4, 6], 5

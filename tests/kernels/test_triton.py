@@ -14,6 +14,7 @@ SUITES = [
     for name in (
         "exponentials",
         "linear_divergence",
+        "linear_divergence_surroundings",
         "linear_logps",
         "linear_policy_loss",
         "linear_reverse_kl",

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Of values [B, T] over a bool mask [B, T]; 0 where it is empty."""
+    """Mean of values [B, T] over a bool mask [B, T]; 0 where it is empty."""
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
 

@@ -44,7 +44,7 @@ class FusedOutputLinear(nn.Linear):
             ValueError: an argument is missing or has a wrong shape, dtype, device or value.
         """
         require(labels is not None, "labels", "given", None)
-        require(temperature is not None, "temperature", "given, one a token", None)
+        require(temperature is not None, "temperature", "given, one per token", None)
         assert labels is not None and temperature is not None
         logprobs, entropy = linear_logps(
             hidden_states,
@@ -61,7 +61,7 @@ class FusedOutputLinear(nn.Linear):
 
 
 class LossOutputs(NamedTuple):
-    """As prime_rl.trainer.rl.loss.LossOutputs."""
+    """The fields of prime_rl.trainer.rl.loss.LossOutputs."""
 
     loss: Tensor
     metrics: dict[str, Tensor]

@@ -149,7 +149,7 @@ def scaling(config: Any) -> dict[str, float | None]:
 
 
 def weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Of the layer that multiplies, adapters added."""
+    """Weight of the layer that multiplies, with its adapters added."""
     if hasattr(head, "modules_to_save"):  # PEFT's wrapper of a layer that is trained whole
         name = head.active_adapters[0]
         is_saved = not head.disable_adapters and name in head.modules_to_save

@@ -45,7 +45,7 @@ def linear_cross_entropy(
         weight: [V, H]; with `group` this process's shard of the vocabulary. Differentiable.
         labels: N integers in any shape and integer dtype, over the whole vocabulary. Unlike verl,
             which asks for ids alone, -100 gives 0, entropy 0 and no gradient.
-        temperature: > 0; a number, or [N] for one a token, which verl's own function does not take.
+        temperature: > 0; a number, or [N] of one per token, which verl's function does not take.
         reduction: "none", "sum" or "mean" (over all N) of the log-probabilities.
         group: tensor-parallel processes, in rank order, with the same hidden states and labels. As
             in verl, each gets the gradient of `hidden` through its own rows alone: the caller sums

@@ -1,7 +1,9 @@
 """Softmax of logits that are in memory, in Triton: states of segments, gradients.
 
-A program goes through one segment of one row, which it holds in registers. `merge_states` makes of
-the segments' states the statistics that `_softmax_torch` describes.
+A program goes through one segment of one row, which it holds in registers. `merge_states` merges
+the states of a row's segments into its statistics (chunks.py).
+
+Letters: N rows (tokens), V columns of the logits here, S segments of SEGMENT columns.
 """
 
 import torch
@@ -9,19 +11,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from codistill_kernels import _slabs
+from codistill_kernels._linear import slab_sizes
 
-# In the place of -inf: as large as makes no difference, and 0 times it is 0. NaN stays NaN.
+# Stands for -inf: far enough below every logit to make no difference, and 0 times it is 0.
 LOWEST = tl.constexpr(-1e30)
-BANNED = tl.constexpr(-1e20)  # below is what stands for -inf, at any temperature
+BANNED = tl.constexpr(-1e20)  # a logit below this stands for -inf, at any temperature
 LOG2E = tl.constexpr(1.4426950408889634)
 # Exponents of exponentials that are kept: a segment's largest lies in 0 .. COARSE, which leaves 126
-# below and room for sums above. In most rows all segments have offset BASE: it holds while their
+# below and room for sums above. In most rows all segments have offset BASE, as long as their
 # largest logits are between -2.7 and 41.5 nats.
 COARSE, BASE = tl.constexpr(64), tl.constexpr(-4)
 NUM_WARPS = 8
-# Of a segment: max, sum without the target, weighted sum (0 where no entropy is wanted), target
-# logit, slope of the softcap there, offset k of its exponentials. What is of no use is unset.
+# The state of a segment: its max m, sum exp(z - m) without the token's term, sum exp(z - m) (z - m)
+# (0 where no entropy is wanted), the token's logit, the slope of the softcap there, and the offset
+# k of its exponentials. Numbers that nobody reads are not written.
 STATES = 6
 MERGED_ROWS = 32  # rows whose states one program merges
 
@@ -30,8 +33,8 @@ MERGED_ROWS = 32  # rows whose states one program merges
 
 @triton.jit
 def divide(a, b):
-    """a / b of finite numbers with one Newton step on the approximate quotient. Triton's `/` is
-    2 ulp off."""
+    """a / b of finite numbers, with one Newton step on the approximate quotient: Triton's `/` alone
+    is off by 2 ulp."""
     inverse = 1.0 / b
     quotient = a * inverse
     return tl.fma(tl.fma(-quotient, b, a), inverse, quotient)
@@ -39,7 +42,7 @@ def divide(a, b):
 
 @triton.jit
 def expm1(x):
-    """For x <= 0."""
+    """exp(x) - 1 for x <= 0."""
     series = 1.0 / 40320 * x + 1.0 / 5040
     series = series * x + 1.0 / 720
     series = series * x + 1.0 / 120
@@ -69,8 +72,15 @@ def softcapped(raw, softcap):
 
 
 @triton.jit
-def load_raw(logits_ptr, bias_ptr, cols, columns, HAS_BIAS: tl.constexpr):
-    """Raw logits a = x . w + bias of a row, LOWEST outside and in the place of -inf."""
+def load_raw(
+    logits_ptr,  # [V] x . w of one row
+    bias_ptr,  # [V]
+    cols,
+    columns,
+    HAS_BIAS: tl.constexpr,
+):
+    """Raw logits a = x . w + bias of these columns, LOWEST from `columns` on and where they are
+    -inf."""
     mask = cols < columns
     raw = tl.load(logits_ptr + cols, mask=mask, other=LOWEST).to(tl.float32)
     if HAS_BIAS:
@@ -80,7 +90,7 @@ def load_raw(logits_ptr, bias_ptr, cols, columns, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def scale(raw, inside, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
-    """Raw logits -> logits z, and the slope of the softcap."""
+    """Logits z = softcap tanh(raw / softcap) / temperature, and the slope of the softcap."""
     z, slope = raw, 1.0
     if HAS_SOFTCAP:
         finite = tl.minimum(raw, -LOWEST, propagate_nan=tl.PropagateNan.ALL)
@@ -94,15 +104,15 @@ def scale(raw, inside, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows", "first_column"])
 def segment_states_kernel(
-    logits_ptr,
-    bias_ptr,
-    token_ids_ptr,
-    temperature_ptr,
-    states_ptr,
-    exponentials_ptr,
+    logits_ptr,  # [N, >= V] x . w
+    bias_ptr,  # [V]
+    token_ids_ptr,  # [N] int64
+    temperature_ptr,  # [N]
+    states_ptr,  # [S, STATES, N], written
+    exponentials_ptr,  # [N, >= V], written with KEEP
     num_rows,
     columns,
-    first_column,
+    first_column,  # vocabulary row of the first column
     exponential_columns,
     stride_n,
     stride_en,
@@ -114,12 +124,16 @@ def segment_states_kernel(
     STATES: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
-    """states [segments, STATES, num_rows]; with KEEP, exponentials 2^(z log2e - k) times the slope
-    of the softcap, where k is BASE plus a multiple of COARSE, at most the largest exponent."""
+    """State of one segment of one row of z = softcap tanh((x . w + bias) / softcap) / temperature.
+
+    With KEEP also E_j = 2^(z_j log2e - k) times the slope of the softcap at j, where k is BASE plus
+    a multiple of COARSE, at most the largest exponent of the segment. One program per row and
+    segment.
+    """
     row, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     cols = segment * SEGMENT + tl.arange(0, SEGMENT)
     logits_ptr += row * stride_n
-    bias_ptr += first_column // 16 * 16  # no change: Triton sees that accesses of 16 bytes fit
+    bias_ptr += first_column // 16 * 16  # changes nothing but lets Triton see 16-byte accesses
     temperature = tl.load(temperature_ptr + row)
     target_column = tl.load(token_ids_ptr + row).to(tl.int32) - first_column
     raw = load_raw(logits_ptr, bias_ptr, cols, columns, HAS_BIAS)
@@ -131,7 +145,7 @@ def segment_states_kernel(
     is_target = tl.arange(0, SEGMENT) == local_target
     at = states_ptr + segment.to(tl.int64) * STATES * num_rows + row
     tl.store(at, maximum)
-    # Without the target, whose term may be all but the rest: lse keeps the digits of the rest.
+    # Without the target, whose term may be nearly all of the sum: the small rest keeps its digits.
     tl.store(at + num_rows, tl.sum(tl.where(is_target, 0.0, e), axis=0))
     tl.store(at + 2 * num_rows, tl.sum(e * shifted, axis=0) if HAS_ENTROPY else 0.0)
     if (local_target >= 0) & (local_target < SEGMENT) & (target_column < columns):
@@ -141,7 +155,7 @@ def segment_states_kernel(
         if HAS_SOFTCAP:
             tl.store(at + 4 * num_rows, target_slope)
     if KEEP:
-        # 2^(whole + fraction - offset): the whole part is a number that the launcher finds again.
+        # 2^(whole + fraction - offset): the launcher computes the same whole part again.
         whole = tl.floor(maximum * LOG2E)
         fraction = tl.fma(maximum, LOG2E, -whole)
         offset = tl.floor((whole - BASE) * (1 / COARSE)) * COARSE + BASE
@@ -154,9 +168,9 @@ def segment_states_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "num_segments", "vocab"])
 def merge_states_kernel(
-    states_ptr,
-    token_ids_ptr,
-    out_ptr,
+    states_ptr,  # [S, STATES, N]
+    token_ids_ptr,  # [N] int64
+    out_ptr,  # [4, N], written
     num_rows,
     num_segments,
     vocab,
@@ -164,11 +178,15 @@ def merge_states_kernel(
     SEGMENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out [4, num_rows]: the statistics of `_softmax_torch`."""
+    """Statistics of whole rows from the states of their segments: with m = max_s m_s,
+
+    sum exp(z - m) = sum_s exp(m_s - m) sum_s, and likewise of the weighted sums. One program per
+    BLOCK_N rows.
+    """
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_rows
     target_column = tl.load(token_ids_ptr + offs_n, mask=mask_n, other=-1)
-    # Another shard's tokens may be numbered from `vocab` on.
+    # Tokens that another shard owns may have numbers from `vocab` on.
     is_here = (target_column >= 0) & (target_column < vocab)
     owner = tl.where(is_here, target_column // SEGMENT, -1)
     maximum = tl.full([BLOCK_N], -float("inf"), tl.float32)
@@ -197,7 +215,7 @@ def merge_states_kernel(
         weighted += tl.where(factor == 0.0, 0.0, inside)  # shift may be too large to multiply
         target += z
         at += STATES * num_rows
-    # Without the term of the maximum, exactly where that is the target.
+    # Without the term of the maximum: exactly, where the target is the maximum.
     is_maximum = is_here & (target == maximum)
     rest = tl.maximum(others + target_term - 1.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
     out = out_ptr + offs_n
@@ -209,16 +227,16 @@ def merge_states_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "first_column"])
 def logit_gradients_kernel(
-    logits_ptr,
-    bias_ptr,
-    out_ptr,
-    token_ids_ptr,
-    temperature_ptr,
-    coefficients_ptr,
-    log_softmax_ptr,
+    logits_ptr,  # [N, >= V] x . w
+    bias_ptr,  # [V]
+    out_ptr,  # [N, >= V], written; may be logits_ptr
+    token_ids_ptr,  # [N] int64
+    temperature_ptr,  # [N]
+    coefficients_ptr,  # [3, N] c0, c1, c2
+    lse_parts_ptr,  # [3, N] max, log sum exp(z - max), E_p[z - max] of the whole vocabulary
     num_rows,
     columns,
-    first_column,
+    first_column,  # vocabulary row of the first column
     out_columns,
     stride_n,
     stride_out_n,
@@ -227,11 +245,16 @@ def logit_gradients_kernel(
     HAS_SOFTCAP: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
-    """out = d / d raw logits; 0 from `columns` on. May be in place."""
+    """out_j = dz_j dz/da of raw logits a, where
+
+    dz_j = c0 p_j - c1 [j = token] + c2 p_j (z_j - E_p z)
+
+    Columns from `columns` on become 0. One program per row and segment.
+    """
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * SEGMENT + tl.arange(0, SEGMENT)
     logits_ptr += row * stride_n
-    bias_ptr += first_column // 16 * 16  # no change: Triton sees that accesses of 16 bytes fit
+    bias_ptr += first_column // 16 * 16  # changes nothing but lets Triton see 16-byte accesses
     temperature = tl.load(temperature_ptr + row)
     c0 = divide(tl.load(coefficients_ptr + row), temperature)
     c1 = divide(tl.load(coefficients_ptr + num_rows + row), temperature)
@@ -239,9 +262,9 @@ def logit_gradients_kernel(
     # A row without a gradient may hold NaN: it is not looked at.
     has_gradient = (c0 != 0.0) | (c1 != 0.0) | (c2 != 0.0)  # of NaN too
     columns = tl.where(has_gradient, columns, 0)
-    maximum = tl.where(has_gradient, tl.load(log_softmax_ptr + row), 0.0)
-    log_sum = tl.where(has_gradient, tl.load(log_softmax_ptr + num_rows + row), 0.0)
-    mean = tl.where(has_gradient, tl.load(log_softmax_ptr + 2 * num_rows + row), 0.0)
+    maximum = tl.where(has_gradient, tl.load(lse_parts_ptr + row), 0.0)
+    log_sum = tl.where(has_gradient, tl.load(lse_parts_ptr + num_rows + row), 0.0)
+    mean = tl.where(has_gradient, tl.load(lse_parts_ptr + 2 * num_rows + row), 0.0)
     target_column = tl.load(token_ids_ptr + row).to(tl.int32) - first_column
     raw = load_raw(logits_ptr, bias_ptr, cols, columns, HAS_BIAS)
     z, slope = scale(raw, cols < columns, softcap, temperature, HAS_SOFTCAP)
@@ -264,7 +287,7 @@ def logit_gradients_kernel(
 
 
 # --- launchers ---------------------------------------------------------------------------------
-# Triton launches on the current device, whatever its arguments are on.
+# Triton launches on the current device, wherever the arguments are: hence device_of.
 
 
 def segment_states(
@@ -279,8 +302,10 @@ def segment_states(
     has_entropy: bool,
     exponentials: Tensor | None = None,
 ) -> None:
-    """Of raw logits [N, >= columns], whose first column is vocabulary row `first_column`, into
-    states [segments, STATES, N] (rows of stride 1), and the exponentials [N, >= columns]."""
+    """Write states [S, STATES, N] of raw logits [N, >= columns], and exponentials [N, >= columns].
+
+    The first column is vocabulary row `first_column`; states have rows of stride 1.
+    """
     rows, segments = len(logits), states.shape[0]
     if not rows:
         return
@@ -304,13 +329,13 @@ def segment_states(
             HAS_ENTROPY=has_entropy,
             KEEP=exponentials is not None,
             STATES=STATES,
-            SEGMENT=_slabs.SEGMENT,
+            SEGMENT=slab_sizes.SEGMENT,
             num_warps=NUM_WARPS,
         )
 
 
 def merge_states(states: Tensor, token_ids: Tensor, vocab: int) -> Tensor:
-    """Statistics [4, N] from the states [segments, STATES, N] of all `vocab` rows here."""
+    """Statistics [4, N] from the states [S, STATES, N] of all `vocab` vocabulary rows here."""
     segments, _, rows = states.shape
     out = states.new_empty((4, rows))
     if rows:
@@ -323,7 +348,7 @@ def merge_states(states: Tensor, token_ids: Tensor, vocab: int) -> Tensor:
                 segments,
                 vocab,
                 STATES=STATES,
-                SEGMENT=_slabs.SEGMENT,
+                SEGMENT=slab_sizes.SEGMENT,
                 BLOCK_N=MERGED_ROWS,
                 num_warps=1,
             )
@@ -338,8 +363,8 @@ def logit_statistics(
     vocab_size: int,
     has_entropy: bool,
 ) -> Tensor:
-    """[4, N] of raw logits [N, V], rows of stride 1 in V."""
-    segments = triton.cdiv(vocab_size, _slabs.SEGMENT)
+    """Statistics [4, N] of the first vocab_size columns of raw logits [N, V], of stride 1 in V."""
+    segments = triton.cdiv(vocab_size, slab_sizes.SEGMENT)
     shape = (segments, STATES, len(logits))
     states = torch.empty(shape, dtype=torch.float32, device=logits.device)
     ids, temperature = token_ids.contiguous(), temperature.contiguous()
@@ -357,22 +382,25 @@ def logit_gradients(
     columns: int,
     first_column: int,
     coefficients: Tensor,
-    log_softmax: Tensor,
+    lse_parts: Tensor,
 ) -> None:
-    """out [N, >= columns] = d / d raw logits, in the dtype of `out`, which may be `logits`; 0 from
-    `columns` on. coefficients and log_softmax [3, N]: rows of stride 1, of one stride."""
+    """out [N, >= columns] = d / d raw logits, in the dtype of `out`, which may be `logits`.
+
+    Columns from `columns` on become 0. coefficients and lse_parts [3, N] have rows of stride 1, and
+    the same strides.
+    """
     if not out.numel():
         return
-    assert coefficients.stride() == log_softmax.stride()
+    assert coefficients.stride() == lse_parts.stride()
     with torch.cuda.device_of(logits):
-        logit_gradients_kernel[(len(logits), triton.cdiv(out.shape[1], _slabs.SEGMENT))](
+        logit_gradients_kernel[(len(logits), triton.cdiv(out.shape[1], slab_sizes.SEGMENT))](
             logits,
             coefficients if bias is None else bias,
             out,
             token_ids,
             temperature,
             coefficients,
-            log_softmax,
+            lse_parts,
             coefficients.stride(0),
             columns,
             first_column,
@@ -382,6 +410,6 @@ def logit_gradients(
             softcap,
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=softcap != 0,
-            SEGMENT=_slabs.SEGMENT,
+            SEGMENT=slab_sizes.SEGMENT,
             num_warps=NUM_WARPS,
         )

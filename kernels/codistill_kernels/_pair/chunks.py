@@ -11,17 +11,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from codistill_kernels import _slabs
-from codistill_kernels._divergences import divergences
-from codistill_kernels._linear import split_rows
-from codistill_kernels._pair_cpu import CpuPairChunks
-from codistill_kernels._pair_inputs import ModelInputs
-from codistill_kernels._products import fp32_sums, product
-from codistill_kernels._slabs import padded_columns, pieces, round_up
+from codistill_kernels._linear import slab_sizes
+from codistill_kernels._linear.chunks import split_rows
+from codistill_kernels._linear.products import fp32_sums, product
+from codistill_kernels._linear.slab_sizes import padded_columns, pieces, round_up
+from codistill_kernels._pair.cpu_backend import CpuPairChunks
+from codistill_kernels._pair.divergences import divergences
+from codistill_kernels._pair.inputs import ModelInputs
 
-# Vocabulary rows of a product; a CPU converts as many of a bf16 head. Chosen, untested.
+# Vocabulary rows of a product; a CPU converts as many rows of a bf16 head. Chosen, untested.
 COLUMNS = 4096
-Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+Gradients3 = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class Logits:
@@ -31,11 +31,11 @@ class Logits:
         self.hidden_states, self.head, self.vocab = model.hidden_states, model.head, vocab
         self.memory = model.hidden_states.new_empty((height, padded_columns(vocab)), dtype=dtype)
         x, weight = model.hidden_states, model.head.weight
-        # A GPU multiplies them as they are; a CPU, fp32 copies.
+        # A GPU multiplies operands as they are, a CPU multiplies fp32 copies.
         self.dtype = x.dtype if x.is_cuda and x.dtype == weight.dtype else dtype
 
     def operand(self, rows: Tensor) -> Tensor:
-        """Hidden states of these rows, zeros below."""
+        """Hidden states of these rows, padded with zeros to the height of a chunk."""
         out = self.hidden_states.new_zeros(
             (len(self.memory), self.hidden_states.shape[1]), dtype=self.dtype
         )
@@ -43,7 +43,7 @@ class Logits:
         return out
 
     def of(self, rows: Tensor) -> Tensor:
-        """Those of these rows: the next call, and who writes to them, overwrite them."""
+        """Logits of these rows; the next call overwrites them."""
         x, raw = self.operand(rows), self.memory[:, : self.vocab]
         for columns in pieces(self.vocab, COLUMNS):
             product(x, self.head.weight[columns].to(self.dtype).T, raw[:, columns])
@@ -53,7 +53,7 @@ class Logits:
 
 
 class Gradients:
-    """Of the student's hidden states, weight and bias, summed over chunks in fp32 (or fp64)."""
+    """Gradients of the student's hidden states, weight and bias, summed in fp32 (or fp64)."""
 
     def __init__(self, logits: Logits, needs: Sequence[bool]) -> None:
         self.logits, dtype = logits, logits.memory.dtype
@@ -65,7 +65,7 @@ class Gradients:
         )
 
     def add(self, rows: Tensor, dz: Tensor) -> None:
-        """dz [R, V] of these rows."""
+        """Add the gradients of these rows, whose logits have the gradient dz [R, V]."""
         vocab, dtype = self.logits.vocab, self.logits.dtype
         if self.db is not None:
             self.db[:vocab] += dz.sum(dim=0)
@@ -83,7 +83,7 @@ class Gradients:
 
 
 class PairChunks:
-    """Divergences of chunks of rows, and the sums of their gradients: backends torch and triton."""
+    """Divergences of chunks of rows, and the sums of their gradients: torch and triton."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class PairChunks:
         needs: Sequence[bool],
         of_rows: Callable[..., Tensor],
     ) -> None:
-        """height: rows of a chunk at most. of_rows: as `_divergences.divergences`."""
+        """height: most rows of a chunk. of_rows: `divergences.divergences` or its Triton twin."""
         dtype = student.head.temperature.dtype
         self.student = Logits(student, vocab, height, dtype)
         self.teacher = Logits(teacher, vocab, height, dtype)
@@ -104,6 +104,7 @@ class PairChunks:
     def divergences(
         self, rows: Tensor, kind: str, jsd_weight: float, coefficients: Tensor | None
     ) -> Tensor:
+        """[R] of these rows; their gradients, times coefficients [R] (None: 1), are added up."""
         raw = self.student.of(rows)
         values = self.of_rows(
             raw,
@@ -119,7 +120,8 @@ class PairChunks:
             self.gradients.add(rows, raw)
         return values
 
-    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def results(self) -> Gradients3:
+        """Gradients of hidden states, weight and bias, None where not needed."""
         return self.gradients.dx, self.gradients.dw, self.gradients.db
 
 
@@ -134,21 +136,25 @@ def divergences_by_chunks(
     needs: Sequence[bool],
     backend: str,
     workspace: int,
-) -> Results:
-    """Values [N] of `rows`, 0 elsewhere, and gradients (None where not needed) of their sum, each
-    times its coefficient [N]. workspace: bytes that the logits of both models may take."""
+) -> tuple[Tensor, *Gradients3]:
+    """Divergences [N] of `rows`, 0 elsewhere, and the gradients of their sum.
+
+    coefficients: [N] factors of the divergences in the sum; None: 1. workspace: bytes that the
+    logits of both models may take. A gradient is None where it is not needed.
+    """
     values = torch.zeros_like(student.head.temperature)
     most = max(64, workspace // (2 * values.itemsize * padded_columns(vocab)))
-    parts = [part for part in split_rows(rows, most) if len(part)]
+    parts = list(split_rows(rows, most))
     height = max(map(len, parts), default=0)
     chunks: PairChunks | CpuPairChunks
     if backend == "cpu":
         chunks = CpuPairChunks(student, teacher, vocab, needs)
     elif backend == "triton":
-        from codistill_kernels import _divergences_triton
+        from codistill_kernels._pair import divergences_triton
 
-        height = min(round_up(height, _slabs.ROW_PADDING), most)  # a product of few may sum apart
-        of_rows = _divergences_triton.divergences
+        # A product of few rows may sum in another order.
+        height = min(round_up(height, slab_sizes.ROW_PADDING), most)
+        of_rows = divergences_triton.divergences
         chunks = PairChunks(student, teacher, vocab, height, needs, of_rows)
     else:
         chunks = PairChunks(student, teacher, vocab, height, needs, divergences)

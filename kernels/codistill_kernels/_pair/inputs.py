@@ -16,8 +16,8 @@ from codistill_kernels._checks import (
     require_shape,
     require_tensor,
 )
-from codistill_kernels._head import Head
-from codistill_kernels._linear_inputs import temperatures
+from codistill_kernels._linear.head import Head
+from codistill_kernels._linear.inputs import temperatures
 from codistill_kernels._shards import require_plain, whole_head
 from codistill_kernels._tokens import TokenShape
 
@@ -33,7 +33,7 @@ class ModelInputs:
     hidden_states: Tensor
     """[N, H]"""
     head: Head
-    """Of all its rows, also those outside the vocabulary."""
+    """With all its rows, also those outside the vocabulary."""
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         return self.hidden_states, self.head.weight, self.head.bias, self.head.temperature
@@ -41,6 +41,8 @@ class ModelInputs:
 
 @dataclass(frozen=True)
 class PairInputs:
+    """Checked arguments of an operation on two models, flat."""
+
     student: ModelInputs
     teacher: ModelInputs
     """Detached."""
@@ -49,6 +51,7 @@ class PairInputs:
     vocab: int
     """Rows of both heads that belong to the vocabulary."""
     shape: TokenShape
+    """How the caller brought the tokens."""
 
 
 def prepare_pair(
@@ -62,6 +65,10 @@ def prepare_pair(
     vocab_size: int | None,
     takes_bias: bool,
 ) -> PairInputs:
+    """Check the arguments of an operation on two models, and bring them to flat tokens.
+
+    takes_bias: whether a model may be a triple with its head's bias.
+    """
     for name, model in (("student", student), ("teacher", teacher)):
         check_model(name, model, takes_bias)
     shape = TokenShape(student[0].shape[:-1])
@@ -86,8 +93,8 @@ def prepare_pair(
         hidden_states, weight, *bias = model
         require_scaling(temperature, cap, hidden_states.shape[:1])
         require_logit_scale(scale)
-        # In the dtype of the student's softmax; the scale is in temperature and softcap, as in
-        # `_linear_inputs.prepare`.
+        # In the dtype of the student's softmax. The scale becomes part of temperature and softcap,
+        # as in `_linear.inputs.prepare`.
         per_token = temperatures(temperature, hidden_states.shape[:1], flat[0][0], scale)
         head = Head(weight, bias[0] if bias else None, per_token.contiguous(), (cap or 0.0) / scale)
         models.append(ModelInputs(hidden_states, head))
@@ -95,6 +102,7 @@ def prepare_pair(
 
 
 def detached(model: ModelInputs) -> ModelInputs:
+    """The same model, outside every graph."""
     hidden_states, weight, bias, temperature = model.tensors()
     bias = None if bias is None else bias.detach()
     head = Head(weight.detach(), bias, temperature, model.head.softcap)
@@ -115,7 +123,7 @@ def check_model(name: str, model: Model, takes_bias: bool) -> None:
 def check_inputs(
     student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: Tensor | None, vocab: int | None
 ) -> int:
-    """The size of the vocabulary."""
+    """The size of the vocabulary, checked with all else."""
     tokens = len(student[0])
     for name, (hidden, weight, *bias) in (("student", student), ("teacher", teacher)):
         require(hidden.ndim == 2, name, "([N, H], [V, H])", tuple(hidden.shape))

@@ -1,4 +1,4 @@
-"""In which pieces the Triton backend goes through the logits [N, V], and what they take of memory.
+"""In which pieces the Triton backend goes through the logits [N, V], and how much memory they take.
 
 A slab is fp32 logits of at most ROWS tokens and SEGMENT vocabulary rows: a product whose tiles fill
 a GPU, in memory that does not grow. Nothing here touches a device; `bench/roofline.py` predicts
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from codistill_kernels._head import Plan
+from codistill_kernels._linear.chunks import Plan
 
 # Tokens and vocabulary rows of a slab: 1024 tiles of 128 x 256, 7.8 waves on 132 multiprocessors.
 ROWS, SEGMENT = 4096, 8192
@@ -20,8 +20,8 @@ FEW_ROWS = 2048  # below, a chunk's read and write of the fp32 head gradient cos
 WORKSPACE_MIB = 2560  # on a GPU: exponentials of 8192 tokens of a 151936-row head, and a slab
 KEPT_DTYPES = (torch.bfloat16, torch.float32)  # fp16 has not the range of an exponential
 SLAB_BYTES = 4 * ROWS * SEGMENT
-# Of the rows that are held: where more have a gradient, gathering them costs more than the products
-# with the others.
+# Where a larger share of the rows that are held has a gradient, gathering them costs more than the
+# products with the others.
 GATHERED_SHARE = 0.95
 
 
@@ -30,17 +30,17 @@ def round_up(number: int, unit: int) -> int:
 
 
 def pieces(size: int, most: int) -> Iterator[slice]:
-    """0 : size, `most` at a time."""
+    """Slices that cut 0 : size into parts of `most`; the last may be shorter."""
     return (slice(first, min(first + most, size)) for first in range(0, size, most))
 
 
 def padded_rows(rows: int) -> int:
-    """Of a slab with so many tokens."""
+    """Rows of the slab of so many tokens."""
     return min(round_up(rows, ROW_PADDING), ROWS)
 
 
 def padded_columns(columns: int) -> int:
-    """Stride of so many logits in memory."""
+    """Stride of rows of so many logits in memory."""
     return round_up(columns, ALIGNMENT)
 
 
@@ -58,8 +58,11 @@ def plan(rows: int, vocab: int, dtype: torch.dtype, workspace_bytes: int) -> Pla
 
 
 def shares_memory(rows: int, vocab: int, hidden: int, itemsize: int, workspace_bytes: int) -> bool:
-    """Whether the head's gradient is written where the exponentials were: where both side by side
-    take more than the workspace, unless it would keep over twice its own memory alive."""
+    """Whether the head's gradient is written where the exponentials were.
+
+    It is where both side by side take more than the workspace, unless the gradient would keep more
+    than twice its own memory alive.
+    """
     both = itemsize * vocab * (rows + hidden) + SLAB_BYTES
     return both > workspace_bytes and rows <= 2 * hidden
 
@@ -67,8 +70,11 @@ def shares_memory(rows: int, vocab: int, hidden: int, itemsize: int, workspace_b
 def kept_elements(
     rows: int, vocab: int, hidden: int, *, shared: bool, head_rows: int | None = None
 ) -> int:
-    """Of the buffer whose end holds the exponentials, its start with `shared` the gradient of
-    head_rows rows, more than `vocab` where the vocabulary is padded."""
+    """Size of the buffer whose end holds the exponentials.
+
+    With `shared` its start will hold the gradient of head_rows rows, which are more than `vocab`
+    where the vocabulary is padded.
+    """
     columns = padded_columns(vocab)
     if not shared:
         return rows * columns
@@ -79,7 +85,7 @@ def kept_elements(
 def slices(
     rows: int, vocab: int, hidden: int, *, shared: bool, head_rows: int | None = None
 ) -> Iterator[slice]:
-    """Padded vocabulary rows of exponentials that lie together, [rows, columns] after another.
+    """Padded vocabulary rows whose exponentials lie together, as one [rows, columns] matrix each.
 
     All of them; with `shared` as many as leave room in front of them for their part of the
     gradient, which is written when they have been read, or a single segment.
@@ -98,5 +104,6 @@ def slices(
 
 
 def gathers(kept: int, rows: int) -> bool:
-    """Whether the rows with a gradient are copied together; else the others' E becomes 0."""
+    """Whether the rows with a gradient are copied together; else the exponentials of the other rows
+    become 0."""
     return kept <= GATHERED_SHARE * rows

@@ -1,7 +1,9 @@
 """KL divergence of two models in Triton, from hidden states and heads, without their logits.
 
-Each model's product goes into a slab of its own; one pass over both takes the states of the two
-softmaxes and what relates them.
+The product of each model goes into a slab of its own; one pass over both slabs makes the states of
+the two softmaxes and of what relates them.
+
+Letters: N rows (tokens), V columns of the logits here.
 """
 
 import torch
@@ -9,20 +11,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from codistill_kernels import _slabs
-from codistill_kernels._products import as_operands
-from codistill_kernels._products_triton import Slabs
-from codistill_kernels._slabs import pieces
-from codistill_kernels._softmax_triton import BANNED, LOG2E, NUM_WARPS, load_raw, scale
+from codistill_kernels._linear import slab_sizes
+from codistill_kernels._linear.products import as_operands
+from codistill_kernels._linear.slab_sizes import pieces
+from codistill_kernels._linear.slabs import Slabs
+from codistill_kernels._linear.softmax_triton import BANNED, LOG2E, NUM_WARPS, load_raw, scale
+from codistill_kernels._pair.reverse_kl import Model
 
-STATES = 5  # of a segment: max and rest of the student, of the teacher, weighted difference
+# The state of a segment is max and rest of the student, then of the teacher, and the weighted
+# difference sum exp(z_s - max_s) ((z_s - max_s) - (z_t - max_t)).
+PAIR_STATES = 5
 
 # --- tiles -------------------------------------------------------------------------------------
 
 
 @triton.jit
 def exponentials(z):
-    """Max, rest of sum exp(z - max) (without the term 1 of one maximum), exp(z - max), z - max."""
+    """max, rest of sum exp(z - max) (without the term 1 of one maximum), exp(z - max), z - max."""
     maximum = tl.max(z, axis=0)
     shifted = z - maximum
     e = tl.exp2(shifted * LOG2E)
@@ -34,7 +39,14 @@ def exponentials(z):
 
 @triton.jit
 def load_logits(
-    raw_ptr, row, cols, columns, stride_n, softcap, temperature, HAS_SOFTCAP: tl.constexpr
+    raw_ptr,  # [N, V]
+    row,
+    cols,
+    columns,
+    stride_n,
+    softcap,
+    temperature,
+    HAS_SOFTCAP: tl.constexpr,
 ):
     """Logits z of a row, and the slope of the softcap."""
     raw = load_raw(raw_ptr + row * stride_n, raw_ptr, cols, columns, False)
@@ -46,11 +58,11 @@ def load_logits(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def pair_states_kernel(
-    student_ptr,
-    teacher_ptr,
-    student_temperature_ptr,
-    teacher_temperature_ptr,
-    states_ptr,
+    student_ptr,  # [N, V] raw logits
+    teacher_ptr,  # [N, V] raw logits
+    student_temperature_ptr,  # [N]
+    teacher_temperature_ptr,  # [N]
+    states_ptr,  # [PAIR_STATES, N], written
     num_rows,
     columns,
     stride_n,
@@ -60,7 +72,10 @@ def pair_states_kernel(
     TEACHER_SOFTCAP: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
-    """states [STATES, num_rows] of the logits of both models, one row a program."""
+    """State of one segment of one row of both models, for KL(student || teacher), where
+
+    KL = E_p[z_s - z_t] - lse_s + lse_t. One program per row.
+    """
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, SEGMENT)
     temperature_s = tl.load(student_temperature_ptr + row)
@@ -83,17 +98,14 @@ def pair_states_kernel(
 
 # --- launchers ---------------------------------------------------------------------------------
 
-Model = tuple[Tensor, Tensor, Tensor, float]
-"""Hidden states, weight, temperature, softcap."""
-
 
 def reverse_kl(student: Model, teacher: Model) -> Tensor:
     """[N] KL(student || teacher), nats; both weights have the same number of rows."""
     slabs_s, slabs_t = (Slabs(*as_operands(*model[:2])) for model in (student, teacher))
     (*_, temperature_s, softcap_s), (*_, temperature_t, softcap_t) = student, teacher
     rows = len(temperature_s)
-    segments = list(pieces(len(student[1]), _slabs.SEGMENT))
-    states = temperature_s.new_empty((len(segments), STATES, rows))
+    segments = list(pieces(len(student[1]), slab_sizes.SEGMENT))
+    states = temperature_s.new_empty((len(segments), PAIR_STATES, rows))
     for number, columns in enumerate(segments):
         for (part, slab), (_, other) in zip(slabs_s.of(columns), slabs_t.of(columns), strict=True):
             scaling = temperature_s[part], temperature_t[part], softcap_s, softcap_t
@@ -110,7 +122,7 @@ def pair_states(
     teacher_softcap: float,
     states: Tensor,
 ) -> None:
-    """Of raw logits [R, columns] of one stride, into states [STATES, R]."""
+    """Write the states [PAIR_STATES, R] of raw logits [R, columns], which have the same strides."""
     assert student.stride() == teacher.stride()
     with torch.cuda.device_of(student):
         pair_states_kernel[(len(student),)](
@@ -126,13 +138,14 @@ def pair_states(
             teacher_softcap,
             STUDENT_SOFTCAP=student_softcap != 0,
             TEACHER_SOFTCAP=teacher_softcap != 0,
-            SEGMENT=_slabs.SEGMENT,
+            SEGMENT=slab_sizes.SEGMENT,
             num_warps=NUM_WARPS,
         )
 
 
 def divergence(states: Tensor) -> Tensor:
-    """[N] from the states [segments, STATES, N] of the whole vocabulary."""
+    """[N] KL(student || teacher) from the states [segments, PAIR_STATES, N] of the whole
+    vocabulary."""
     max_s, rest_s, max_t, rest_t, difference = states.unbind(1)
     max_s, max_t = with_infinities(max_s), with_infinities(max_t)
     student, student_rest = merge_segments(max_s, rest_s)
@@ -145,19 +158,22 @@ def divergence(states: Tensor) -> Tensor:
 
 
 def with_infinities(maxima: Tensor) -> Tensor:
+    """-inf where a maximum stands for it."""
     return torch.where(maxima < BANNED.value, -torch.inf, maxima)
 
 
 def positive(divergences: Tensor) -> Tensor:
-    """Below 0 is rounding; NaN stays; 1e30 stood for the infinity of a token that one model rules
-    out and the other does not."""
+    """Divergences without the numbers below 0 that rounding makes; NaN stays.
+
+    Where one model rules a token out and the other does not, 1e30 stood for infinity.
+    """
     return torch.where(divergences > 1e20, torch.inf, divergences.clamp(min=0))
 
 
 def merge_segments(maxima: Tensor, rests: Tensor) -> tuple[Tensor, Tensor]:
-    """Max and rest [N] from those of segments [segments, N]."""
+    """Max and rest [N] from those of the segments [segments, N]."""
     largest, at = maxima.max(dim=0, keepdim=True)
     factor = (maxima - largest).exp()
-    # Of the segment that holds the maximum only the rest: 1 + rest - 1 would round it.
+    # The segment that holds the maximum adds its rest alone: 1 + rest - 1 would round it.
     parts = (factor * (1 + rests)).scatter(0, at, rests.gather(0, at))
     return largest.squeeze(0), parts.sum(0)

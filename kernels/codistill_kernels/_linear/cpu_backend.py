@@ -1,4 +1,4 @@
-"""A linear head in C++ (csrc/linear.cpp, csrc/gradients.cpp): tiles that stay in cache."""
+"""The linear head in C++ (csrc/linear.cpp, csrc/gradients.cpp): tiles that stay in cache."""
 
 import math
 from collections.abc import Sequence
@@ -7,21 +7,19 @@ import torch
 from torch import Tensor
 
 from codistill_kernels import _native
-from codistill_kernels._head import Head, Plan
+from codistill_kernels._linear.chunks import Chunks, Kept, Plan
+from codistill_kernels._linear.head import Head
+from codistill_kernels._linear.slab_sizes import pieces, round_up
 
 ROWS = 4096  # at once, where nothing is held of their logits
-
-
-def round_up(number: int, unit: int) -> int:
-    return -(-number // unit) * unit
 
 
 class HeldLogits:
     """Statistics [4, R] of rows, and what is held of their logits until their gradients are made.
 
     Where hidden states and weight are bf16, E = 2^-k e^z in bf16, k a multiple of 64 for each row
-    and 256 columns: the gradient of the logits is f E with a number f a row. Else, and with
-    is_exact, raw logits in fp32, for gradients that take those (`takes_logits`).
+    and 256 columns: the gradient of the logits is f E with one number f per row. Else, and with
+    is_exact, raw logits in fp32, for gradients that take those (`Chunks.takes_logits`).
     """
 
     def __init__(
@@ -33,7 +31,7 @@ class HeldLogits:
         is_exact: bool,
         memory: Tensor | None = None,
     ) -> None:
-        """memory: of rows that are done with, to be used again."""
+        """memory: that of rows that are done with, to be used again."""
         self.head, self.token_ids = head, token_ids.contiguous()
         self.weight = head.weight.contiguous()
         self.dtype = operand_dtype(hidden_states, head.weight)
@@ -53,11 +51,13 @@ class HeldLogits:
         )
 
     def finish(
-        self, kept: Tensor, coefficients: Tensor, log_softmax: Tensor, db: Tensor | None = None
+        self, kept: Tensor, coefficients: Tensor, lse_parts: Tensor, db: Tensor | None = None
     ) -> None:
-        """Make the gradients of the logits of rows `kept` [K] in the place of what is held, once;
-        db [>= V] is added to."""
-        vocab, numbers = len(self.weight), log_softmax.contiguous()
+        """Make the gradients of the logits of rows `kept` [K] in the place of what is held.
+
+        Once only. Takes coefficients and lse_parts [3, K]; db [>= V] is added to.
+        """
+        vocab, lse_parts = len(self.weight), lse_parts.contiguous()
         tokens = self.token_ids[kept], self.head.temperature[kept]
         self.kept = kept
         if self.powers is None:
@@ -71,7 +71,7 @@ class HeldLogits:
                 *tokens,
                 self.head.softcap,
                 coefficients.contiguous(),
-                numbers,
+                lse_parts,
                 vocab,
                 db,
             )
@@ -88,50 +88,48 @@ class HeldLogits:
             self.statistics[3, kept],
             temperature,
             coefficients[0].contiguous(),
-            numbers,
+            lse_parts,
             vocab,
             self.factors,
         )
 
     def weight_gradient(self, dw: Tensor, *, add: bool = False) -> None:
-        """Into the first V rows of dw [>= V, H], rounded once; with `add` added to them."""
+        """Write the first V rows of dw [>= V, H], rounded once; with `add` add to them."""
         vocab = len(self.weight)
         _native.call("weight_gradient", self.dz, self.x, self.factors, self.kept, vocab, dw, add)
 
     def hidden_gradient(self, dx: Tensor, rows: Tensor, *, add: bool = False) -> None:
-        """Into rows [K] of dx [N, H], rounded once; with `add` added to them."""
+        """Write rows [K] of dx [N, H], rounded once; with `add` add to them."""
         product = _native.DTYPES[self.dtype]
         _native.call("hidden_gradient", self.dz, self.weight, self.factors, rows, product, dx, add)
 
 
-class KeptRows:
-    """`_linear.Kept`: active rows of a call, and what is held of their logits."""
+class KeptRows(Kept):
+    """Active rows of a call, and what is held of their logits."""
 
     def __init__(self, held: HeldLogits, rows: Tensor, head_rows: int) -> None:
-        """rows: their numbers in the call. head_rows: of the head's gradient, V or more."""
+        """rows, head_rows: as in `Chunks.keep`."""
         self.held, self.rows, self.head_rows = held, rows, head_rows
         self.has_entropy_gradient = held.is_exact
 
     @property
     def statistics(self) -> Tensor:
-        """[4, K] of the active rows."""
         return self.held.statistics
 
     def gradients(
         self,
         coefficients: Tensor,
-        log_softmax: Tensor,
+        lse_parts: Tensor,
         needs: Sequence[bool],
         hidden_states: Tensor,
         dx_dtype: torch.dtype,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Rounded once."""
         held, width = self.held, hidden_states.shape[1]
         kept = coefficients[:, self.rows].ne(0).any(dim=0).nonzero().squeeze(1)
         rows, vocab = self.rows[kept], len(held.weight)
         db = empty(self.head_rows).zero_() if needs[2] else None
         if len(kept):
-            held.finish(kept, coefficients[:, rows], log_softmax[:, rows], db)
+            held.finish(kept, coefficients[:, rows], lse_parts[:, rows], db)
         dw = dx = None
         if needs[1]:
             dw = _native.empty((self.head_rows, width), held.weight.dtype)
@@ -147,10 +145,10 @@ class KeptRows:
         return dx, dw, db if db is None or bias is None else db.to(bias.dtype)
 
 
-class CpuChunks:
+class CpuChunks(Chunks):
     """Raw logits x . w + bias of one chunk of rows at a time."""
 
-    HOLDS_LOGITS = True  # of a chunk; else exponentials
+    HOLDS_LOGITS = True
     FEW_ROWS = 256  # below, a chunk is not worth packing the weight for
 
     def __init__(self, hidden_states: Tensor, head: Head, token_ids: Tensor) -> None:
@@ -160,8 +158,8 @@ class CpuChunks:
 
     @classmethod
     def plan(cls, rows: int, vocab: int, dtype: torch.dtype, workspace: int) -> Plan:
-        """dtype: bf16 where exponentials can be held. workspace: bytes; a chunk, of raw logits, has
-        at least a tile of rows."""
+        """dtype: bf16 where exponentials can be held. A chunk, of raw logits, has at least one
+        tile of rows."""
         if (2 if dtype == torch.bfloat16 else 4) * rows * vocab <= workspace:
             return Plan("kept", rows)
         most = max(64, workspace // (4 * max(1, vocab)))
@@ -169,63 +167,24 @@ class CpuChunks:
 
     @staticmethod
     def takes_logits(softcap: float, has_entropy_gradient: bool, needs: Sequence[bool]) -> bool:
-        """Whether gradients take the logits, unrounded, not only their exponentials."""
         return bool(softcap) or has_entropy_gradient or needs[2]
 
-    @staticmethod
-    def keep_logits(
-        hidden_states: Tensor, head: Head, token_ids: Tensor, rows: Tensor, head_rows: int
-    ) -> KeptRows:
-        """Of these rows, numbered `rows` in the call; head_rows: of the head's gradient."""
-        held = HeldLogits(hidden_states, head, token_ids, is_exact=True)
-        return KeptRows(held, rows, head_rows)
-
-    @staticmethod
-    def keep_exponentials(
-        hidden_states: Tensor,
-        head: Head,
-        token_ids: Tensor,
+    def keep(
+        self,
         rows: Tensor,
         head_rows: int,
+        *,
+        is_exact: bool,
         has_entropy: bool,
         needs_dw: bool,
         workspace: int,
-    ) -> KeptRows:
-        """As `keep_logits`; with an entropy or not, it costs the same."""
-        held = HeldLogits(hidden_states, head, token_ids, is_exact=False)
+    ) -> Kept:
+        """With an entropy or not, it costs the same."""
+        held = HeldLogits(self.hidden_states, self.head, self.token_ids, is_exact=is_exact)
         return KeptRows(held, rows, head_rows)
 
-    @classmethod
-    def write_gradients(
-        cls,
-        hidden_states: Tensor,
-        head: Head,
-        token_ids: Tensor,
-        coefficients: Tensor,
-        log_softmax: Tensor,
-        dx: Tensor | None,
-        dw: Tensor | None,
-        db: Tensor | None,
-        workspace: int,
-    ) -> None:
-        """Gradients [N, H], [>= V, H], [>= V], of whose rows the first V are written, from logits
-        that are computed again, as many vocabulary rows at a time as fit into so many bytes."""
-        every = torch.arange(len(hidden_states))
-        width = max(256, workspace // (4 * len(hidden_states)) // 256 * 256)  # whole panels
-        memory = None
-        for first in range(0, len(head.weight), width):
-            columns = slice(first, min(first + width, len(head.weight)))
-            part, ids = head.columns(columns), token_ids - first
-            held = HeldLogits(hidden_states, part, ids, is_exact=True, memory=memory)
-            memory = held.memory
-            held.finish(every, coefficients, log_softmax, None if db is None else db[columns])
-            if dw is not None:
-                held.weight_gradient(dw[columns])
-            if dx is not None:
-                held.hidden_gradient(dx, every, add=True)
-
     def statistics(self, has_entropy: bool = False) -> Tensor:
-        """[4, N] of all rows, none of them held; with an entropy or not, it costs the same."""
+        """With an entropy or not, they cost the same."""
         weight = self.head.weight.contiguous()
         dtype = operand_dtype(self.hidden_states, weight)
         parts = []
@@ -236,7 +195,6 @@ class CpuChunks:
         return torch.cat(parts, dim=1)
 
     def hold(self, rows: Tensor) -> Tensor:
-        """Keep the raw logits of these rows; their statistics [4, R]."""
         head, ids = self.head.of_rows(rows), self.token_ids[rows]
         x = self.hidden_states[rows]
         self.held = HeldLogits(x, head, ids, is_exact=True, memory=self.memory)
@@ -244,7 +202,6 @@ class CpuChunks:
         return self.held.statistics
 
     def weight_gradients(self) -> Tensor:
-        """Memory that `gradients` fills at its first call and then adds to."""
         self.is_filled = False
         return _native.empty(self.head.weight.shape, torch.float32)
 
@@ -252,13 +209,12 @@ class CpuChunks:
         self,
         kept: Tensor,
         coefficients: Tensor,
-        log_softmax: Tensor,
+        lse_parts: Tensor,
         needs_hidden: bool,
         dw: Tensor | None,
         db: Tensor | None,
     ) -> Tensor | None:
-        """dx [K, H] of rows `kept` of those held, which ends their being held; adds to dw, db."""
-        self.held.finish(kept, coefficients, log_softmax, db)
+        self.held.finish(kept, coefficients, lse_parts, db)
         if dw is not None:
             self.held.weight_gradient(dw, add=self.is_filled)
             self.is_filled = True
@@ -267,6 +223,32 @@ class CpuChunks:
         dx = empty(len(kept), self.head.weight.shape[1])
         self.held.hidden_gradient(dx, torch.arange(len(kept)))
         return dx
+
+    def write_gradients(
+        self,
+        coefficients: Tensor,
+        lse_parts: Tensor,
+        is_whole: bool,
+        dx: Tensor | None,
+        dw: Tensor | None,
+        db: Tensor | None,
+        workspace: int,
+    ) -> None:
+        """Range by range of the vocabulary, as wide as fits into the workspace: needs no fp32 copy
+        of dw. The logits come out as they were in the forward pass, bit for bit."""
+        rows, vocab = len(self.hidden_states), len(self.head.weight)
+        every = torch.arange(rows)
+        width = max(256, workspace // (4 * rows) // 256 * 256)  # whole panels
+        memory = None
+        for columns in pieces(vocab, width):
+            part, ids = self.head.columns(columns), self.token_ids - columns.start
+            held = HeldLogits(self.hidden_states, part, ids, is_exact=True, memory=memory)
+            memory = held.memory
+            held.finish(every, coefficients, lse_parts, None if db is None else db[columns])
+            if dw is not None:
+                held.weight_gradient(dw[columns])
+            if dx is not None:
+                held.hidden_gradient(dx, every, add=True)
 
 
 def statistics_of(
@@ -277,7 +259,7 @@ def statistics_of(
     held: Tensor | None = None,
     powers: Tensor | None = None,
 ) -> Tensor:
-    """[4, R] of the rows of an `operand`; held, powers: written, see HeldLogits."""
+    """[4, R] of the rows of an `operand`; held and powers (`HeldLogits`) are written."""
     bias = None if head.bias is None else head.bias.float().contiguous()
     out = empty(4, len(token_ids))
     _native.call(
@@ -296,7 +278,7 @@ def statistics_of(
 
 
 def empty(*shape: int) -> Tensor:
-    """As the library computes: whatever the process's default dtype is."""
+    """Memory in fp32, in which the library computes, whatever the process's default dtype is."""
     return torch.empty(shape, dtype=torch.float32)
 
 
@@ -305,14 +287,16 @@ def both_bf16(hidden_states: Tensor, weight: Tensor) -> bool:
 
 
 def operand_dtype(hidden_states: Tensor, weight: Tensor) -> torch.dtype:
-    """Of products. Where it is not bf16, bf16 and fp16 become fp32 tile by tile: none is lost."""
+    """The dtype of products. Where it is fp32, bf16 and fp16 operands are widened tile by tile."""
     use_bf16 = both_bf16(hidden_states, weight) and _native.multiplies_bf16()
     return torch.bfloat16 if use_bf16 else torch.float32
 
 
 def operand(hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
-    """Hidden states [R, H] in whole tiles of rows and of columns, zeros beyond; themselves, where
-    they are such."""
+    """Hidden states [R, H] padded with zeros to whole tiles of rows and columns.
+
+    The tensor itself where nothing is to be padded or converted.
+    """
     rows, width = hidden_states.shape
     tile_rows, _ = _native.tile_shape()
     shape = (round_up(rows, tile_rows), round_up(width, 16))

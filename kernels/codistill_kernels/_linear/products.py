@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def as_operands(hidden_states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of stride 1, of one dtype: fp32 where they differ."""
+    """Both with contiguous rows and of one dtype, which is fp32 where theirs differ."""
     if hidden_states.dtype != weight.dtype or weight.dtype == torch.float64:
         hidden_states, weight = hidden_states.float(), weight.float()
     return tuple(t if t.stride(1) == 1 else t.contiguous() for t in (hidden_states, weight))
@@ -40,10 +40,10 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
 
 
 class Fp32Sums(AbstractContextManager):
-    """Where cuBLAS may not add up parts of a product that it has rounded to bf16 or fp16.
+    """A context in which cuBLAS may not add up parts of a product rounded to bf16 or fp16.
 
-    The settings are the process's, and each GPU's backward pass has a thread of its own: the first
-    to enter changes them, the last to leave puts them back.
+    The settings are those of the process, and the backward pass of each GPU has a thread of its
+    own: the first to enter changes them, the last to leave restores them.
     """
 
     NAMES = tuple(f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16"))

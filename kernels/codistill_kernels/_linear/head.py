@@ -1,7 +1,6 @@
-"""What a linear head is and in which order tokens go through it, for every backend."""
+"""A linear head: what makes logits of hidden states."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,17 +29,6 @@ class Head:
         return replace(self, temperature=self.temperature[rows])
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How log-probabilities and gradients of all tokens come about."""
-
-    way: Literal["kept", "chunks", "columns"]
-    """kept: exponentials of all tokens stay for the backward pass, 6 N H V operations. chunks: of
-    `rows` tokens at a time, the head's gradient summed over chunks in fp32, 6 N H V. columns:
-    nothing stays, logits are computed again, 8 N H V."""
-    rows: int
-    """Tokens whose logits, or their exponentials, are in memory at once."""
-
-
 def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of softmax and sums: fp64 for fp64 tensors, else fp32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -1,8 +1,10 @@
-"""Divergences of two models and their gradients by the student's logits in Triton, from logits of
-both that are in memory. The kinds are those of `_divergences`.
+"""Divergences of two models and their gradients by the student's logits in Triton.
 
-Three passes over both: states of the two softmaxes, sums of the terms, gradients. A program goes
-through one segment of one row.
+The kinds are those of divergences.py. The logits of both models are in memory. Three passes over
+them: states of the two softmaxes, sums of the terms, gradients. A program goes through one segment
+of one row.
+
+Letters: N rows (tokens), V columns of the logits here.
 """
 
 import math
@@ -12,20 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from codistill_kernels import _slabs
-from codistill_kernels._divergences import DIVERGENCES
-from codistill_kernels._head import Head
-from codistill_kernels._reverse_kl_triton import (
-    STATES,
+from codistill_kernels._linear import slab_sizes
+from codistill_kernels._linear.head import Head
+from codistill_kernels._linear.softmax_triton import LOG2E, NUM_WARPS, divide
+from codistill_kernels._pair.divergences import DIVERGENCES
+from codistill_kernels._pair.reverse_kl_triton import (
+    PAIR_STATES,
     load_logits,
     merge_segments,
     pair_states,
     positive,
     with_infinities,
 )
-from codistill_kernels._softmax_triton import LOG2E, NUM_WARPS, divide
 
-# Numbers of a segment: values and slopes of all tokens but one with most of the mass, its log q.
+# The sums of a segment: values and slopes of all tokens but one that has most of the student's
+# mass, and log q of that one.
 SUMS = 3
 
 # --- tiles -------------------------------------------------------------------------------------
@@ -33,7 +36,7 @@ SUMS = 3
 
 @triton.jit
 def log1p(x):
-    """For x in [0, 1]."""
+    """log(1 + x) for x in [0, 1]."""
     series = -1.0 / 5 * x + 1.0 / 4
     series = -series * x + 1.0 / 3
     series = -series * x + 1.0 / 2
@@ -43,7 +46,8 @@ def log1p(x):
 
 @triton.jit
 def terms_of(p, log_p, log_q, jsd_weight, log_odds, KIND: tl.constexpr):
-    """Value and slope of each token. What is -inf elsewhere is -1e30: times 0 it is 0."""
+    """Value and slope of each token, as in divergences.py. In the place of -inf is -1e30,
+    which times 0 is 0."""
     if KIND == "reverse_kl":
         value = p * (log_p - log_q)
         slope = value
@@ -66,11 +70,11 @@ def terms_of(p, log_p, log_q, jsd_weight, log_odds, KIND: tl.constexpr):
 
 @triton.jit
 def load_pair(
-    student_ptr,
-    teacher_ptr,
-    student_temperature_ptr,
-    teacher_temperature_ptr,
-    softmax_ptr,
+    student_ptr,  # [N, V] raw logits
+    teacher_ptr,  # [N, V] raw logits
+    student_temperature_ptr,  # [N]
+    teacher_temperature_ptr,  # [N]
+    pair_parts_ptr,  # [5, N]
     num_rows,
     columns,
     stride_n,
@@ -81,10 +85,10 @@ def load_pair(
     STUDENT_SOFTCAP: tl.constexpr,
     TEACHER_SOFTCAP: tl.constexpr,
 ):
-    """log p, log q, whether a token has most of the student's mass, slope of raw logit -> z."""
+    """log p, log q, whether a token has most of the student's mass, and dz / d raw logit."""
     temperature_s = tl.load(student_temperature_ptr + row)
     temperature_t = tl.load(teacher_temperature_ptr + row)
-    at = softmax_ptr + row
+    at = pair_parts_ptr + row
     max_s, log_sum_s = tl.load(at), tl.load(at + num_rows)
     max_t, log_sum_t = tl.load(at + 2 * num_rows), tl.load(at + 3 * num_rows)
     rest = tl.load(at + 4 * num_rows)
@@ -94,7 +98,7 @@ def load_pair(
     z_t, _ = load_logits(
         teacher_ptr, row, cols, columns, stride_n, teacher_softcap, temperature_t, TEACHER_SOFTCAP
     )
-    is_peak = z_s == tl.where(rest < 1.0, max_s, float("nan"))  # else of no token
+    is_peak = z_s == tl.where(rest < 1.0, max_s, float("nan"))  # NaN: no token has
     slope = divide(slope, temperature_s)
     return z_s - max_s - log_sum_s, z_t - max_t - log_sum_t, is_peak, slope
 
@@ -104,12 +108,12 @@ def load_pair(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def pair_sums_kernel(
-    student_ptr,
-    teacher_ptr,
-    student_temperature_ptr,
-    teacher_temperature_ptr,
-    softmax_ptr,
-    sums_ptr,
+    student_ptr,  # [N, V] raw logits
+    teacher_ptr,  # [N, V] raw logits
+    student_temperature_ptr,  # [N]
+    teacher_temperature_ptr,  # [N]
+    pair_parts_ptr,  # [5, N]
+    sums_ptr,  # [SUMS, N], written
     num_rows,
     columns,
     stride_n,
@@ -122,7 +126,11 @@ def pair_sums_kernel(
     TEACHER_SOFTCAP: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
-    """sums [SUMS, num_rows], one row a program"""
+    """Sums over one segment of the terms of the divergence and of their slopes, t_j.
+
+    A token that has most of the student's mass is left out; its log q is given instead. One program
+    per row.
+    """
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, SEGMENT)
     log_p, log_q, is_peak, _ = load_pair(
@@ -130,7 +138,7 @@ def pair_sums_kernel(
         teacher_ptr,
         student_temperature_ptr,
         teacher_temperature_ptr,
-        softmax_ptr,
+        pair_parts_ptr,
         num_rows,
         columns,
         stride_n,
@@ -150,12 +158,12 @@ def pair_sums_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def pair_gradients_kernel(
-    student_ptr,
-    teacher_ptr,
-    student_temperature_ptr,
-    teacher_temperature_ptr,
-    softmax_ptr,
-    slopes_ptr,
+    student_ptr,  # [N, V] raw logits, overwritten
+    teacher_ptr,  # [N, V] raw logits
+    student_temperature_ptr,  # [N]
+    teacher_temperature_ptr,  # [N]
+    pair_parts_ptr,  # [5, N]
+    slopes_ptr,  # [3, N] sum_k t_k, dz of a token that has most of the mass, coefficient of the row
     num_rows,
     columns,
     stride_n,
@@ -169,8 +177,10 @@ def pair_gradients_kernel(
     TEACHER_SOFTCAP: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
-    """d / d raw logits of the student, in their place. slopes [3, num_rows]: their sum, dz of a
-    token that has most of the mass, the coefficient of the row. 0 from `columns` on."""
+    """d / d raw logits of the student, in their place: coefficient (t_j - p_j sum_k t_k) dz/da.
+
+    Columns from `columns` on become 0. One program per row.
+    """
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, SEGMENT)
     log_p, log_q, is_peak, to_raw = load_pair(
@@ -178,7 +188,7 @@ def pair_gradients_kernel(
         teacher_ptr,
         student_temperature_ptr,
         teacher_temperature_ptr,
-        softmax_ptr,
+        pair_parts_ptr,
         num_rows,
         columns,
         stride_n,
@@ -211,25 +221,25 @@ def divergences(
     coefficients: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
-    """As `_divergences.divergences`; out is None or raw_p itself."""
+    """`divergences.divergences` in Triton; out is None or raw_p itself."""
     assert out is None or out is raw_p
-    segments = list(_slabs.pieces(raw_p.shape[1], _slabs.SEGMENT))
-    states = raw_p.new_empty((len(segments), STATES, len(raw_p)))
+    segments = list(slab_sizes.pieces(raw_p.shape[1], slab_sizes.SEGMENT))
+    states = raw_p.new_empty((len(segments), PAIR_STATES, len(raw_p)))
     sums = raw_p.new_empty((len(segments), SUMS, len(raw_p)))
     scaling = (student.temperature, teacher.temperature), (student.softcap, teacher.softcap)
     for part, columns in zip(states, segments, strict=True):
         pair_states(raw_p[:, columns], raw_q[:, columns], *scaling[0], *scaling[1], part)
-    softmax = softmax_numbers(states)
+    pair_parts = pair_parts_of(states)
     weights = jsd_weight, math.log(jsd_weight) - math.log1p(-jsd_weight)
 
-    def launch(kernel, columns: slice, numbers: Tensor, *sizes: int) -> None:
+    def launch(kernel, columns: slice, sums_or_slopes: Tensor, *sizes: int) -> None:
         logits = raw_p[:, columns], raw_q[:, columns]
         place = len(raw_p), logits[0].shape[1], raw_p.stride(0)
         kernel[(len(raw_p),)](
             *logits,
             *scaling[0],
-            softmax,
-            numbers,
+            pair_parts,
+            sums_or_slopes,
             *place,
             *scaling[1],
             *weights,
@@ -237,38 +247,38 @@ def divergences(
             KIND=kind,
             STUDENT_SOFTCAP=student.softcap != 0,
             TEACHER_SOFTCAP=teacher.softcap != 0,
-            SEGMENT=_slabs.SEGMENT,
+            SEGMENT=slab_sizes.SEGMENT,
             num_warps=NUM_WARPS,
         )
 
     with torch.cuda.device_of(raw_p):
         for part, columns in zip(sums, segments, strict=True):
             launch(pair_sums_kernel, columns, part)
-        values, slopes = of_row(sums.sum(0), softmax, kind, jsd_weight)
+        values, slopes = of_row(sums.sum(0), pair_parts, kind, jsd_weight)
         if out is not None:
             factor = torch.ones_like(values) if coefficients is None else coefficients
             slopes = torch.stack((*slopes, factor))
             for columns in segments:
-                width = _slabs.padded_columns(columns.stop - columns.start)
+                width = slab_sizes.padded_columns(columns.stop - columns.start)
                 launch(pair_gradients_kernel, columns, slopes, width)
     return positive(values)
 
 
 def of_row(
-    sums: Tensor, softmax: Tensor, kind: str, jsd_weight: float
+    sums: Tensor, pair_parts: Tensor, kind: str, jsd_weight: float
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """[N]: the value, the sum of slopes and the gradient of a token that has most of the mass."""
+    """Values [N]; and the sum of the slopes and dz of a token that has most of the mass, [N]."""
     value, others, log_q = sums
-    _, log_sum, *_, rest = softmax
-    # By itself, in the form that keeps the digits of what two models that are both sure differ by.
+    _, log_sum, *_, rest = pair_parts
+    # That token by itself, in the form that keeps the digits of the difference of two sure models.
     terms = DIVERGENCES[kind](-log_sum, log_q, jsd_weight)
     of_peak, slope = (torch.where(rest >= 1, 0.0, term) for term in terms)
     return value + of_peak, (others + slope, (rest * slope - others) / (1 + rest))
 
 
-def softmax_numbers(states: Tensor) -> Tensor:
-    """[5, N]: max and log sum exp(z - max) of the student, of the teacher, and the student's sum
-    without the term 1 of one maximum."""
+def pair_parts_of(states: Tensor) -> Tensor:
+    """[5, N]: max and log sum exp(z - max) of the student, the same two of the teacher, and the
+    student's sum exp(z - max) without the term 1 of one maximum."""
     max_s, rest_s, max_t, rest_t, _ = states.unbind(1)
     student, rest = merge_segments(with_infinities(max_s), rest_s)
     teacher, teacher_rest = merge_segments(with_infinities(max_t), rest_t)

@@ -1,7 +1,7 @@
-"""Products of hidden states and a head on a GPU, by cuBLAS, and the passes over them.
+"""Slabs of logits on a GPU: products of hidden states and a head by cuBLAS, and a pass over them.
 
-Logits exist as slabs, fp32 and never rounded, in memory that is used again. Slabs have fixed
-shapes, so a row's result does not depend on the other rows.
+A slab is fp32 and never rounded, in memory that is used again. Slabs have fixed shapes, so a row's
+result does not depend on the other rows.
 """
 
 from collections.abc import Iterator
@@ -10,38 +10,38 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from codistill_kernels import _slabs
-from codistill_kernels._head import Head
-from codistill_kernels._products import as_operands, product
-from codistill_kernels._slabs import padded_columns, padded_rows, pieces
-from codistill_kernels._softmax_triton import STATES, segment_states
-
-# --- products ----------------------------------------------------------------------------------
+from codistill_kernels._linear import slab_sizes
+from codistill_kernels._linear.head import Head
+from codistill_kernels._linear.products import as_operands, product
+from codistill_kernels._linear.slab_sizes import padded_columns, padded_rows, pieces
+from codistill_kernels._linear.softmax_triton import STATES, segment_states
 
 
 def operands(hidden_states: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """Hidden states and head as products and kernels take them."""
+    """Hidden states and head as products and kernels take them: of one dtype, contiguous."""
     x, weight = as_operands(hidden_states, head.weight)
     bias = None if head.bias is None else head.bias.float().contiguous()
     return x, replace(head, weight=weight, bias=bias, temperature=head.temperature.contiguous())
 
 
 class Slabs:
-    """fp32 products x . w of a head, a slab at a time in the same memory; with `keeps` each has its
-    own, and is made once."""
+    """fp32 products x . w of a head, one slab at a time in the same memory.
+
+    With `keeps` each slab has memory of its own, and is made once.
+    """
 
     def __init__(self, x: Tensor, weight: Tensor, *, keeps: bool = False) -> None:
         self.x, self.weight, self.keeps = x, weight, keeps
         self.kept: dict[tuple[int, int], Tensor] = {}
-        widest = padded_columns(min(_slabs.SEGMENT, len(weight)))
+        widest = padded_columns(min(slab_sizes.SEGMENT, len(weight)))
         self.memory = self.new(0 if keeps else padded_rows(len(x)) * widest)
-        self.blocks = [(rows, self.block(rows)) for rows in pieces(len(x), _slabs.ROWS)]
+        self.blocks = [(rows, self.block(rows)) for rows in pieces(len(x), slab_sizes.ROWS)]
 
     def new(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float32, device=self.x.device)
 
     def block(self, rows: slice) -> Tensor:
-        """Hidden states of a slab, with rows of zeros to its fixed height."""
+        """Hidden states of a slab, padded with rows of zeros to its fixed height."""
         x = self.x[rows]
         height = padded_rows(len(x))
         if height == len(x):
@@ -74,10 +74,13 @@ def linear_states(
     has_entropy: bool,
     exponentials: Tensor | None = None,
 ) -> Tensor:
-    """States [segments, STATES, N] of these vocabulary rows; fills exponentials [N, columns]."""
+    """States [segments, STATES, N] of the logits of these vocabulary rows.
+
+    exponentials [N, columns], where given, are written.
+    """
     segments = [
         slice(columns.start + piece.start, columns.start + piece.stop)
-        for piece in pieces(columns.stop - columns.start, _slabs.SEGMENT)
+        for piece in pieces(columns.stop - columns.start, slab_sizes.SEGMENT)
     ]
     shape = (len(segments), STATES, len(token_ids))
     states = torch.empty(shape, dtype=torch.float32, device=token_ids.device)
@@ -96,6 +99,6 @@ def linear_states(
                 has_entropy,
                 None
                 if exponentials is None
-                else exponentials[rows, first : first + _slabs.SEGMENT],
+                else exponentials[rows, first : first + slab_sizes.SEGMENT],
             )
     return states

@@ -1,9 +1,6 @@
 """Softmax statistics and gradients of raw logits a = x . w + bias, in plain PyTorch.
 
-Statistics [4, R] of a row's logits z over some vocabulary rows: max m, rest of sum exp(z - m),
-sum exp(z - m) (z - m), target logit (0 if it is not among them). rest is without the term of one
-maximum, which is 1: lse = m + log1p(rest) keeps the small log-probability of a token that has
-nearly all the mass.
+What statistics, lse_parts and coefficients hold stands in chunks.py.
 """
 
 import torch
@@ -13,14 +10,14 @@ FAR = -1e4  # exp of it is 0 in fp64 too; a logit of -inf would give 0 * inf
 
 
 def scale(raw: Tensor, temperature: Tensor, softcap: float) -> Tensor:
-    """Logits z [R, V] from raw logits; temperature [R]."""
+    """Logits z [R, V] = softcap tanh(raw / softcap) / temperature [R]; softcap 0: none."""
     if softcap == 0:
         return raw / temperature[:, None]
     return raw.div(softcap).tanh_().mul_(softcap).div_(temperature[:, None])
 
 
 def statistics(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """[4, R] of logits z [R, V]."""
+    """[4, R] of logits z [R, V] over some vocabulary rows."""
     if not logits.shape[1]:  # a shard of nothing but rows outside the vocabulary
         empty = logits.new_zeros((4, len(logits)))
         empty[0] = -torch.inf
@@ -31,13 +28,13 @@ def statistics(logits: Tensor, token_ids: Tensor) -> Tensor:
     shifted = (logits - maximum).clamp_(min=FAR)
     exps = shifted.exp()
     weighted = shifted.mul_(exps).sum(dim=1)
-    # Instead of the maximum's term 0, but NaN where it is infinite: no other term may show it.
+    # 0 in the place of the maximum's term, but NaN where it is infinite: no other term may show it.
     rest = exps.scatter_(1, at, maximum - maximum).sum(dim=1)
     return torch.stack((maximum.squeeze(1), rest, weighted, target))
 
 
-def normalizers(statistics: Tensor) -> Tensor:
-    """[3, R]: m, log sum exp(z - m), E_p[z - m], from the statistics of the whole vocabulary."""
+def lse_parts_of(statistics: Tensor) -> Tensor:
+    """[3, R] m, log sum exp(z - m), E_p[z - m] from the statistics of the whole vocabulary."""
     maximum, rest, weighted, _ = statistics
     return torch.stack((maximum, rest.log1p(), weighted / (1 + rest)))
 
@@ -48,18 +45,18 @@ def gradients(
     temperature: Tensor,
     softcap: float,
     coefficients: Tensor,
-    log_softmax: Tensor,
+    lse_parts: Tensor,
 ) -> Tensor:
-    """d / d raw [R, V] from per-row coefficients [3, R]: dz times the slope dz/da, where
+    """d / d raw [R, V] = dz times the slope dz/da, where
 
-    dz_j = c0 p_j - c1 [j = y] + c2 p_j (z_j - E_p z)
+    dz_j = c0 p_j - c1 [j = token] + c2 p_j (z_j - E_p z)
 
-    log_softmax: [3, R], `normalizers` of the whole vocabulary.
+    coefficients, lse_parts: [3, R]; the latter of the whole vocabulary.
     """
     if not raw.shape[1]:
         return torch.zeros_like(raw)
     c0, c1, c2 = coefficients[:, :, None]  # [R, 1] each
-    maximum, log_sum, mean = log_softmax[:, :, None]
+    maximum, log_sum, mean = lse_parts[:, :, None]
     here, owned = local_columns(token_ids, raw.shape[1])
     here = here[:, None]
     shifted = scale(raw, temperature, softcap).sub_(maximum).clamp_(min=FAR)
@@ -81,6 +78,6 @@ def to_raw(dz: Tensor, raw: Tensor, temperature: Tensor, softcap: float) -> Tens
 
 
 def local_columns(token_ids: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Column of each token, 0 where another process owns it or it is ignored, and whether ours."""
+    """Column of each token, or 0 where it is not among these; and whether it is among them."""
     owned = (token_ids >= 0) & (token_ids < columns)
     return torch.where(owned, token_ids, 0), owned

@@ -14,15 +14,15 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from codistill_kernels._head import Head
-from codistill_kernels._slabs import pieces
-from codistill_kernels._softmax_torch import normalizers, scale, statistics, to_raw
+from codistill_kernels._linear.head import Head
+from codistill_kernels._linear.slab_sizes import pieces
+from codistill_kernels._linear.softmax_torch import lse_parts_of, scale, statistics, to_raw
 
 # --- kinds -------------------------------------------------------------------------------------
 
 
 class Terms(NamedTuple):
-    """What each token of the vocabulary adds, [R, V]."""
+    """What each token of the vocabulary adds to a divergence, [R, V]."""
 
     value: Tensor
     slope: Tensor
@@ -55,7 +55,7 @@ def jsd(log_p: Tensor, log_q: Tensor, jsd_weight: float) -> Terms:
 
 
 def weighted(probabilities: Tensor, logs: Tensor) -> Tensor:
-    """Their product; 0 where the probability is 0, also times infinity. NaN stays."""
+    """probabilities * logs; 0 where the probability is 0, also times infinity. NaN stays."""
     return torch.where(probabilities == 0, 0.0, probabilities * logs)
 
 
@@ -69,8 +69,8 @@ DIVERGENCES: dict[str, Divergence] = {
 
 # --- rows of logits ----------------------------------------------------------------------------
 
-# Logits of a block of rows, 8 MiB a tensor; on a CPU 2**19 took 1.1 times as long: each operation
-# starts its threads.
+# Logits of a block of rows, 8 MiB per tensor; on a CPU 2**19 took 1.1 times as long, because each
+# operation starts its threads.
 ELEMENTS = 2**21
 
 
@@ -84,8 +84,11 @@ def divergences(
     coefficients: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
-    """[R] from the raw logits [R, V] of both models; out: their gradient by raw_p, which may be
-    raw_p itself, times coefficients [R]."""
+    """Divergences [R] from the raw logits [R, V] of both models.
+
+    out [R, V], which may be raw_p itself: their gradients by raw_p, times coefficients [R] (None:
+    1).
+    """
     values = raw_p.new_empty(len(raw_p))
     for part in pieces(len(raw_p), max(1, ELEMENTS // raw_p.shape[1])):
         raw, temperature = raw_p[part], student.temperature[part]
@@ -102,13 +105,13 @@ def divergences(
 
 
 def log_softmax(raw: Tensor, temperature: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """log p [R, V] with the digits of a token that has nearly all the mass, and the sum of the
-    others' p over that of the largest [R]."""
+    """log p [R, V] with the digits of a token that has nearly all the mass, and [R] the sum of the
+    other tokens' p over the largest p."""
     z = scale(raw, temperature, softcap)
     none = torch.full(z.shape[:1], -1, dtype=torch.int64, device=z.device)
-    numbers = statistics(z, none)
-    maximum, log_sum, _ = normalizers(numbers)
-    return z.sub_(maximum[:, None]).sub_(log_sum[:, None]), numbers[1]
+    of_rows = statistics(z, none)
+    maximum, log_sum, _ = lse_parts_of(of_rows)
+    return z.sub_(maximum[:, None]).sub_(log_sum[:, None]), of_rows[1]
 
 
 def logit_gradients(log_p: Tensor, rest: Tensor, slope: Tensor) -> Tensor:
@@ -117,6 +120,6 @@ def logit_gradients(log_p: Tensor, rest: Tensor, slope: Tensor) -> Tensor:
     of_largest = slope.gather(1, at)
     of_others = slope.scatter(1, at, 0.0).sum(dim=1, keepdim=True)
     dz = slope - log_p.exp() * (of_others + of_largest)
-    # Where p is near 1 this has no digits left; (1 - p) t - p (the others' t) keeps them.
+    # Where p is near 1 this has no digits left; (1 - p) t - p (sum of the others' t) keeps them.
     rest = rest[:, None]
     return dz.scatter_(1, at, (rest * of_largest - of_others) / (1 + rest))

@@ -1,5 +1,4 @@
-"""Divergences of two models on the C++ backend: its products, between them plain PyTorch on blocks
-of rows."""
+"""Divergences of two models with the C++ library's products, and plain PyTorch between them."""
 
 from collections.abc import Sequence
 
@@ -7,14 +6,14 @@ import torch
 from torch import Tensor
 
 from codistill_kernels import _native
-from codistill_kernels._divergences import ELEMENTS, divergences
-from codistill_kernels._linear_cpu import HeldLogits
-from codistill_kernels._pair_inputs import ModelInputs
-from codistill_kernels._slabs import pieces
+from codistill_kernels._linear.cpu_backend import HeldLogits
+from codistill_kernels._linear.slab_sizes import pieces
+from codistill_kernels._pair.divergences import ELEMENTS, divergences
+from codistill_kernels._pair.inputs import ModelInputs
 
 
 class PanelLogits(HeldLogits):
-    """Raw logits [R, V] of one model in panels of columns, and in their place the gradient."""
+    """Raw logits [R, V] of one model in panels of columns; their gradient takes their place."""
 
     def __init__(self, model: ModelInputs, rows: Tensor, vocab: int, memory: Tensor | None) -> None:
         head = model.head.columns(slice(0, vocab)).of_rows(rows)
@@ -23,27 +22,28 @@ class PanelLogits(HeldLogits):
         _, self.panel = _native.tile_shape()
         self.vocab, self.kept = vocab, torch.arange(len(rows))
         self.raw = self.held.view(len(self.held), -1, self.panel)  # [panels, >= R, panel]
-        # A row's gradient takes no more memory than its logits: of the rows before it.
+        # The gradient of a row takes no more memory than its logits, and lies where those of rows
+        # up to it were.
         self.dz = self.held.view(self.dtype)
         self.factors = torch.ones(len(rows), dtype=torch.float32)
 
     def rows(self, part: slice) -> Tensor:
-        """[r, V], a copy"""
+        """Logits [r, V] of these rows, a copy."""
         block = self.raw[:, part].transpose(0, 1).clone(memory_format=torch.contiguous_format)
         return block.view(len(block), -1)[:, : self.vocab]
 
     def put(self, part: slice, dz: Tensor) -> None:
-        """dz [r, V] in the place of rows that have been read, block after block."""
+        """Write dz [r, V] in the place of these rows, after they were read; in rising order."""
         width = len(self.held) * self.panel
         dz = torch.nn.functional.pad(dz, (0, width - self.vocab)).view(len(dz), -1, self.panel)
         panels = self.dz.view(len(self.dz), -1, self.panel)
         panels[:, part] = dz.transpose(0, 1)
-        if part.stop == len(self.kept):  # the rest of the tile that products take
+        if part.stop == len(self.kept):  # products read whole tiles
             panels[:, part.stop : self.raw.shape[1]] = 0
 
 
 class CpuPairChunks:
-    """As `_pair_chunks.PairChunks`."""
+    """`chunks.PairChunks` on the C++ backend."""
 
     def __init__(
         self, student: ModelInputs, teacher: ModelInputs, vocab: int, needs: Sequence[bool]

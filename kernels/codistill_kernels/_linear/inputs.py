@@ -19,7 +19,7 @@ from codistill_kernels._checks import (
     require_shape,
     require_token_ids,
 )
-from codistill_kernels._head import compute_dtype
+from codistill_kernels._linear.head import compute_dtype
 from codistill_kernels._shards import Shard, local_head, nan_where_apart, require_plain
 from codistill_kernels._tokens import TokenShape
 
@@ -37,7 +37,7 @@ class LinearInputs:
     shard: Shard
     """Where they are in the whole head."""
     softcap: float
-    """0: none; of raw logits, before logit_scale."""
+    """0: none. For raw logits: logit_scale is in it and in the temperature."""
 
     def needs(self) -> list[bool]:
         """Whether hidden_states, weight and bias get a gradient."""
@@ -45,12 +45,13 @@ class LinearInputs:
         return [has_gradient and t is not None and t.requires_grad for t in self.tensors[:3]]
 
     def cut(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-        """tensors, weight and bias without the other rows."""
+        """`tensors`, where weight and bias are cut to the vocabulary."""
         hidden_states, weight, bias, *tokens = self.tensors
         return (hidden_states, *cut(weight, bias, self.vocab), *tokens)
 
 
 def cut(weight: Tensor, bias: Tensor | None, vocab: int) -> tuple[Tensor, Tensor | None]:
+    """The first `vocab` rows of both."""
     # As they are where nothing is cut: autograd copies the gradient of a slice, even of all.
     if vocab == len(weight):
         return weight, bias
@@ -69,7 +70,7 @@ def prepare_rows(
     workspace_mib: int | None,
     **options,
 ) -> tuple[TokenShape, LinearInputs]:
-    """`prepare`, for an operation on tokens [N] or [B, T] under a mask, with a workspace."""
+    """`prepare` for an operation on tokens [N] or [B, T] under a mask, with a workspace."""
     require_plain("hidden_states", hidden_states)
     require_plain("token_ids", token_ids)
     shape = TokenShape.of("token_ids", token_ids)
@@ -98,7 +99,10 @@ def prepare(
     vocab_size: int | None,
     group: dist.ProcessGroup | None,
 ) -> LinearInputs:
-    """active: [...] bool, tokens that count; only their ids and hidden states need make sense."""
+    """Check the arguments of an operation on a linear head, and make them flat.
+
+    active: [...] bool, tokens that count; only their ids and hidden states need make sense.
+    """
     lm_head_weight, bias, shard = local_head(lm_head_weight, bias, group)
     check_inputs(hidden_states, lm_head_weight, token_ids, bias, temperature, softcap)
     require_logit_scale(logit_scale)
@@ -128,7 +132,7 @@ def temperatures(
     hidden_states: Tensor,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """[...] one a token, over logit_scale, detached, in the dtype of the softmax."""
+    """[...] one temperature per token, over logit_scale, detached, in the dtype of the softmax."""
     dtype = compute_dtype(hidden_states)
     if not isinstance(temperature, Tensor):  # never by way of the process's default dtype
         scaled = temperature / logit_scale
@@ -150,7 +154,7 @@ def check_inputs(
     temperature: float | Tensor,
     softcap: float | None,
 ) -> None:
-    """Of the local parts of weight [V, H] and bias."""
+    """Check shapes, dtypes, devices and values; weight [V, H] and bias [V] are the local parts."""
     tensors: dict[str, object] = dict(hidden_states=hidden_states, lm_head_weight=lm_head_weight)
     tensors |= dict(token_ids=token_ids) | ({} if bias is None else dict(bias=bias))
     tensors |= dict(temperature=temperature) if isinstance(temperature, Tensor) else {}
