@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from bench import exactness, findings, first_contact
-from bench.findings import FAILED, OK, Finding, Findings, Predictions
+from bench.devices import H100, H200
+from bench.findings import FAILED, OK, Finding, Findings
 from bench.gold import Inputs, Setting, Sizes
+from bench.path_parts import Case
+from bench.roofline import QWEN, predict
 
 ROOT = Path(__file__).parents[2]
 TINY = Sizes(
@@ -35,6 +38,8 @@ def test_right_in_every_way_on_triton():
 import torch
 from bench import exactness
 from bench.gold import Inputs, Setting, Sizes
+from bench.path_parts import Case
+from bench.roofline import QWEN, predict
 from codistill_kernels import _slabs
 _slabs.SEGMENT, _slabs.ROWS, _slabs.ROW_PADDING = 512, 64, 32
 inputs = Inputs({TINY}, Setting(torch.float32, torch.device("cpu"), "triton"))
@@ -68,7 +73,7 @@ def failures(found) -> set[str]:
     ],
 )
 def test_a_broken_gradient_is_reported(inputs, monkeypatch, operation, check):
-    """2 % too large, of hidden states or logits; every value as it was."""
+    """The gradient of hidden states or logits is 2 % too large; the values are right."""
     right = getattr(exactness.kernels, operation)
 
     def wrong(x, *arguments, **options):
@@ -105,43 +110,23 @@ def test_other_rows_and_masked_ones_must_not_matter(inputs, monkeypatch):
     assert masked == {f"linear_logps {way}: NaN, inf behind the mask" for way in ways}
 
 
-ROOFLINE = """device,operation,mode,tokens,hidden,vocab,dtype,ms,gib
-H200,linear_policy_loss,both,4096,4096,128256,bf16,17.9,2.1
-H100,linear_policy_loss,both,4096,4096,128256,bf16,18.2,2.1
-H100,linear_reverse_kl,forward,16384,5120,151936,bf16,41,0.3
-H100,linear_logps,both,4096,4096,128256,fp32,99,9
-"""
+def test_a_goal_has_the_prediction_of_its_device():
+    goal = first_contact.Goal("linear_policy_loss", "both", first_contact.LARGER)
+    case = Case("linear_policy_loss", "both", *QWEN)
+    for device in (H200, H100):
+        assert goal.prediction(device) == predict(device, case)
+    assert goal.prediction(None) is None  # an unknown device
+    by_columns = first_contact.Goal("linear_logps", "both", first_contact.LARGER, "columns")
+    assert by_columns.prediction(H200) is None
+    assert str(by_columns) == "linear_logps both by columns 8192x4096x151936"
 
 
-def test_predictions_are_those_of_the_device():
-    case = ("linear_policy_loss", "both", 4096, 4096, 128256)
-    assert Predictions(ROOFLINE, "NVIDIA H200").of(*case) == (17.9, 2.1)
-    found = Predictions("a line before\n" + ROOFLINE, "NVIDIA H100 80GB HBM3")
-    assert found.of(*case) == (18.2, 2.1)
-    assert found.of("linear_reverse_kl", "forward", 16384, 1536 + 3584, 151936) == (41, 0.3)
-    assert found.of("linear_logps", "both", 4096, 4096, 128256) is None  # of another dtype
-    assert found.of("linear_policy_loss", "both", 1, 4096, 128256) is None
-    for text, name in (
-        (ROOFLINE, "NVIDIA GH200 480GB"),
-        (ROOFLINE, "Some GPU"),
-        ("", "NVIDIA H200"),
-    ):
-        assert Predictions(text, name).of(*case) is None
-
-
-def test_goals_are_looked_up_as_they_are_predicted():
-    found = [
-        (g.operation, g.prediction, g.shape.tokens, g.hidden, g.shape.vocab)
-        for g in first_contact.GOALS
-    ]
-    assert ("linear_policy_loss", "both", 8192, 4096, 151936) in found
-    assert ("linear_logps", "both by columns", 8192, 4096, 151936) in found
-    assert ("linear_reverse_kl", "forward", 16384, 5120, 151936) in found
-
-
-def test_no_prediction_without_the_command(monkeypatch):
-    monkeypatch.setattr(sys, "executable", "false")
-    assert findings.roofline_csv() == ""
+def test_goals_can_be_predicted():
+    for goal in first_contact.GOALS:
+        assert (goal.prediction(H200) is None) == (goal.way != "")
+    pair = first_contact.GOALS[-1]
+    assert str(pair) == "linear_reverse_kl forward 16384x5120x151936"
+    assert pair.prediction(H200).case.hidden == (1536, 3584)
 
 
 def test_a_number_beside_its_prediction():
@@ -175,9 +160,10 @@ def test_a_step_that_breaks_is_a_failure_and_the_next_one_runs(tmp_path, capsys)
         raise RuntimeError("out of luck")
 
     steps = [("broken", broken), ("next", lambda: iter([Finding("next", "2", "", "", OK)]))]
-    table = Findings(tmp_path / "found.csv")
-    assert first_contact.run(iter(steps), table, seconds=60) == 1
-    assert list(table.rows) == ["before", "broken", "next"] and table.failed == ["broken"]
+    found = Findings(tmp_path / "found.csv")
+    assert first_contact.run(iter(steps), found, seconds=60) == 1
+    assert [finding.what for finding in found.table.read()] == ["before", "broken", "next"]
+    assert found.failed == ["broken"]
     assert first_contact.run(iter(steps[1:]), Findings(tmp_path / "other.csv"), seconds=60) == 0
     assert first_contact.run(iter(steps), Findings(tmp_path / "third.csv"), seconds=-1) == 0
     assert "before broken" in capsys.readouterr().out

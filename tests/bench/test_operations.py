@@ -19,6 +19,7 @@ SHAPES = {
     "linear_cross_entropy": HEAD,
     "codistill_losses": dataclasses.replace(HEAD, large_hidden=48, logit_gap=0.02),
     "linear_reverse_kl": dataclasses.replace(HEAD, large_hidden=48),
+    "linear_divergence": dataclasses.replace(HEAD, large_hidden=48, has_teacher=True),
     "selective_logps": dataclasses.replace(HEAD, hidden=0, inactive=0.0),
 }
 ROLLOUTS = rollout_shape(prompts=2, tokens=8)
@@ -61,6 +62,9 @@ def definitions(batch):
             reference.linear_logps(*batch.models[0], batch.token_ids), **terms
         ),
         "linear_reverse_kl": lambda: reference.linear_reverse_kl(*batch.models),
+        "linear_divergence": lambda: reference.linear_divergence(
+            *batch.models, batch.mask, kind="jsd", normalizer=batch.mask.sum()
+        ),
         "selective_logps": lambda: reference.selective_logps(batch.logits, batch.token_ids),
         "policy_loss": lambda: reference.policy_loss(batch.other_logps, **terms),
         "importance_weights": lambda: reference.importance_weights(*logps, batch.mask, **weights),
@@ -137,6 +141,18 @@ def test_work_counts_active_tokens_and_nothing_twice():
     assert operation.flops(HEAD, "both") == 6 * 48 * 32 * 301
     pair = SHAPES["codistill_losses"]
     assert OPERATIONS["codistill_losses"].flops(pair, "both") == 6 * 48 * (32 + 48) * 301
+    taught = SHAPES["linear_divergence"]
+    divergence = OPERATIONS["linear_divergence"]
+    assert divergence.flops(taught, "forward") == 2 * 48 * (32 + 48) * 301
+    assert divergence.flops(taught, "both") == 48 * (6 * 32 + 2 * 48) * 301
+
+
+def test_a_teacher_is_not_differentiated():
+    batch = make_batch(SHAPES["linear_divergence"], torch.float32, CPU)
+    needs = [tensor.requires_grad for model in batch.models for tensor in model]
+    assert needs == [True, True, False, False] and len(batch.leaves()) == 2
+    both = make_batch(SHAPES["codistill_losses"], torch.float32, CPU)
+    assert len(both.leaves()) == 4 and all(leaf.requires_grad for leaf in both.leaves())
 
 
 def test_memory_of_logits_is_seen():
