@@ -134,7 +134,7 @@ def write(pair: Pair, folder: Path, *, weights: bool, seed: int = 0) -> None:
 def random_policy(
     path: str, *, vocab_size: int, dtype: torch.dtype, device: torch.device, checkpointing: bool
 ) -> Policy:
-    """As `load_policy`, for a folder without weights: these are made on the device."""
+    """`load_policy` of a folder without weights: they are made on the device, not read."""
     with device:
         lm = transformers.Qwen2ForCausalLM(transformers.AutoConfig.from_pretrained(path))
     if checkpointing:
