@@ -26,6 +26,7 @@ COMMANDS = {
 
 
 def main() -> int:
+    """Run the command that the first argument names."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(__doc__)

@@ -109,6 +109,7 @@ def growth_cases(is_cpu: bool) -> Iterator[Case]:
 
 
 def growing(shape: Shape) -> Case:
+    """The loss at this size, by the implementations whose growth is shown."""
     return Case("linear_policy_loss", shape, ("both",), GROWING)
 
 

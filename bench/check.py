@@ -32,7 +32,7 @@ def small(shape: Shape) -> Shape:
     if not shape.vocab:
         sequences = 2 * ROLLOUTS_PER_PROMPT
         return dataclasses.replace(shape, tokens=16 * sequences, sequences=sequences)
-    return shape.with_tokens(min(shape.tokens, TOKENS))
+    return dataclasses.replace(shape, tokens=min(shape.tokens, TOKENS))
 
 
 @functools.lru_cache(maxsize=1)  # the implementations of a case are checked one after the other

@@ -102,6 +102,7 @@ class Run:
         self.peak = self.held
 
     def spend(self, part: str, seconds: float) -> None:
+        """Add time to a kind of work."""
         self.parts[part] = self.parts.get(part, 0.0) + seconds
 
     def small(self, launches: int, waits: int = 0) -> None:
@@ -126,6 +127,7 @@ class Run:
         self.small(launches)
 
     def take(self, size: int) -> None:
+        """Allocate so many bytes; `give` frees them."""
         self.held += size
         self.peak = max(self.peak, self.held)
 

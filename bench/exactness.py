@@ -83,6 +83,8 @@ def with_gradients(results: dict[str, Tensor], x: Tensor, weight: Tensor, vocab:
 def linear_logps(
     inputs: Inputs, way: str, *, has_entropy: bool = False, x: Tensor | None = None
 ) -> dict[str, Tensor]:
+    """Our logps, entropy, dX and dW in this way. has_entropy: the entropy has a gradient too; x:
+    hidden states in the place of the inputs'."""
     setting, vocab = inputs.setting, inputs.sizes.vocab
     x, weight = leaves(inputs, x)
     poison(setting.device)
@@ -102,6 +104,7 @@ def linear_logps(
 
 
 def linear_policy_loss(inputs: Inputs, way: str, *, x: Tensor | None = None) -> dict[str, Tensor]:
+    """Our loss, dX and dW in this way; x: hidden states in the place of the inputs'."""
     setting, vocab = inputs.setting, inputs.sizes.vocab
     x, weight = leaves(inputs, x)
     poison(setting.device)
@@ -122,6 +125,7 @@ def linear_policy_loss(inputs: Inputs, way: str, *, x: Tensor | None = None) -> 
 
 
 def check_linear_logps(inputs: Inputs) -> Iterator[Finding]:
+    """In every way, with a gradient of the log-probabilities, and of the entropy too."""
     for has_entropy, upstream in ((False, of_logps), (True, of_both)):
         of = functools.partial(definition, inputs, upstream=upstream)
         gold, judge = standards(inputs, lambda precision, of=of: of(precision))
@@ -134,6 +138,7 @@ def check_linear_logps(inputs: Inputs) -> Iterator[Finding]:
 
 
 def check_linear_policy_loss(inputs: Inputs) -> Iterator[Finding]:
+    """In every way."""
     gold, judge = standards(inputs, lambda precision: definition(inputs, precision, of_loss))
     for way in inputs.setting.ways:
         found = linear_policy_loss(inputs, way)
@@ -159,6 +164,7 @@ def selective(
 
 
 def badness(finding: Finding) -> tuple[bool, float]:
+    """Orders findings: failures are the worst, then larger multiples of eager's error."""
     return finding.verdict == FAILED, float(finding.measured)
 
 
@@ -185,6 +191,7 @@ def check_selective_logps(inputs: Inputs) -> Iterator[Finding]:
 
 
 def linear_reverse_kl(inputs: Inputs, rows: slice, x: Tensor | None = None) -> Tensor:
+    """Our KL of these rows; x: hidden states in the place of the inputs'."""
     x = inputs.x if x is None else x
     poison(inputs.setting.device)
     return kernels.linear_reverse_kl(
@@ -203,6 +210,7 @@ def check_linear_reverse_kl(inputs: Inputs) -> Iterator[Finding]:
 
 
 def linear_divergence(inputs: Inputs, kind: str, x: Tensor | None = None) -> dict[str, Tensor]:
+    """Our divergences from the large model, and dX and dW of their sum; x: as above."""
     vocab = inputs.sizes.vocab
     x, weight = leaves(inputs, x)
     poison(inputs.setting.device)

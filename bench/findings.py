@@ -50,6 +50,7 @@ class Findings:
         self.failed: list[str] = []
 
     def add(self, finding: Finding) -> None:
+        """Write and print a finding; one that was there before is replaced."""
         self.table.add([finding])
         if finding.verdict == FAILED:
             self.failed.append(finding.what)

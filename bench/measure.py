@@ -208,6 +208,7 @@ def cpu_peak_mib(run: Callable[[], None], batch: Batch) -> float:
 
 
 def main() -> None:
+    """Print the extra memory of each mode as JSON; the task is the only argument, as JSON too."""
     task = json.loads(sys.argv[1])
     operation = OPERATIONS[task["operation"]]
     run = operation.implementations()[task["implementation"]].run

@@ -107,6 +107,7 @@ class Head:
         return self.hidden * self.vocab
 
     def of(self, rows: int) -> "Head":
+        """The same head for another number of tokens."""
         return replace(self, rows=rows)
 
 

@@ -40,6 +40,8 @@ def round_gradient(run: Run, tokens: int, head: Head) -> None:
 
 
 def linear_logps(run: Run, case: Case, hidden: int) -> Iterator[None]:
+    """Log-probabilities of one model. linear_policy_loss without chunks does the same, and makes
+    the entropy besides."""
     head = Head(case.active, hidden, case.vocab, case.operation != "linear_logps")
     run.small(LOGPS, waits=1)
     gathered = ITEM * head.states if case.inactive else 0
@@ -102,6 +104,7 @@ def by_columns(run: Run, case: Case, head: Head) -> None:
 
 
 def linear_policy_loss(run: Run, case: Case, hidden: int) -> Iterator[None]:
+    """The loss of one model; hidden: its hidden size."""
     if case.mode != "forward" and case.plan(case.active).way == "chunks":
         yield from policy_chunks(run, case, Head(case.active, hidden, case.vocab, has_entropy=True))
         return

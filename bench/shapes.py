@@ -1,6 +1,6 @@
 """Sizes of real models, cut to what the device can measure in a reasonable time."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 # Hidden size and rows of the lm_head's weight, from the models' config.json.
 MODELS = {
@@ -37,11 +37,9 @@ class Shape:
     head_rows: int = 0
     """Rows of the lm_head's weight if it has more than the vocabulary; else 0."""
 
-    def with_tokens(self, tokens: int) -> "Shape":
-        return replace(self, tokens=tokens)
-
     @property
     def weight_rows(self) -> int:
+        """Rows of the lm_head's weight."""
         return self.head_rows or self.vocab
 
     @property
@@ -83,4 +81,5 @@ def rollout_shape(prompts: int, tokens: int) -> Shape:
 
 
 def cut(vocab: int, *, is_cpu: bool) -> int:
+    """As much of a vocabulary as the device can measure in a reasonable time."""
     return vocab // CPU_VOCAB_SHARE if is_cpu else vocab

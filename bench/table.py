@@ -66,6 +66,7 @@ class Table(Generic[Row]):
             return next(csv.reader(file), [])
 
     def fits(self, header: list[str]) -> bool:
+        """Whether these are the columns, except perhaps for some at the end that have defaults."""
         missing = fields(self.row_type)[len(header) :]
         is_start = header == column_names(self.row_type)[: len(header)]
         return is_start and all(field.default is not MISSING for field in missing)
