@@ -85,6 +85,19 @@ def test_a_broken_gradient_is_reported(inputs, monkeypatch, operation, check):
     assert broken and failures(found) == broken
 
 
+def test_a_broken_gradient_of_a_divergence_is_reported(inputs, monkeypatch):
+    right = exactness.kernels.linear_divergence
+
+    def wrong(student, *arguments, **options):
+        x, weight = student
+        return right((x + 0.02 * (x - x.detach()), weight), *arguments, **options)
+
+    monkeypatch.setattr(exactness.kernels, "linear_divergence", wrong)
+    kinds = ("reverse_kl", "forward_kl", "jsd")
+    broken = failures(exactness.check_linear_divergence(inputs))
+    assert broken == {f"linear_divergence {kind}: dX" for kind in kinds}
+
+
 def test_a_gradient_beyond_the_vocabulary_is_reported(inputs, monkeypatch):
     right = exactness.kernels.linear_policy_loss
 

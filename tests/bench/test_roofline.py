@@ -223,6 +223,18 @@ def test_memory_of_the_shared_way():
     assert found == pytest.approx(expected / 2**30)
 
 
+def test_memory_of_a_divergence():
+    """Logits of both models for a quarter of the tokens, the student's gradients in fp32, and of a
+    chunk dx, its hidden states and a piece of the rounded gradient of its logits."""
+    tokens, (hidden, large), vocab = 8192, (1536, 3584), 151936
+    rows, columns = tokens // 4, _slabs.padded_columns(vocab)
+    chunk = rows * ((4 + 2) * hidden + 2 * _pair_chunks.COLUMNS)
+    expected = 4 * hidden * (tokens + vocab) + 2 * 4 * rows * columns + chunk
+    case = Case("linear_divergence", "both", tokens, (hidden, large), vocab)
+    assert predict(H200, case).ways == ["4 chunks"]
+    assert predict(H200, case).gib == pytest.approx(expected / 2**30)
+
+
 def test_both_is_forward_and_backward_of_a_training_step():
     """The forward pass alone keeps nothing, so it is shorter than that of a step."""
     for operation in ("linear_logps", "linear_policy_loss"):
