@@ -58,4 +58,4 @@ def test_command_runs():
     command = [sys.executable, str(FILE), "--steps", "2"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("nats a token") == 2
+    assert done.stdout.count("nats per token") == 2
