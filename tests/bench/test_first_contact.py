@@ -1,4 +1,4 @@
-"""The first contact with a GPU, as far as a CPU can show it."""
+"""The first contact with a GPU, as far as a CPU can test it."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def test_what_is_right_passes(inputs, check):
 
 
 def test_right_in_every_way_on_triton():
-    """In the interpreter, with slabs so small that there are several."""
+    """Runs in Triton's interpreter, with slabs so small that there are several."""
     script = f"""
 import torch
 from bench import exactness
@@ -146,7 +146,9 @@ def test_a_number_beside_its_prediction():
     beside = first_contact.beside
     assert beside("x", 20.0, "ms", 18.0).verdict == OK
     assert beside("x", 36.0, "ms", 18.0).verdict == "2.00 x the prediction"
-    assert beside("x", 9.0, "ms", 18.0).verdict == "0.50 x the prediction"  # a surprise as well
+    assert (
+        beside("x", 9.0, "ms", 18.0).verdict == "0.50 x the prediction"
+    )  # faster is a surprise too
     assert beside("x", 9.0, "ms", None).expected == "-"
     in_range = findings.in_range
     assert in_range("x", 2.0, "ms", (1, 3), "why").verdict == OK
@@ -161,7 +163,7 @@ def test_findings_are_written_as_they_come(tmp_path):
     first.add(Finding("b", "no", "", "yes", FAILED))
     header = "what,measured,unit,expected,verdict\n"
     assert path.read_text() == header + "a,1,ms,2,ok\nb,no,,yes,FAILED\n"
-    again = Findings(path)  # another run adds, and measures anew
+    again = Findings(path)  # another run replaces and adds findings
     again.add(Finding("b", "yes", "", "yes", OK))
     assert path.read_text() == header + "a,1,ms,2,ok\nb,yes,,yes,ok\n"
     assert first.failed == ["b"] and again.failed == []

@@ -1,4 +1,4 @@
-"""The benchmark's operations: all compute the same thing, and the check can tell."""
+"""The benchmark's operations: all implementations compute the same, and the check can tell."""
 
 import dataclasses
 
@@ -51,7 +51,7 @@ def test_vocabulary_may_be_less_than_the_head(operation, name):
 
 
 def definitions(batch):
-    """By codistill_kernels.reference, the operations that have a definition of the same name."""
+    """Results of those operations that codistill_kernels.reference defines under the same name."""
     terms = ours.loss_terms(batch)
     weights = dict(truncate=eager.TRUNCATE)
     logps = (batch.other_logps, batch.old_logps)
@@ -90,7 +90,7 @@ def broken(operation: str, change) -> Implementation:
 
 
 class ScaledGradient(torch.autograd.Function):
-    """The value, and a gradient that is 1 % too large."""
+    """The identity with a gradient that is 1 % too large."""
 
     @staticmethod
     def forward(ctx, value):
@@ -113,7 +113,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
         (OURS, BF16, ScaledGradient.apply),
         ("eager", FP32, lambda t: 1.01 * t),
         ("eager", FP32, ScaledGradient.apply),
-        # A gradient 1 % off is within what rounded logits may cost a peer.
+        # A peer's gradient may be 1 % off: rounded logits cost as much.
         ("eager", BF16, lambda t: 1.01 * t),
     ],
 )
@@ -131,7 +131,7 @@ def test_batch_is_what_it_says():
     assert batch.mask.sum() == HEAD.active == 48
     ratio = (eager.linear_logps(batch) - batch.old_logps).exp()
     beyond = (ratio - 1).abs() > 0.2
-    assert 0 < beyond.sum() <= HEAD.tokens / 32  # few tokens are clipped, none is near a bound
+    assert 0 < beyond.sum() <= HEAD.tokens / 32  # few tokens are clipped, and none is near a bound
     assert ((ratio - 0.8).abs() > 0.02).all() and ((ratio - 1.2).abs() > 0.02).all()
 
 
@@ -156,7 +156,7 @@ def test_a_teacher_is_not_differentiated():
 
 
 def test_memory_of_logits_is_seen():
-    """Eager holds [N, V] in fp32 once at least; ours does not."""
+    """Eager holds [N, V] in fp32 at least once; ours does not."""
     shape = dataclasses.replace(HEAD, tokens=1024, vocab=8192, inactive=0.0)
     logits_mib = 1024 * 8192 * 4 / 2**20
     operation = OPERATIONS["linear_logps"]

@@ -205,7 +205,7 @@ def test_sizes_are_those_of_the_code(monkeypatch):
 
 
 def test_what_has_no_gradient_costs():
-    """Masked tokens save their share; clipped ones are gathered away, which costs more."""
+    """Masked tokens save their share of the time; clipped ones save less: the rest is gathered."""
     whole = Case("linear_policy_loss", "both", *QWEN)
     masked, clipped = (
         predict(H200, dataclasses.replace(whole, **{name: 0.3})) for name in ("inactive", "clipped")
@@ -216,7 +216,7 @@ def test_what_has_no_gradient_costs():
 
 
 def test_memory_of_the_shared_way():
-    """Exponentials, v x and the first slice's gradient, bf16, and dx, fp32."""
+    """Exponentials, v x and the first slice's gradient in bf16, and dx in fp32."""
     tokens, (hidden,), vocab = QWEN
     expected = 2 * tokens * vocab + 6 * tokens * hidden + 2 * 8192 * hidden
     found = predict(H200, Case("linear_logps", "both", *QWEN)).gib
@@ -236,7 +236,7 @@ def test_memory_of_a_divergence():
 
 
 def test_both_is_forward_and_backward_of_a_training_step():
-    """The forward pass alone keeps nothing, so it is shorter than that of a step."""
+    """The forward pass alone keeps nothing, so it is shorter than that of a training step."""
     for operation in ("linear_logps", "linear_policy_loss"):
         modes = ("forward", "backward", "both")
         forward, backward, both = (predict(H100, Case(operation, m, *QWEN)).ms for m in modes)
