@@ -1,13 +1,12 @@
-"""What every Triton kernel compiles to, for every GPU that it is meant for, without a GPU.
+"""What every Triton kernel compiles to for each GPU that it is meant for. Needs no GPU.
 
     python -m bench ahead_of_time
 
-writes bench/results/ahead_of_time.csv: registers a thread, bytes of spilled registers and of shared
-memory, instructions, and how the kernel reads and writes its row of logits.
+writes bench/results/ahead_of_time.csv: registers per thread, bytes of spilled registers and of
+shared memory, instructions, and how the kernel reads and writes its row of logits.
 """
 
 import argparse
-import csv
 import itertools
 import multiprocessing
 import re
@@ -15,19 +14,21 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.table import Table
 from codistill_kernels._linear import exponentials_triton, slab_sizes, softmax_triton
 from codistill_kernels._pair import divergences, divergences_triton, reverse_kl_triton
 
 TABLE = Path(__file__).parent / "results" / "ahead_of_time.csv"
 CAPABILITIES = (80, 90, 100)
-SHARED_LIMIT_KIB = {80: 163, 90: 227, 100: 227}  # a block's, CUDA C++ programming guide, table 30
+# Shared memory per thread block: CUDA C++ programming guide, table 30.
+SHARED_LIMIT_KIB = {80: 163, 90: 227, 100: 227}
 KERNELS = {
     kernel.__name__: kernel
     for kernel in (
@@ -41,20 +42,20 @@ KERNELS = {
     )
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-WIDE = 16  # bytes, the most that a load or store of a thread moved before sm_100
+WIDE = 16  # bytes: the most that one load or store of a thread moved before sm_100
 OPTIONS = ("HAS_BIAS", "HAS_SOFTCAP")
 ENTROPY = "HAS_ENTROPY"
 PAIR_OPTIONS = ("STUDENT_SOFTCAP", "TEACHER_SOFTCAP")
 KINDS = tuple(divergences.DIVERGENCES)
 NUMBERS = ("softcap", "student_softcap", "teacher_softcap", "jsd_weight", "log_odds")
-# Flags of sizes: in a vocabulary not divisible by 16, a slab has odd columns at its end and a
-# stride that is padded; logits of the caller have rows of an odd stride.
+# Flags for sizes that 16 does not divide. With such a vocabulary the last slab has odd columns, but
+# its rows are padded; logits that the caller passes have rows of an odd stride.
 ODD_COLUMNS, ODD_ROWS = "ODD_COLUMNS", "ODD_ROWS"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel as the launchers may launch it."""
+    """A kernel with the types and flags of one launch."""
 
     kernel: str
     capability: int
@@ -69,26 +70,28 @@ class Variant:
 
 @dataclass(frozen=True)
 class Row:
+    """What a variant compiles to."""
+
     kernel: str
     capability: int
     reads: str
-    """Type of the logits or exponentials."""
+    """Type of the logits or exponentials that it reads."""
     writes: str
-    """Type of the exponentials or gradients; "" where only states are written."""
+    """Type of the exponentials or gradients that it writes; empty if it writes only states."""
     flags: str
     segment: int
     warps: int
     registers: int
     spilled_bytes: int
     shared_bytes: int
-    instructions_a_logit: float
-    """In the whole program, over the logits of a thread; of two models over pairs of them, of
-    merge_states_kernel over rows."""
+    instructions_per_logit: float
+    """Instructions of the program divided by the logits of a thread. For kernels on two models by
+    pairs of logits, for merge_states_kernel by rows."""
     wide_loaded_bytes: int
-    """By loads of 16 bytes or more, of a thread."""
+    """Bytes per thread that loads of 16 bytes or more move."""
     wide_stored_bytes: int
     narrow_loads: int
-    """Loads of fewer than 16 bytes: a few numbers of the row, or an access that is not wide."""
+    """Number of loads of less than 16 bytes: single numbers of the row, or logits one by one."""
     narrow_stores: int
     triton: str
 
@@ -96,14 +99,18 @@ class Row:
     def logits_of_a_thread(self) -> int:
         return self.segment // (32 * self.warps)
 
-    @property
-    def name(self) -> tuple[str, ...]:
-        """What was compiled, as the table has it."""
-        return tuple(map(str, astuple(self)[:7]))
+
+# The columns that say what was compiled.
+KEY = ("kernel", "capability", "reads", "writes", "flags", "segment", "warps")
+
+
+def table(path: Path = TABLE) -> Table[Row]:
+    return Table(path, Row, KEY)
 
 
 def variants() -> Iterator[Variant]:
-    # (reads, writes, flags): first of selective_logps, then of slabs.
+    """Every variant that the launchers launch."""
+    # Each is (reads, writes, flags): first those of selective_logps, then those of slabs.
     of_slabs = [
         (*options, *entropy, *odd)
         for entropy in ((), (ENTROPY,))
@@ -138,6 +145,7 @@ def variants() -> Iterator[Variant]:
 
 
 def constants(variant: Variant) -> dict[str, int | bool | str]:
+    """Values of the kernel's constexpr parameters."""
     every = dict(
         SEGMENT=slab_sizes.SEGMENT,
         STATES=softmax_triton.STATES,
@@ -151,6 +159,7 @@ def constants(variant: Variant) -> dict[str, int | bool | str]:
 
 
 def argument_type(name: str, variant: Variant) -> str:
+    """Triton's name for the type of a parameter."""
     if name in ("token_ids_ptr", "rows_ptr", "target_column_ptr"):
         return "*i64"
     if name in ("logits_ptr", "student_ptr", "teacher_ptr"):
@@ -163,7 +172,7 @@ def argument_type(name: str, variant: Variant) -> str:
 
 
 def is_divisible(name: str, kind: str, variant: Variant) -> bool:
-    """By 16, as Triton sees it: pointers, and sizes that it may look at."""
+    """Whether Triton compiles for a multiple of 16: pointers, and sizes that it may look at."""
     if name in {p.name for p in KERNELS[variant.kernel].params if p.do_not_specialize}:
         return False
     if ODD_ROWS in variant.flags and name in ("columns", "out_columns", "stride_n", "stride_out_n"):
@@ -174,7 +183,7 @@ def is_divisible(name: str, kind: str, variant: Variant) -> bool:
 
 
 def compile_kernel(variant: Variant, *, sizes_are_one: bool = False):
-    """sizes_are_one: as Triton compiles for sizes and strides of 1, which it makes constants."""
+    """Compile a variant. sizes_are_one: for sizes and strides of 1, which Triton makes constant."""
     kernel = KERNELS[variant.kernel]
     types = {name: argument_type(name, variant) for name in kernel.arg_names}
     values = constants(variant)
@@ -198,13 +207,14 @@ def compile_kernel(variant: Variant, *, sizes_are_one: bool = False):
 
 
 def sizes_of(variant: Variant) -> tuple[int, int]:
-    """Logits (of merge_states_kernel: rows) and warps of a program."""
+    """Logits per program (rows for merge_states_kernel) and warps per program."""
     if variant.kernel == "merge_states_kernel":
         return softmax_triton.MERGED_ROWS, 1
     return slab_sizes.SEGMENT, softmax_triton.NUM_WARPS
 
 
 def compile_variant(variant: Variant) -> Row:
+    """Compile a variant and count what is in its machine code."""
     compiled = compile_kernel(variant)
     cubin = compiled.asm["cubin"]
     segment, warps = sizes_of(variant)
@@ -233,6 +243,7 @@ def compile_variant(variant: Variant) -> Row:
 
 
 def run_tool(cubin: bytes, name: str, option: str) -> str:
+    """What one of the CUDA tools that come with Triton prints about a kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -241,7 +252,7 @@ def run_tool(cubin: bytes, name: str, option: str) -> str:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of its stack: what did not fit into registers."""
+    """Registers per thread, and bytes of its stack: what did not fit into registers."""
     text = run_tool(cubin, "cuobjdump", "--dump-resource-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     registers, stack, local = map(int, found.groups())
@@ -249,7 +260,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def disassembled(cubin: bytes) -> list[str]:
-    """Opcodes of the program; NOP fills its end."""
+    """Opcodes of the program, without the NOPs that fill its end."""
     text = run_tool(cubin, "nvdisasm", "-c")
     # /*0a10*/  @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
     found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)", text, re.MULTILINE)
@@ -257,12 +268,13 @@ def disassembled(cubin: bytes) -> list[str]:
 
 
 def width(opcode: str) -> int:
-    """Bytes that a global load or store moves for a thread: LDG.E.128, STG.E.U16, LDG.E."""
+    """Bytes that a global load or store moves per thread, from opcodes such as LDG.E.128."""
     found = re.search(r"\.[US]?(8|16|64|128|256)\b", opcode)
     return int(found[1]) // 8 if found else 4
 
 
 def compile_all() -> list[Row]:
+    """All variants, compiled by as many processes as there are cores."""
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(compile_variant, variants()))
 
@@ -276,11 +288,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path, default=TABLE, help="default: %(default)s")
     options = parser.parse_args(arguments)
     rows = compile_all()
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([field.name for field in fields(Row)])
-        writer.writerows(map(astuple, rows))
+    table(options.output).write(rows)
     spilling = sum(row.spilled_bytes > 0 for row in rows)
     print(f"{options.output}: {len(rows)} kernels, {spilling} spill")
     return 0

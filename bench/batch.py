@@ -1,8 +1,8 @@
-"""Inputs of a case, the same for every implementation."""
+"""The inputs of a case. All implementations get the same."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,33 +10,37 @@ from torch import Tensor
 from bench.shapes import Shape
 from codistill_kernels import reference
 
-LOGIT_STD = 2.0  # the softmax is neither flat nor one-hot
-CLIPPED_EVERY = 64  # tokens: few enough to count as none
-ROWS_AT_ONCE = 256
+LOGIT_STD = 2.0  # gives a softmax that is neither flat nor one-hot
+CLIPPED_EVERY = 64  # one token in so many is clipped: few enough to change no time
+ROWS_AT_ONCE = 256  # tokens whose logits are in memory together
 
 
 @dataclass(frozen=True)
 class Batch:
-    """N tokens in S sequences of equal length; fields that an operation does not take are empty."""
+    """N tokens in S sequences of equal length. Tensors that no operation on the shape takes are
+    empty."""
 
     models: tuple[tuple[Tensor, Tensor], ...]
-    """(hidden states [N, H], lm_head weight [V, H]) of one model or of the small and the large."""
+    """(hidden states [N, H], lm_head weight [V, H]) of one model, or of two: the small and the
+    large one, or the student and the teacher."""
     logits: Tensor
-    """[N, V], only where the shape has no hidden size."""
+    """[N, V], only if the shape has no hidden size."""
     token_ids: Tensor
     mask: Tensor
     old_logps: Tensor
-    """[N] near those of the first model: no ratio is near a clip bound, few are beyond one."""
+    """[N], close to those of the first model; see `make_batch`."""
     other_logps: Tensor
-    """[N] of another model or engine."""
+    """[N], those of another model or engine."""
     rewards: Tensor
     """[S]"""
     upstream: Tensor
-    """[N] gradient that arrives at log-probabilities."""
+    """[N], the gradient that arrives at log-probabilities."""
     cu_seqlens: Tensor
     normalizer: float
     vocab_size: int | None
     """Rows of the weights that are the vocabulary; None without a weight."""
+    has_teacher: bool
+    """Whether the second model is not differentiated."""
 
     @property
     def hidden_states(self) -> Tensor:
@@ -44,13 +48,13 @@ class Batch:
 
     @property
     def weight(self) -> Tensor:
-        """Head of the first model, cut to the vocabulary: peers take no size of a vocabulary."""
+        """Weight of the first model, cut to the vocabulary: peers cannot be told its size."""
         weight = self.models[0][1]
         return weight if self.vocab_size == len(weight) else weight[: self.vocab_size]
 
     @property
     def advantages(self) -> Tensor:
-        """[S] of mixed sign, but not of mean 0: the loss would be all rounding."""
+        """[S], of both signs. Their mean is not 0: a loss near 0 would be all rounding."""
         return self.rewards - self.rewards.mean() / 2
 
     @property
@@ -64,15 +68,15 @@ class Batch:
 
     @property
     def by_sequence(self) -> tuple[int, int]:
+        """(number of sequences, tokens per sequence): the shape of padded tensors."""
         return len(self.rewards), len(self.mask) // len(self.rewards)
 
-    def leaves(self) -> Iterator[Tensor]:
-        """What is differentiated: heads, or logits, or log-probabilities."""
-        if self.models:
-            for model in self.models:
-                yield from model
-        else:
-            yield self.logits if self.logits.numel() else self.other_logps
+    def leaves(self) -> list[Tensor]:
+        """The tensors that are differentiated: heads, or logits, or log-probabilities."""
+        if not self.models:
+            return [self.logits if self.logits.numel() else self.other_logps]
+        models = self.models[:1] if self.has_teacher else self.models
+        return [tensor for model in models for tensor in model]
 
     def to(self, dtype: torch.dtype) -> "Batch":
         """A copy with heads and logits in `dtype`, the rest in fp32 (fp64 with fp64)."""
@@ -81,20 +85,24 @@ class Batch:
         def copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
             return tensor.detach().to(dtype, copy=True).requires_grad_(tensor.requires_grad)
 
-        terms = (self.old_logps, self.other_logps, self.rewards, self.upstream)
-        return Batch(
-            tuple((copy(hidden, dtype), copy(weight, dtype)) for hidden, weight in self.models),
-            copy(self.logits, dtype),
-            self.token_ids,
-            self.mask,
-            *(copy(term, rest) for term in terms),
-            self.cu_seqlens,
-            self.normalizer,
-            self.vocab_size,
+        return replace(
+            self,
+            models=tuple((copy(x, dtype), copy(weight, dtype)) for x, weight in self.models),
+            logits=copy(self.logits, dtype),
+            old_logps=copy(self.old_logps, rest),
+            other_logps=copy(self.other_logps, rest),
+            rewards=copy(self.rewards, rest),
+            upstream=copy(self.upstream, rest),
         )
 
 
 def make_batch(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Batch:
+    """Random inputs of this shape: heads and logits in `dtype`, the rest in fp32.
+
+    Ratios of the policy to the old log-probabilities are 0.9, 1 and 1.1, so that rounding moves
+    none across a clip bound (0.8 and 1.2); every `CLIPPED_EVERY`-th is far beyond one. Where there
+    is a head, the old log-probabilities are computed from it; else all of them are random.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
     def randn(*size: int) -> Tensor:
@@ -103,53 +111,68 @@ def make_batch(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int
     tokens, sequences = shape.tokens, shape.sequences
     length = tokens // sequences
     assert length * sequences == tokens, shape
-    models = []
-    if shape.hidden:
-        models.append(make_model(shape, shape.hidden, LOGIT_STD, randn))
-    if shape.large_hidden and shape.logit_gap is None:
-        models.append(make_model(shape, shape.large_hidden, LOGIT_STD, randn))
-    elif shape.large_hidden:  # the first model, and more of little weight
-        more = make_model(shape, shape.large_hidden - shape.hidden, shape.logit_gap, randn)
-        models.append(tuple(torch.cat(parts, dim=1) for parts in zip(models[0], more, strict=True)))
-    models = [tuple(tensor.to(dtype) for tensor in model) for model in models]
+    models = tuple(
+        (hidden.to(dtype), weight.to(dtype)) for hidden, weight in random_models(shape, randn)
+    )
     has_logits = shape.vocab > 0 and not models
     logits = (LOGIT_STD * randn(tokens, shape.vocab) if has_logits else randn(0)).to(dtype)
     token_ids = torch.randint(
         max(shape.vocab, 1), (tokens,), generator=generator, device=device, dtype=torch.int64
     )
     position = torch.arange(tokens, device=device)
-    # Ratios of 0.9, 1 and 1.1; beyond the clip bounds of 0.8 and 1.2 those of a few tokens.
     shift = 0.1 * (position % 3 - 1)
     shift = torch.where(position % CLIPPED_EVERY == 7, 0.4, shift)
-    logps = policy_logps(models[0], token_ids, shape.vocab) if models else -randn(tokens).abs()
-    other = (logps + 0.1 * randn(tokens)) if models else logps + shift
-    kept = length - round(shape.inactive * length)
+    if models:
+        logps = policy_logps(models[0], token_ids, shape.vocab)
+        old_logps, other_logps = logps - shift, logps + 0.1 * randn(tokens)
+    else:
+        old_logps = -randn(tokens).abs()
+        other_logps = old_logps + shift
     batch = Batch(
-        tuple(models),
-        logits,
-        token_ids,
-        position % length < kept,
-        logps - shift if models else logps,
-        other,
-        (randn(sequences) > 0).float() + 0.1 * randn(sequences),
-        randn(tokens),
-        torch.arange(0, tokens + 1, length, device=device),
-        float(tokens),
-        shape.vocab if models else None,
+        models=models,
+        logits=logits,
+        token_ids=token_ids,
+        mask=position % length < length - round(shape.inactive * length),
+        old_logps=old_logps,
+        other_logps=other_logps,
+        rewards=(randn(sequences) > 0).float() + 0.1 * randn(sequences),
+        upstream=randn(tokens),
+        cu_seqlens=torch.arange(0, tokens + 1, length, device=device),
+        normalizer=float(tokens),
+        vocab_size=shape.vocab if models else None,
+        has_teacher=shape.has_teacher,
     )
     for leaf in batch.leaves():
         leaf.requires_grad_()
     return batch
 
 
-def make_model(shape: Shape, hidden: int, std: float, randn) -> tuple[Tensor, Tensor]:
+def random_models(shape: Shape, randn: Callable[..., Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Hidden states [N, H] and weight [V, H] of each model, in fp32."""
+    if not shape.hidden:
+        return []
+    first = make_model(shape, shape.hidden, LOGIT_STD, randn)
+    if not shape.large_hidden:
+        return [first]
+    if shape.logit_gap is None:
+        return [first, make_model(shape, shape.large_hidden, LOGIT_STD, randn)]
+    # The second model is the first with more hidden units, which move its logits by `logit_gap`.
+    more = make_model(shape, shape.large_hidden - shape.hidden, shape.logit_gap, randn)
+    hidden_states, weight = (torch.cat(parts, dim=1) for parts in zip(first, more, strict=True))
+    return [first, (hidden_states, weight)]
+
+
+def make_model(
+    shape: Shape, hidden: int, std: float, randn: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Hidden states [N, H] and weight [V, H] whose logits have this standard deviation."""
     weight = randn(shape.weight_rows, hidden).mul_(std / math.sqrt(hidden))
     return randn(shape.tokens, hidden), weight
 
 
 @torch.no_grad()
 def policy_logps(model: tuple[Tensor, Tensor], token_ids: Tensor, vocab: int) -> Tensor:
-    """[N] in fp32, by the definition and a few rows at a time."""
+    """[N] log-probabilities in fp32, by the definition and `ROWS_AT_ONCE` tokens at a time."""
     hidden_states, weight = model
     weight = weight[:vocab].float()
     parts = zip(hidden_states.split(ROWS_AT_ONCE), token_ids.split(ROWS_AT_ONCE), strict=True)

@@ -1,7 +1,7 @@
-"""Which cases a run measures."""
+"""The cases that a run can measure."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.operations import OPERATIONS, OURS
 from bench.shapes import (
@@ -22,15 +22,18 @@ GROWING = (OURS, "eager", "TRL chunked", "cut-cross-entropy")
 
 @dataclass(frozen=True)
 class Case:
+    """An operation at one size, in some of its modes, by some of its implementations."""
+
     operation: str
     shape: Shape
     modes: tuple[str, ...]
     implementations: tuple[str, ...] = ()
-    """Of the operation's, all if empty."""
+    """Names of those to measure; empty: all that the operation has."""
     is_goal: bool = False
-    """Ours is measured before anything else."""
+    """Whether our implementation is measured before anything else."""
 
     def names(self) -> list[str]:
+        """Names of the implementations to measure, in the order of the operation's."""
         names = OPERATIONS[self.operation].implementations()
         return [name for name in names if name in (self.implementations or names)]
 
@@ -42,8 +45,8 @@ def main_cases(is_cpu: bool) -> Iterator[Case]:
         models = PAPER_MODELS if operation == "linear_policy_loss" or not is_cpu else PAIR[:1]
         for model in models:
             shape = head_shape(model, tokens, is_cpu=is_cpu)
-            # The backward pass alone on one model: where gradients are made in the forward pass,
-            # as here and in Liger, it says little.
+            # The backward pass alone is measured on one model: it says little where gradients are
+            # made in the forward pass, as here and in Liger.
             modes = OPERATIONS[operation].modes if model == PAIR[0] else ("forward", "both")
             yield Case(operation, shape, modes)
     small = head_shape(PAIR[0], tokens, is_cpu=is_cpu)
@@ -51,7 +54,8 @@ def main_cases(is_cpu: bool) -> Iterator[Case]:
     rollouts = rollout_shape(prompts=64, tokens=512)
     shapes = {
         "codistill_losses": pair_shape(tokens, is_cpu=is_cpu, logit_gap=0.02),
-        "linear_reverse_kl": pair_shape(tokens, is_cpu=is_cpu, logit_gap=None),
+        "linear_reverse_kl": pair_shape(tokens, is_cpu=is_cpu),
+        "linear_divergence": pair_shape(tokens, is_cpu=is_cpu, has_teacher=True),
         "selective_logps": logits,
     }
     for name, operation in OPERATIONS.items():
@@ -60,7 +64,7 @@ def main_cases(is_cpu: bool) -> Iterator[Case]:
 
 
 def inactive_cases(is_cpu: bool) -> Iterator[Case]:
-    """The loss where a mask, a clip bound or a group of equal rewards takes tokens out."""
+    """The loss with a share of its tokens masked out."""
     models = ((PAIR[0], 1024),) if is_cpu else ((PAIR[0], 8192), ("Llama-3.1-8B", 4096))
     for model, tokens in models:
         for share in INACTIVE:
@@ -69,7 +73,7 @@ def inactive_cases(is_cpu: bool) -> Iterator[Case]:
 
 
 def goal_cases(is_cpu: bool) -> Iterator[Case]:
-    """What the kernels are held to on a Hopper GPU: other projects' published shapes."""
+    """The shapes that the kernels are judged by on a Hopper GPU; other projects publish them."""
     if is_cpu:
         return
     for model, tokens in (("Llama-3.1-8B", 4096), ("Qwen3-8B", 8192)):
@@ -83,18 +87,18 @@ def goal_cases(is_cpu: bool) -> Iterator[Case]:
 
 
 def odd_head() -> Shape:
-    """As a trainer has it: a vocabulary of less than the head's rows, and of an odd number."""
+    """A head as a trainer has it: of its rows an odd number is the vocabulary."""
     hidden, rows = MODELS[PAIR[0]]
     return Shape(PAIR[0], 8192, hidden, VOCABULARY, head_rows=rows)
 
 
 def larger_pair() -> Shape:
-    """Sizes of both models, and as many tokens as are scored at once."""
-    return pair_shape(16384, is_cpu=False, logit_gap=None)
+    """Both models of the paper, and as many tokens as are scored at once."""
+    return pair_shape(16384, is_cpu=False)
 
 
 def growth_cases(is_cpu: bool) -> Iterator[Case]:
-    """How the loss grows with N and with V, one of them at a time."""
+    """The loss with more and more tokens, and with more and more of the vocabulary."""
     model = PAIR[0]
     middle = 1024 if is_cpu else 8192
     whole = head_shape(model, middle, is_cpu=is_cpu)
@@ -105,18 +109,17 @@ def growth_cases(is_cpu: bool) -> Iterator[Case]:
 
 
 def growing(shape: Shape) -> Case:
+    """The loss at this size, by the implementations whose growth is shown."""
     return Case("linear_policy_loss", shape, ("both",), GROWING)
 
 
 def quick_cases(is_cpu: bool) -> Iterator[Case]:
-    """One small case of each operation: does it all run?"""
+    """One small case of each operation, to see that everything runs."""
     for case in main_cases(is_cpu):
-        if case.shape.model in (PAIR[0], "+".join(PAIR)) or not case.shape.vocab:
-            shape = case.shape
-            if shape.vocab:
-                small = dict(tokens=256, vocab=4096)
-                shape = Shape(**{**vars(shape), **small})
-            yield Case(case.operation, shape, case.modes)
+        if not case.shape.vocab:
+            yield case
+        elif case.shape.model in (PAIR[0], "+".join(PAIR)):
+            yield replace(case, shape=replace(case.shape, tokens=256, vocab=4096))
 
 
 SETS = {
@@ -129,7 +132,7 @@ SETS = {
 
 
 def cases(sets: list[str], operations: list[str], *, is_cpu: bool) -> list[Case]:
-    """Of these sets, of these operations (all if empty); each once."""
+    """The cases of these sets that are about these operations (all if empty), each once."""
     found: dict[tuple, Case] = {}
     for name in sets:
         for case in SETS[name](is_cpu):
@@ -139,7 +142,7 @@ def cases(sets: list[str], operations: list[str], *, is_cpu: bool) -> list[Case]
 
 
 def in_order(cases: list[Case]) -> list[tuple[Case, str]]:
-    """Each case with each of its implementations: those of a case together, so that they share its
-    inputs; but ours at all goals first, so that a run that is cut off has them."""
+    """Every case with every implementation to measure. Ours at the goals come first, so that a run
+    that is cut off has them; otherwise those of a case follow each other and share its inputs."""
     pairs = [(case, name) for case in cases for name in case.names()]
     return sorted(pairs, key=lambda pair: not (pair[0].is_goal and pair[1] == OURS))

@@ -2,8 +2,8 @@
 
     python -m bench compare OLD.csv NEW.csv --threshold 1.1
 
-Times are compared in units of the matmul that was measured beside each, where there is one: a
-machine that was slower on one of the days cancels out.
+Each time is divided by that of the matmul that was measured with it, if there is one, so that the
+speed of the machine on that day cancels out.
 """
 
 import argparse
@@ -11,9 +11,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.results import Row, read
+from bench.results import KEY, Row, table
 
-FLOOR_MIB = 8.0  # peaks of memory differ by so much for no reason
+FLOOR_MIB = 8.0  # peak memory differs by this much between equal runs; chosen, untested
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Change:
 
     @property
     def time(self) -> float | None:
+        """Ratio of the times, None if either was not measured."""
         if not (self.old.median_ms and self.new.median_ms):
             return None
         ratio = self.new.median_ms / self.old.median_ms
@@ -34,17 +35,19 @@ class Change:
 
     @property
     def memory(self) -> float | None:
+        """Ratio of the peaks, both raised by `FLOOR_MIB`; None if either was not measured."""
         if self.old.extra_mib is None or self.new.extra_mib is None:
             return None
         return (self.new.extra_mib + FLOOR_MIB) / (self.old.extra_mib + FLOOR_MIB)
 
     def is_worse(self, threshold: float) -> bool:
-        """Slower, larger, or no longer right."""
+        """Whether it became slower, takes more memory or no longer works."""
         if not self.new.is_ok:
             return self.old.is_ok
         return any(ratio is not None and ratio > threshold for ratio in (self.time, self.memory))
 
     def line(self, threshold: float) -> str:
+        """The change for a person to read."""
         new = self.new
         name = f"{new.title} {new.dtype} {new.mode} {new.implementation}"
         figures = (
@@ -58,9 +61,13 @@ def times(ratio: float | None) -> str:
 
 
 def changes(old: list[Row], new: list[Row]) -> list[Change]:
-    """Of the measurements in both; on whatever device."""
-    before = {row.key[1:]: row for row in old}
-    return [Change(before[row.key[1:]], row) for row in new if row.key[1:] in before]
+    """The measurements that are in both tables, whatever device each was made on."""
+
+    def what(row: Row) -> tuple:
+        return tuple(getattr(row, name) for name in KEY if name != "device")
+
+    before = {what(row): row for row in old}
+    return [Change(before[what(row)], row) for row in new if what(row) in before]
 
 
 def main(arguments: list[str]) -> int:
@@ -72,7 +79,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--threshold", type=float, default=1.1, help="largest ratio (default 1.1)")
     options = parser.parse_args(arguments)
     try:
-        old, new = read(options.old), read(options.new)
+        old, new = table(options.old).read(), table(options.new).read()
     except (OSError, ValueError) as error:
         print(f"bench compare: {error}", file=sys.stderr)
         return 2
@@ -82,10 +89,6 @@ def main(arguments: list[str]) -> int:
         return 2
     for change in found:
         print(change.line(options.threshold))
-    worse = [
-        change
-        for change in found
-        if change.new.implementation.startswith("codistill") and change.is_worse(options.threshold)
-    ]
+    worse = [c for c in found if c.new.is_ours and c.is_worse(options.threshold)]
     print(f"{len(found)} compared, {len(worse)} of ours worse than {options.threshold:g} times")
     return 1 if worse else 0

@@ -1,8 +1,8 @@
 """Whether the operations on a linear head are right at the size of a real vocabulary.
 
-Each is held against its definition in fp64 and judged as the tests judge it: at most twice the
-error of the definition in fp32 whose products have operands rounded to the dtype, in the worst row
-(tests/numerics.py).
+Each is compared with its definition in fp64 and judged as in the tests (bench/tolerance.py): in the
+worst row it may have twice the error that the definition has in fp32, with the operands of products
+rounded to the dtype.
 """
 
 import functools
@@ -19,6 +19,7 @@ from bench.gold import (
     TOKENS_AT_ONCE,
     Inputs,
     definition,
+    divergence,
     forced,
     of_both,
     of_logps,
@@ -27,20 +28,19 @@ from bench.gold import (
     reverse_kl,
     standards,
 )
+from bench.tolerance import CEILING, FACTOR, FLOOR, SCALAR_FLOOR, allowed_error, row_error
 from codistill_kernels import reference
 from codistill_kernels._linear.slab_sizes import pieces
-from tests.numerics import row_error
+from codistill_kernels._pair.divergences import DIVERGENCES
 
-FACTOR, CEILING = 2.0, 0.05  # of the judge's error, which counts up to the second
-FLOOR, SCALAR_FLOOR = 1e-6, 1e-5  # a scalar sums terms of both signs
-ROWS_AT_ONCE = 16384  # of a head's gradient that are compared
+ROWS_AT_ONCE = 16384  # rows of a gradient that are in memory in fp64 together
 
 
 # --- comparison --------------------------------------------------------------------------------
 
 
 def worst(found: Tensor, gold: Tensor) -> float:
-    """`row_error` of many rows, some of them at a time."""
+    """`row_error` of many rows, `ROWS_AT_ONCE` at a time."""
     if gold.ndim < 2:
         return row_error(found, gold)
     parts = pieces(len(gold), ROWS_AT_ONCE)
@@ -50,28 +50,30 @@ def worst(found: Tensor, gold: Tensor) -> float:
 def compared(
     title: str, found: dict[str, Tensor], gold: dict[str, Tensor], judge: dict[str, Tensor]
 ) -> Iterator[Finding]:
-    """The error of each result in judge's errors."""
+    """The error of each result as a multiple of the judge's."""
     for name, result in found.items():
-        # A gradient is rounded once, to the dtype of what it belongs to.
+        # A gradient is rounded once, to the dtype of its leaf.
         error, base = (worst(t, gold[name]) for t in (result, judge[name].to(result.dtype)))
-        allowed = min(base, CEILING)
+        base = min(base, CEILING)
         floor = FLOOR if gold[name].ndim else SCALAR_FLOOR
-        is_right = error <= FACTOR * allowed + floor
-        ratio = error / allowed if allowed else math.inf if error > floor else 0.0
+        is_right = error <= allowed_error(base, floor=floor)
+        ratio = error / base if base else math.inf if error > floor else 0.0
         verdict = OK if is_right else FAILED
         yield Finding(f"{title}: {name}", f"{ratio:.3g}", "x eager", f"<= {FACTOR:g}", verdict)
 
 
-# --- what is checked ---------------------------------------------------------------------------
+# --- operations against their definitions ------------------------------------------------------
 
 
 def leaves(inputs: Inputs, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Hidden states (or `x` in their place) and weight to differentiate."""
     x = inputs.x if x is None else x
     return x.clone().requires_grad_(), inputs.weight.detach().requires_grad_()
 
 
 def with_gradients(results: dict[str, Tensor], x: Tensor, weight: Tensor, vocab: int) -> dict:
-    """Results and gradients; one beyond the vocabulary is found too, as an error of all rows."""
+    """Results and gradients. A weight gradient beyond the vocabulary makes all of it NaN, so that
+    it is found."""
     dw = weight.grad
     if dw[vocab:].any():
         dw = dw + torch.nan
@@ -81,6 +83,8 @@ def with_gradients(results: dict[str, Tensor], x: Tensor, weight: Tensor, vocab:
 def linear_logps(
     inputs: Inputs, way: str, *, has_entropy: bool = False, x: Tensor | None = None
 ) -> dict[str, Tensor]:
+    """Our logps, entropy, dX and dW in this way. has_entropy: the entropy has a gradient too; x:
+    hidden states in the place of the inputs'."""
     setting, vocab = inputs.setting, inputs.sizes.vocab
     x, weight = leaves(inputs, x)
     poison(setting.device)
@@ -100,6 +104,7 @@ def linear_logps(
 
 
 def linear_policy_loss(inputs: Inputs, way: str, *, x: Tensor | None = None) -> dict[str, Tensor]:
+    """Our loss, dX and dW in this way; x: hidden states in the place of the inputs'."""
     setting, vocab = inputs.setting, inputs.sizes.vocab
     x, weight = leaves(inputs, x)
     poison(setting.device)
@@ -120,10 +125,11 @@ def linear_policy_loss(inputs: Inputs, way: str, *, x: Tensor | None = None) -> 
 
 
 def check_linear_logps(inputs: Inputs) -> Iterator[Finding]:
+    """In every way, with a gradient of the log-probabilities, and of the entropy too."""
     for has_entropy, upstream in ((False, of_logps), (True, of_both)):
         of = functools.partial(definition, inputs, upstream=upstream)
         gold, judge = standards(inputs, lambda precision, of=of: of(precision))
-        # With an entropy's gradient nothing that is kept serves.
+        # A gradient of the entropy cannot come from kept exponentials.
         ways = [way for way in inputs.setting.ways if way != "chunks" and not has_entropy]
         for way in ways or ["columns"]:
             title = f"linear_logps {way}" + (", gradient of the entropy" if has_entropy else "")
@@ -132,6 +138,7 @@ def check_linear_logps(inputs: Inputs) -> Iterator[Finding]:
 
 
 def check_linear_policy_loss(inputs: Inputs) -> Iterator[Finding]:
+    """In every way."""
     gold, judge = standards(inputs, lambda precision: definition(inputs, precision, of_loss))
     for way in inputs.setting.ways:
         found = linear_policy_loss(inputs, way)
@@ -141,7 +148,7 @@ def check_linear_policy_loss(inputs: Inputs) -> Iterator[Finding]:
 def selective(
     function: Callable, logits: Tensor, inputs: Inputs, rows: slice, dtype: torch.dtype, **options
 ) -> dict[str, Tensor]:
-    """Results of these rows by ours or by the definition."""
+    """Results for these rows by `function`, which is ours or the definition."""
     part = logits[rows].to(dtype).requires_grad_()
     outputs = function(
         part,
@@ -157,6 +164,7 @@ def selective(
 
 
 def badness(finding: Finding) -> tuple[bool, float]:
+    """Orders findings: failures are the worst, then larger multiples of eager's error."""
     return finding.verdict == FAILED, float(finding.measured)
 
 
@@ -183,6 +191,7 @@ def check_selective_logps(inputs: Inputs) -> Iterator[Finding]:
 
 
 def linear_reverse_kl(inputs: Inputs, rows: slice, x: Tensor | None = None) -> Tensor:
+    """Our KL of these rows; x: hidden states in the place of the inputs'."""
     x = inputs.x if x is None else x
     poison(inputs.setting.device)
     return kernels.linear_reverse_kl(
@@ -200,16 +209,41 @@ def check_linear_reverse_kl(inputs: Inputs) -> Iterator[Finding]:
     yield from compared("linear_reverse_kl", found, gold, judge)
 
 
+def linear_divergence(inputs: Inputs, kind: str, x: Tensor | None = None) -> dict[str, Tensor]:
+    """Our divergences from the large model, and dX and dW of their sum; x: as above."""
+    vocab = inputs.sizes.vocab
+    x, weight = leaves(inputs, x)
+    poison(inputs.setting.device)
+    loss, stats = kernels.linear_divergence(
+        (x, weight),
+        (inputs.large_x, inputs.large_weight),
+        inputs.mask,
+        kind=kind,
+        vocab_size=vocab,
+        backend=inputs.setting.backend,
+    )
+    loss.backward()
+    return with_gradients({"values": stats["divergence"]}, x, weight, vocab)
+
+
+def check_linear_divergence(inputs: Inputs) -> Iterator[Finding]:
+    for kind in DIVERGENCES:
+        of = functools.partial(divergence, inputs, kind=kind)
+        gold, judge = standards(inputs, lambda precision, of=of: of(precision))
+        found = linear_divergence(inputs, kind)
+        yield from compared(f"linear_divergence {kind}", found, gold, judge)
+
+
 # --- properties --------------------------------------------------------------------------------
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Bit for bit."""
+    """Whether two runs gave the same bits."""
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def check_masked(inputs: Inputs) -> Iterator[Finding]:
-    """NaN and infinity behind a mask change no bit, and are given no gradient."""
+    """NaN and infinity in masked tokens change no bit, and these tokens get a gradient of 0."""
     with_nan, with_infinity = inputs.behind_mask(torch.nan), inputs.behind_mask(torch.inf)
     runs = [(f"linear_policy_loss {way}", linear_policy_loss, way) for way in inputs.setting.ways]
     ways = [way for way in inputs.setting.ways if way != "chunks"]
@@ -223,11 +257,14 @@ def check_masked(inputs: Inputs) -> Iterator[Finding]:
     kl = linear_reverse_kl(inputs, everything, with_nan)
     is_hidden = torch.equal(kl, linear_reverse_kl(inputs, everything))
     yield holds("linear_reverse_kl: NaN behind the mask", is_hidden)
+    clean, dirty = (linear_divergence(inputs, "jsd", x) for x in (inputs.x, with_nan))
+    is_hidden = equal(clean, dirty) and not dirty["dX"][~inputs.mask].any()
+    yield holds("linear_divergence: NaN behind the mask", is_hidden)
 
 
 @torch.no_grad()
 def values(inputs: Inputs, rows: slice) -> dict[str, Tensor]:
-    """What the forward passes give for these rows alone."""
+    """Results of the forward passes on these rows alone."""
     poison(inputs.setting.device)
     logps, entropy = kernels.linear_logps(
         inputs.x[rows],
@@ -241,7 +278,7 @@ def values(inputs: Inputs, rows: slice) -> dict[str, Tensor]:
 
 
 def check_bits(inputs: Inputs) -> Iterator[Finding]:
-    """A row's result depends on no other row, and is the same every time."""
+    """A row's result does not depend on the other rows, and is the same every time."""
     tokens = len(inputs.x)
     some = slice(tokens // 10, tokens // 5)
     whole, alone = values(inputs, slice(0, tokens)), values(inputs, some)
@@ -259,6 +296,7 @@ CHECKS = (
     check_linear_policy_loss,
     check_selective_logps,
     check_linear_reverse_kl,
+    check_linear_divergence,
     check_masked,
     check_bits,
 )

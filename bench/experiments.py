@@ -1,6 +1,6 @@
-"""Experiments that say why a GPU is not as fast as predicted, in the order of what they decide.
+"""Experiments that tell why a GPU is not as fast as predicted. The most telling come first.
 
-Each prints a number, the range that is expected, and what follows where it is outside.
+Each gives a number, the range that is expected, and what follows if the number is outside.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from torch import Tensor
 import codistill_kernels as kernels
 from bench import exactness, ours
 from bench.batch import Batch, make_batch
+from bench.devices import device_named
 from bench.findings import OK, Finding, holds, in_range
 from bench.gold import REAL, SHARED, Inputs, Setting
 from bench.measure import Runner, gpu_peak_mib, gpu_times
@@ -27,28 +28,29 @@ from codistill_kernels._linear.triton_backend import TritonChunks
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ROWS, SEGMENT = slab_sizes.ROWS, slab_sizes.SEGMENT
-TOKENS, HIDDEN, VOCAB = 8192, 4096, 151936  # of the larger goal
-REPEATS = 10  # of what takes less than a millisecond
+TOKENS, HIDDEN, VOCAB = 8192, 4096, 151936  # the larger goal
+REPEATS = 10  # runs per round of what takes less than a millisecond
 Bounds = tuple[float, float] | None
-# Ranges by what the device's name says; the products' rates are the same on both.
+# Expected ranges by device.
 SEGMENT_US = {"H200": (42.0, 52.0), "H100": (60.0, 74.0)}
 WHOLE_MS = {"H200": (38.0, 46.5), "H100": (38.5, 47.5)}
 COLUMNS_MS = {"H200": (52.0, 63.0), "H100": (53.0, 65.0)}
 
 
 def here(ranges: dict[str, Bounds]) -> Bounds:
-    name = torch.cuda.get_device_name()
-    return next((bounds for device, bounds in ranges.items() if device in name), None)
+    """The range for this GPU, None if there is none."""
+    device = device_named(torch.cuda.get_device_name())
+    return ranges.get(device.name) if device else None
 
 
 def hopper(low: float, high: float) -> Bounds:
-    """A range for a product's time on the GPUs whose rate it was made of."""
+    """A range for a product's time, which is the same on an H200 and an H100."""
     return here({"H200": (low, high), "H100": (low, high)})
 
 
 @contextlib.contextmanager
 def way(name: str) -> Iterator[None]:
-    """Gradients in this way, whatever the workspace; the default where the name is empty."""
+    """Gradients are made in this way, whatever the workspace. Empty: as the code chooses."""
     plan = Plan("kept" if name == SHARED else name, 0)
     with contextlib.ExitStack() as stack:
         if name:
@@ -70,7 +72,7 @@ def poisoned(*size: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 def milliseconds(run: Callable[[], object], out: Tensor, repeats: int = REPEATS) -> float:
-    """Time of a run on the GPU that writes all of `out`."""
+    """Time on the GPU of a run, which must write all of `out`."""
     with fp32_sums:
         ms, _ = gpu_times(run, repeats=repeats)
     if not out.isfinite().all():
@@ -93,12 +95,13 @@ def product_flops(rows: int, columns: int, inner: int) -> float:
 
 
 def correctness() -> Iterator[Finding]:
-    """The path that all of the others are about; `first_contact` checks everything."""
+    """The operation that all of the others are about; `first_contact` checks everything."""
     inputs = Inputs(REAL, Setting(BF16, torch.device("cuda"), "triton"))
     yield from exactness.check_linear_logps(inputs)
 
 
 def slab_product() -> Iterator[Finding]:
+    """The product that makes a slab of logits."""
     x, weight = randn(ROWS, HIDDEN), randn(SEGMENT, HIDDEN)
     out, rounded = poisoned(ROWS, SEGMENT, dtype=FP32), poisoned(ROWS, SEGMENT)
     ms = milliseconds(lambda: product(x, weight.T, out), out)
@@ -109,6 +112,7 @@ def slab_product() -> Iterator[Finding]:
 
 
 def segment_pass() -> Iterator[Finding]:
+    """The pass over a slab of logits, with and without exponentials that are kept."""
     slab = 2 * randn(ROWS, SEGMENT, dtype=FP32)
     states = torch.zeros((1, STATES, ROWS), dtype=FP32, device="cuda")
     ids = torch.randint(SEGMENT, (ROWS,), device="cuda")
@@ -126,10 +130,11 @@ def segment_pass() -> Iterator[Finding]:
 
 
 def gradient_products() -> Iterator[Finding]:
+    """The two products that make the gradients from kept exponentials E."""
     e, weight = torch.rand((TOKENS, VOCAB), device="cuda", dtype=BF16), randn(VOCAB, HIDDEN)
     x, dw = randn(TOKENS, HIDDEN), poisoned(SEGMENT, HIDDEN)
     dx = poisoned(TOKENS, HIDDEN, dtype=FP32)
-    otherwise = "transposed E is slow: store E^T a slab"
+    otherwise = "a transposed E is slow: store E^T slab by slab"
     ms = milliseconds(lambda: product(e[:, :SEGMENT].T, x, dw), dw)
     yield in_range("dW of a segment, E_s^T x", ms, "ms", hopper(0.66, 0.76), otherwise)
     ms = milliseconds(lambda: product(e, weight, dx), dx, 2)
@@ -138,7 +143,7 @@ def gradient_products() -> Iterator[Finding]:
 
 
 def whole() -> Iterator[Finding]:
-    """The larger goal and what its parts make, measured apart."""
+    """The larger goal, beside the sum of its parts."""
     runner = larger_goal()
     total, _ = gpu_times(timed(runner, "kept"), rounds=5)
     otherwise = "compare with the parts"
@@ -152,7 +157,7 @@ def whole() -> Iterator[Finding]:
 
 
 def sum_of_parts() -> float:
-    """Milliseconds of the products and passes, without what holds them together."""
+    """Milliseconds of the products and passes of the larger goal, each measured alone."""
     found = {
         finding.what: float(finding.measured)
         for part in (slab_product, segment_pass, gradient_products)
@@ -165,7 +170,7 @@ def sum_of_parts() -> float:
 
 
 def alignment() -> Iterator[Finding]:
-    """Both gradient products of a vocabulary that no access of 16 bytes divides."""
+    """Both gradient products with rows of logits that do not start at multiples of 16 bytes."""
     vocab = REAL.vocab
     x, weight = randn(ROWS, REAL.hidden), randn(vocab, REAL.hidden)
     dx, dw = poisoned(ROWS, REAL.hidden, dtype=FP32), poisoned(vocab, REAL.hidden)
@@ -184,30 +189,31 @@ def alignment() -> Iterator[Finding]:
 
 
 def added_products() -> Iterator[Finding]:
-    """What a chunk of tokens costs where the head's gradient is summed over chunks."""
+    """The time of adding a chunk's part to the head's gradient, by tokens of the chunk."""
     dw = torch.zeros((VOCAB, HIDDEN), dtype=FP32, device="cuda")
     for rows, low, high in ((1024, 1.6, 2.0), (2048, 3.2, 3.7), (4096, 6.5, 6.9)):
         e, x = randn(rows, VOCAB), randn(rows, HIDDEN)
         ms = milliseconds(functools.partial(product, e.T, x, dw, add=True), dw, 2)
-        otherwise = "decides the least tokens of a chunk, slab_sizes.FEW_ROWS"
+        otherwise = "decides the least number of tokens of a chunk, slab_sizes.FEW_ROWS"
         yield in_range(f"dW += E^T x of {rows} tokens", ms, "ms", hopper(low, high), otherwise)
 
 
 def equal_bits() -> Iterator[Finding]:
-    """Of tokens in more than one slab, and of the gradients of some of them alone."""
+    """The same bits again, and for some tokens alone, across the border of two slabs."""
     batch, some = larger_goal().batch, slice(ROWS - 512, ROWS + 512)
     whole, again = (kept_gradients(batch, slice(0, TOKENS)) for _ in range(2))
     alone = kept_gradients(batch, some)
     for name, result in whole.items():
         yield holds(f"{name}: same bits again", torch.equal(result, again[name]))
     yield holds("logps: rows of two slabs alone", torch.equal(whole["logps"][some], alone["logps"]))
-    # No promise: a product of fewer rows may split its sum.
+    # Equal bits are not promised here: a product of fewer rows may split its sum.
     is_equal = torch.equal(whole["dX"][some], alone["dX"])
     verdict = OK if is_equal else "cuBLAS splits the sum: pad rows more"
     yield Finding("dX: 1024 rows alone", "yes" if is_equal else "no", "", "yes", verdict)
 
 
 def kept_gradients(batch: Batch, rows: slice) -> dict[str, Tensor]:
+    """Log-probabilities and gradients of these rows, from kept exponentials."""
     x = batch.hidden_states.detach()[rows].requires_grad_()
     weight = batch.weight.detach().requires_grad_()
     with way("kept"):
@@ -217,11 +223,12 @@ def kept_gradients(batch: Batch, rows: slice) -> dict[str, Tensor]:
 
 
 def memory() -> Iterator[Finding]:
+    """Peak memory of the larger goal in each way."""
     runner = larger_goal()
     for name, gib in (("kept", 3.73), (SHARED, 2.57), ("columns", 1.60)):
         peak = gpu_peak_mib(timed(runner, name), runner.batch) / 1024
         bounds = (0.97 * gib, 1.05 * gib)
-        otherwise = "the allocator rounds, or a copy is alive that was not counted"
+        otherwise = "the allocator rounds up, or a copy is alive that was not counted"
         yield in_range(f"memory, {name}, larger goal", peak, "GiB", bounds, otherwise)
 
 
@@ -231,6 +238,8 @@ def larger_goal() -> Runner:
 
 
 def timed(runner: Runner, name: str) -> Callable[[], None]:
+    """Forward and backward pass in this way."""
+
     def run() -> None:
         with way(name):
             runner.both()

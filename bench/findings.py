@@ -1,26 +1,23 @@
-"""What a first run on a device finds: numbers beside those expected, written as they come."""
+"""What a first run on a device finds: numbers beside expected ones, written as soon as known."""
 
-import csv
-import io
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from bench.table import Table
+
 OK, FAILED = "ok", "FAILED"
 
 
 @dataclass(frozen=True)
 class Finding:
+    """A measured number or property, all of it as text for a person to read."""
+
     what: str
     measured: str
     unit: str
     expected: str
     verdict: str
+    """OK, FAILED, or what to think of a number outside the expected range."""
 
     def __str__(self) -> str:
         expected = f"expected {self.expected}" if self.expected else ""
@@ -28,14 +25,15 @@ class Finding:
 
 
 def holds(what: str, is_so: bool) -> Finding:
-    """A property that is there or not."""
+    """A property that must hold; FAILED if it does not."""
     return Finding(what, "yes" if is_so else "no", "", "yes", OK if is_so else FAILED)
 
 
 def in_range(
     what: str, measured: float, unit: str, bounds: tuple[float, float] | None, otherwise: str
 ) -> Finding:
-    """A number, and what follows where it is outside its bounds: None, where none are known."""
+    """A number beside its bounds (None if none are known); otherwise: what follows from one that is
+    outside."""
     if bounds is None:
         return Finding(what, f"{measured:.4g}", unit, "-", "")
     low, high = bounds
@@ -45,60 +43,15 @@ def in_range(
 
 
 class Findings:
-    """A table on disk and on the screen. What is found again takes the place of the old row."""
+    """Findings printed and written to a table one by one, so that a run can be cut off."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.rows = path, {}
+        self.table = Table(path, Finding, key=("what",))
         self.failed: list[str] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            with path.open(newline="") as file:
-                self.rows = {row["what"]: Finding(**row) for row in csv.DictReader(file)}
 
     def add(self, finding: Finding) -> None:
-        self.rows[finding.what] = finding
+        """Write and print a finding; one that was there before is replaced."""
+        self.table.add([finding])
         if finding.verdict == FAILED:
             self.failed.append(finding.what)
-        # A run may be cut off while it writes: the table is whole at any moment.
-        part = self.path.with_suffix(".part")
-        with part.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([field.name for field in fields(Finding)])
-            writer.writerows(map(astuple, self.rows.values()))
-        os.replace(part, self.path)
         print(finding, flush=True)
-
-
-# --- predictions -------------------------------------------------------------------------------
-
-
-def roofline_csv() -> str:
-    """`bench roofline`'s predictions as text; empty where it has none to give."""
-    command = [sys.executable, "-m", "bench", "roofline", "--csv"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    return done.stdout if done.returncode == 0 else ""
-
-
-class Predictions:
-    """Milliseconds and GiB of an operation on one device."""
-
-    def __init__(self, text: str, device_name: str) -> None:
-        names = set(re.split(r"[^A-Za-z0-9]+", device_name))  # "NVIDIA H100 80GB HBM3"
-        self.rows = {
-            tuple(row[name] for name in ("operation", "mode", "tokens", "hidden", "vocab")): row
-            for row in table(text)
-            if row["device"] in names and row["dtype"] == "bf16"
-        }
-
-    def of(
-        self, operation: str, mode: str, tokens: int, hidden: int, vocab: int
-    ) -> tuple[float, float] | None:
-        """(ms, GiB) for bf16, or None; hidden: the sum of two models'."""
-        row = self.rows.get((operation, mode, str(tokens), str(hidden), str(vocab)))
-        return None if row is None else (float(row["ms"]), float(row["gib"]))
-
-
-def table(text: str) -> Iterator[dict[str, str]]:
-    """Rows of a CSV text, whatever lines are in front of its header."""
-    start = text.find("device,operation,")
-    return iter(csv.DictReader(io.StringIO(text[start:]))) if start >= 0 else iter(())

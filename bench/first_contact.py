@@ -1,9 +1,9 @@
 """First contact with a GPU: is every operation right, and how fast against the prediction?
 
     python -m bench first_contact                 ceilings, correctness, the goals' shapes
-    python -m bench first_contact --experiments   what decides where it is not as predicted
+    python -m bench first_contact --experiments   why it is not as fast as predicted
 
-A line a number, and a row in bench/results/<device>-first_contact.csv as soon as it is there.
+Prints one line per number, and adds it to bench/results/<device>-first_contact.csv at once.
 """
 
 import argparse
@@ -20,15 +20,17 @@ import torch
 from bench import experiments, ours, results
 from bench.batch import make_batch
 from bench.cases import larger_pair, odd_head
-from bench.devices import device_named
+from bench.devices import Device, device_named
 from bench.exactness import CHECKS
-from bench.findings import FAILED, OK, Finding, Findings, Predictions, in_range, roofline_csv
+from bench.findings import FAILED, OK, Finding, Findings, in_range
 from bench.gold import REAL, Inputs, Setting
 from bench.measure import Runner, gpu_peak_mib, gpu_times
 from bench.operations import OPERATIONS
+from bench.path_parts import Case
+from bench.roofline import Prediction, predict
 from bench.shapes import Shape, head_shape
 
-SURPRISE = 0.15  # relative to a prediction
+SURPRISE = 0.15  # a relative difference from the prediction that is worth a remark
 Step = tuple[str, Callable[[], Iterator[Finding]]]
 
 
@@ -36,11 +38,11 @@ Step = tuple[str, Callable[[], Iterator[Finding]]]
 
 
 def ceilings(device_name: str) -> Iterator[Finding]:
-    """What this GPU gives of the two rates that every prediction is made of."""
+    """The two rates on this GPU that every prediction is made from."""
     device = device_named(device_name)
     rates = (device.copy / 1e12, device.matmul / 1e12) if device else (0, 0)
     expected = [(0.95 * rate, 1.05 * rate) if device else None for rate in rates]
-    otherwise = "all predictions scale with it"
+    otherwise = "all predictions scale with this rate"
     rate = experiments.copy_bytes_per_second(2**31) / 1e12
     yield in_range("copy, read and written", rate, "TB/s", expected[0], otherwise)
     rate = experiments.product_flops(8192, 8192, 8192) / 1e12
@@ -52,27 +54,27 @@ def ceilings(device_name: str) -> Iterator[Finding]:
 
 @dataclass(frozen=True)
 class Goal:
+    """An operation at the size that it is judged by."""
+
     operation: str
     mode: str
     shape: Shape
     way: str = ""
-    """In which gradients are made, where it is not the default."""
+    """How gradients are made, if not as the code would choose; see `experiments.way`."""
 
     def __str__(self) -> str:
-        return f"{self.operation} {self.prediction} {self.sizes}"
+        way = f" by {self.way}" if self.way else ""
+        hidden = self.shape.hidden + self.shape.large_hidden
+        return f"{self.operation} {self.mode}{way} {self.shape.tokens}x{hidden}x{self.shape.vocab}"
 
-    @property
-    def prediction(self) -> str:
-        """The mode, as predictions call it."""
-        return f"{self.mode} by {self.way}" if self.way else self.mode
-
-    @property
-    def hidden(self) -> int:
-        return self.shape.hidden + self.shape.large_hidden
-
-    @property
-    def sizes(self) -> str:
-        return f"{self.shape.tokens}x{self.hidden}x{self.shape.vocab}"
+    def prediction(self, device: Device | None) -> Prediction | None:
+        """What the model of the GPU paths predicts; None for an unknown device or a chosen way."""
+        if device is None or self.way:
+            return None
+        shape = self.shape
+        return predict(
+            device, Case(self.operation, self.mode, shape.tokens, shape.hidden_sizes, shape.vocab)
+        )
 
 
 SMALLER, LARGER = (
@@ -90,12 +92,10 @@ GOALS = (
 )
 
 
-def goal(case: Goal, predictions: Predictions) -> Iterator[Finding]:
-    """Time by the GPU's and by the host's clock, and memory at the peak."""
-    predicted = predictions.of(
-        case.operation, case.prediction, case.shape.tokens, case.hidden, case.shape.vocab
-    )
-    ms, gib = (None, None) if predicted is None else predicted
+def goal(case: Goal, device: Device | None) -> Iterator[Finding]:
+    """Time by the GPU's and by the host's clock, and peak memory, each beside its prediction."""
+    predicted = case.prediction(device)
+    ms, gib = (None, None) if predicted is None else (predicted.ms, predicted.gib)
     batch = make_batch(case.shape, torch.bfloat16, torch.device("cuda"))
     runner = Runner(OPERATIONS[case.operation], getattr(ours, case.operation), batch)
     run = getattr(runner, case.mode)
@@ -108,7 +108,7 @@ def goal(case: Goal, predictions: Predictions) -> Iterator[Finding]:
 
 
 def beside(what: str, measured: float, unit: str, predicted: float | None) -> Finding:
-    """A number and its prediction."""
+    """A number beside its prediction; None: nothing is predicted."""
     if predicted is None:
         return Finding(what, f"{measured:.4g}", unit, "-", "")
     ratio = measured / predicted
@@ -120,15 +120,15 @@ def beside(what: str, measured: float, unit: str, predicted: float | None) -> Fi
 
 
 def first_steps() -> Iterator[Step]:
+    """Names and functions of all that the command does by default, in order."""
     name, device = torch.cuda.get_device_name(), torch.device("cuda")
     yield "ceilings", lambda: ceilings(name)
     inputs = functools.cache(lambda: Inputs(REAL, Setting(torch.bfloat16, device, "triton")))
     for check in CHECKS:
         yield check.__name__, lambda check=check: check(inputs())
     inputs.cache_clear()
-    predictions = Predictions(roofline_csv(), name)
     for case in GOALS:
-        yield str(case), lambda case=case: goal(case, predictions)
+        yield str(case), lambda case=case: goal(case, device_named(name))
 
 
 def experiment_steps() -> Iterator[Step]:
@@ -136,7 +136,8 @@ def experiment_steps() -> Iterator[Step]:
 
 
 def run(steps: Iterator[Step], findings: Findings, seconds: float) -> int:
-    """Exit code 1 if something failed. A step that breaks does not keep the next from running."""
+    """Run the steps and return exit code 1 if something failed. After an error in a step the next
+    one still runs; after `seconds` none begins."""
     deadline = time.monotonic() + seconds
     for name, step in steps:
         if time.monotonic() > deadline:
@@ -151,7 +152,7 @@ def run(steps: Iterator[Step], findings: Findings, seconds: float) -> int:
         if torch.cuda.is_available():
             gc.collect()
             torch.cuda.empty_cache()
-    print(f"failed: {', '.join(findings.failed) or 'nothing'}; all of it in {findings.path}")
+    print(f"failed: {', '.join(findings.failed) or 'nothing'}; all of it in {findings.table.path}")
     return 1 if findings.failed else 0
 
 
@@ -161,8 +162,8 @@ def main(arguments: list[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--experiments", action="store_true", help="instead of the first contact")
-    parser.add_argument("--seconds", type=float, default=170, help="no step begins after these")
+    parser.add_argument("--experiments", action="store_true", help="run these instead")
+    parser.add_argument("--seconds", type=float, default=170, help="no step begins later")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("bench first_contact must run on a GPU, found none", file=sys.stderr)

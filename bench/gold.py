@@ -1,6 +1,6 @@
-"""Tokens and heads of real sizes, and what the operations on them are by definition.
+"""Tokens and heads of real sizes, and the results of the operations on them by definition.
 
-The definitions go through the tokens a few at a time: in fp64 a whole [N, V] would not fit.
+The definitions take a few tokens at a time: all logits in fp64 would not fit into memory.
 """
 
 import contextlib
@@ -13,24 +13,26 @@ import torch
 from torch import Tensor
 
 from bench import eager
+from bench.tolerance import MatrixUnit
 from codistill_kernels import reference
 from codistill_kernels._linear import planning, slab_sizes
 from codistill_kernels._linear.chunks import Plan
 from codistill_kernels._linear.slab_sizes import pieces
-from tests.numerics import MatrixUnit
 
 LOGIT_STD = 2.0
-TOKENS_AT_ONCE = 128  # fp64 logits of 150 MiB, and a few copies of them
+TOKENS_AT_ONCE = 128  # 150 MiB of fp64 logits, and a few copies of them
 POISON_BYTES = {"cuda": 2**32, "cpu": 2**20}
 
 
 @dataclass(frozen=True)
 class Sizes:
+    """Sizes of the tokens and of both models' heads."""
+
     tokens: int
     hidden: int
     head_rows: int
     vocab: int
-    """Of the rows of both heads, those that are the vocabulary."""
+    """Number of rows of both heads that are the vocabulary."""
     large_hidden: int
     large_head_rows: int
 
@@ -40,13 +42,15 @@ REAL = Sizes(1024, 1536, 151936, 151665, 3584, 152064)  # Qwen2.5-Math 1.5B and 
 
 @dataclass(frozen=True)
 class Setting:
+    """Where and in which dtype the operations run."""
+
     dtype: torch.dtype
     device: torch.device
     backend: str
 
     @property
     def ways(self) -> tuple[str, ...]:
-        """In which a loss and its gradients can come about."""
+        """The ways in which the backend can compute a loss and its gradients."""
         kept = {"triton": ("kept", SHARED), "cpu": ("kept",)}.get(self.backend, ())
         return (*kept, "chunks", "columns")
 
@@ -56,7 +60,7 @@ SHARED = "kept, shared memory"
 
 @contextlib.contextmanager
 def forced(way: str, setting: Setting, tokens: int) -> Iterator[None]:
-    """This way, whatever the workspace; chunks are three."""
+    """The code goes this way, whatever the workspace; in chunks, it makes three."""
     tensor = torch.empty(0, dtype=setting.dtype, device=setting.device)
     kind = planning.chunks_for(tensor, 1, setting.backend)
     plan = Plan("kept" if way == SHARED else way, -(-tokens // 3))
@@ -78,7 +82,7 @@ class Inputs:
         self.x, self.weight = self.model(sizes.hidden, sizes.head_rows)
         self.large_x, self.large_weight = self.model(sizes.large_hidden, sizes.large_head_rows)
         self.token_ids = torch.randint(vocab, (tokens,), generator=self.generator, device=device)
-        # Logits beyond 44, where powers of two differ within a row, and tokens that are certain.
+        # Some rows have logits beyond 44, where a row's powers of two differ, and certain tokens.
         peaked = slice(0, min(16, tokens // 4))
         factors = torch.linspace(2, 8, peaked.stop, device=device)[:, None]
         self.x[peaked] *= factors.to(setting.dtype)
@@ -87,32 +91,35 @@ class Inputs:
         self.mask = torch.arange(tokens, device=device) % 5 != 4
         self.upstream = self.randn(tokens)
         self.entropy_upstream = self.randn(tokens)
-        self.advantages = self.randn(tokens) + 0.3  # not of mean 0: the loss would be rounding
+        self.advantages = self.randn(tokens) + 0.3  # a loss near 0 would be all rounding
         self.normalizer = float(tokens)
-        shift = 0.1 * (torch.arange(tokens, device=device) % 3 - 1)  # no ratio near a clip bound
-        shift[7::64] = 0.4  # some beyond one
+        # No ratio is near a clip bound, and every 64th is far beyond one.
+        shift = 0.1 * (torch.arange(tokens, device=device) % 3 - 1)
+        shift[7::64] = 0.4
         self.old_logps = values_of(self) - shift
 
     def randn(self, *size: int) -> Tensor:
         return torch.randn(size, generator=self.generator, device=self.setting.device)
 
     def model(self, hidden: int, head_rows: int) -> tuple[Tensor, Tensor]:
+        """Hidden states [N, H] and weight [head_rows, H]."""
         x = self.randn(self.sizes.tokens, hidden)
         weight = self.randn(head_rows, hidden).mul_(LOGIT_STD / math.sqrt(hidden))
         return x.to(self.setting.dtype), weight.to(self.setting.dtype)
 
     @property
     def targets(self) -> Tensor:
+        """[N] token ids, -100 where masked."""
         return torch.where(self.mask, self.token_ids, -100)
 
     def behind_mask(self, value: float) -> Tensor:
-        """Hidden states that hold this where they are masked."""
+        """Hidden states that hold this value where they are masked."""
         return torch.where(self.mask[:, None], self.x, value)
 
 
 @torch.no_grad()
 def values_of(inputs: Inputs) -> Tensor:
-    """[N] log-probabilities by the definition, in fp32."""
+    """[N] log-probabilities in fp32, by definition."""
     weight = inputs.weight[: inputs.sizes.vocab].float()
     return torch.cat(
         [
@@ -123,7 +130,7 @@ def values_of(inputs: Inputs) -> Tensor:
 
 
 def poison(device: torch.device) -> None:
-    """Memory that is handed out next holds NaN: what is not written shows."""
+    """Fill memory with NaN and free it, so that results a kernel does not write are NaN."""
     torch.full((POISON_BYTES[device.type] // 4,), torch.nan, device=device)
 
 
@@ -133,15 +140,17 @@ Upstream = Callable[[Inputs, slice, Tensor], tuple[Tensor, Tensor]]
 
 
 def of_logps(inputs: Inputs, rows: slice, logps: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients that arrive at log-probabilities and entropy."""
+    """The gradients that arrive at log-probabilities and entropy: only at the former."""
     return inputs.upstream[rows].to(logps.dtype), torch.zeros_like(logps)
 
 
 def of_both(inputs: Inputs, rows: slice, logps: Tensor) -> tuple[Tensor, Tensor]:
+    """As `of_logps`, at both."""
     return tuple(g[rows].to(logps.dtype) for g in (inputs.upstream, inputs.entropy_upstream))
 
 
 def of_loss(inputs: Inputs, rows: slice, logps: Tensor) -> tuple[Tensor, Tensor]:
+    """As `of_logps`, from the policy loss."""
     leaf = logps.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss_of(inputs, rows, leaf), leaf)
     return gradient, torch.zeros_like(logps)
@@ -149,7 +158,7 @@ def of_loss(inputs: Inputs, rows: slice, logps: Tensor) -> tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Terms:
-    """What the eager loss looks at of a batch."""
+    """The fields of a batch that the eager loss reads."""
 
     mask: Tensor
     old_logps: Tensor
@@ -157,12 +166,13 @@ class Terms:
 
 
 def loss_of(inputs: Inputs, rows: slice, logps: Tensor) -> Tensor:
+    """The policy loss summed over these rows."""
     terms = Terms(inputs.mask[rows], inputs.old_logps[rows].to(logps.dtype), inputs.normalizer)
     return eager.clipped_loss(logps, inputs.advantages[rows].to(logps.dtype), terms)
 
 
 def definition(inputs: Inputs, precision: torch.dtype, upstream: Upstream) -> dict[str, Tensor]:
-    """logps, entropy, loss, dX, dW of the whole call, computed in `precision`."""
+    """logps, entropy, loss, dX and dW by definition, computed in `precision`."""
     weight = inputs.weight[: inputs.sizes.vocab].to(precision).requires_grad_()
     parts: dict[str, list[Tensor]] = {"logps": [], "entropy": [], "dX": []}
     dw = torch.zeros_like(weight)
@@ -180,6 +190,7 @@ def definition(inputs: Inputs, precision: torch.dtype, upstream: Upstream) -> di
 
 
 def reverse_kl(inputs: Inputs, precision: torch.dtype) -> dict[str, Tensor]:
+    """KL [N] by definition, 0 where masked."""
     vocab = inputs.sizes.vocab
     weights = [t[:vocab].to(precision) for t in (inputs.weight, inputs.large_weight)]
     parts = []
@@ -189,8 +200,28 @@ def reverse_kl(inputs: Inputs, precision: torch.dtype) -> dict[str, Tensor]:
     return {"KL": torch.where(inputs.mask, torch.cat(parts), 0.0)}
 
 
+def divergence(inputs: Inputs, precision: torch.dtype, kind: str) -> dict[str, Tensor]:
+    """Divergence from the large model [N], and dX and dW of the sum, by definition."""
+    vocab = inputs.sizes.vocab
+    weight = inputs.weight[:vocab].to(precision).requires_grad_()
+    large_weight = inputs.large_weight[:vocab].to(precision)
+    values, dx = [], []
+    dw = torch.zeros_like(weight)
+    for rows in pieces(len(inputs.x), TOKENS_AT_ONCE):
+        x = inputs.x[rows].to(precision).requires_grad_()
+        teacher = inputs.large_x[rows].to(precision), large_weight
+        part = reference.linear_divergence(
+            (x, weight), teacher, inputs.mask[rows], kind=kind, reduction="none"
+        )
+        of_x, of_weight = torch.autograd.grad(part.sum(), (x, weight))
+        values.append(part.detach())
+        dx.append(of_x)
+        dw += of_weight
+    return {"values": torch.cat(values), "dX": torch.cat(dx), "dW": dw}
+
+
 def standards(inputs: Inputs, of: Callable[[torch.dtype], dict[str, Tensor]]) -> tuple[dict, dict]:
-    """fp64's results, and the judge's."""
+    """Results in fp64, and those of eager PyTorch that ours are judged by."""
     with MatrixUnit(inputs.setting.dtype):
         judge = of(torch.float32)
     return of(torch.float64), judge

@@ -3,26 +3,26 @@
 #
 #   first        rates, correctness at a real vocabulary, the goals' shapes beside predictions
 #   suites       the kernels' tests on the Triton backend
-#   experiments  where it is not as predicted: what decides why
+#   experiments  measurements that tell why something is not as fast as predicted
 #   tune         proposes settings of the kernels
 #   kernels      every operation against every peer at full shapes, ours at the goals first
-#   step         score and update of a CoDistill and of a GRPO step
+#   step         scoring and updates of a CoDistill step and of a GRPO step
 #
-# All but `step` without an argument. A part is given its share of the time, the last one what is
-# left; each can be cut off at any moment, since what it finds is written at once:
+# Without an argument all parts but `step` run. Each part has its share of the time, and the last one
+# all that is left. Results are written at once, so that a part can be cut off at any moment:
 #   gpu.log, <device>-first_contact.csv, <device>-tune.csv, <device>.csv, <device>-step.csv
 #
 # Needs Python 3.11 or newer, torch 2.11 and triton 3.6 with a GPU; no network, no installation.
-# Nothing runs in Triton's interpreter, which triton 3.6 has not for numpy 2.5. Set, if wanted:
-#   WHEELS=folder            wheels of what is not installed: peers (cut-cross-entropy, liger-kernel,
-#                            trl, ...), and for `step` pydantic, pydantic-settings and pebble with
-#                            what they need; those of what is installed are left out
+# Nothing runs in Triton's interpreter: that of triton 3.6 does not work with numpy 2.5. Settings:
+#   WHEELS=folder            wheels to install: peers (cut-cross-entropy, liger-kernel, trl, ...), and
+#                            for `step` pydantic, pydantic-settings and pebble with what they need;
+#                            packages that are installed already are left out
 #   PYTHON=python            default: .venv/bin/python if there is one, else python3
 #   CODISTILL_RESULTS=folder default: $OUT if that is set, else bench/results
 #   CODISTILL_COMMIT=hash    for rows measured outside a git checkout
 set -u
 cd "$(dirname "$0")/.."
-seconds=575  # of all parts together
+seconds=575  # for all parts together
 parts=(${*:-first suites experiments tune kernels})
 for name in "${parts[@]}"; do
   case $name in
@@ -44,7 +44,7 @@ fi
 mkdir -p "$CODISTILL_RESULTS"
 : >"$log"
 
-# PYTHONPATH goes before what is installed: a wheel of numpy, say, would take its place.
+# PYTHONPATH precedes what is installed: a wheel of numpy, say, would hide the installed one.
 absent_wheels() {
   "$python" - "$1" <<'END'
 import importlib.metadata, pathlib, sys
@@ -65,13 +65,13 @@ if [ -n "${WHEELS:-}" ]; then
   export PYTHONPATH="$PYTHONPATH:$site"
 fi
 
-absent() {  # modules: those that cannot be imported
+absent() {  # prints those of the given modules that cannot be imported
   "$python" -c 'import sys, importlib.util as u
 print(*(name for name in sys.argv[1:] if u.find_spec(name) is None))' "$@"
 }
 
 summary=()
-part() {  # name, most seconds, modules it needs, command; SECONDS_LEFT in it is the time it has
+part() {  # name, most seconds, needed modules, command, in which SECONDS_LEFT is its time
   local name=$1 most=$2 needs=$3 left=$((seconds - SECONDS)) missing from start=$SECONDS code
   shift 3
   [ "$name" = "${parts[-1]}" ] || [ "$left" -lt "$most" ] || left=$most

@@ -1,4 +1,4 @@
-"""How time and memory of the loss grow with the tokens and with the vocabulary."""
+"""How the loss's time and memory grow with the number of tokens and with the vocabulary."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ AXES = {"tokens": "N", "vocab": "V"}
 
 @dataclass(frozen=True)
 class Series:
-    """Measurements of one implementation along one axis, all else equal."""
+    """Measurements of one implementation that differ in one size only."""
 
     implementation: str
     axis: str
@@ -23,18 +23,18 @@ class Series:
         return [getattr(row, self.axis) for row in self.rows]
 
     def slope(self, figure: str) -> float:
-        """Of the least-squares line, a thousand tokens or rows of the vocabulary."""
+        """Slope of the least-squares line, per thousand tokens or rows of the vocabulary."""
         values = [getattr(row, figure) for row in self.rows]
         return 1000 * float(np.polyfit(self.sizes, values, 1)[0])
 
     def exponent(self, figure: str) -> float:
-        """k of size^k: the slope in logarithms."""
+        """k if the figure grows as size^k: the slope in logarithms."""
         values = [max(getattr(row, figure), 1e-3) for row in self.rows]
         return float(np.polyfit(np.log(self.sizes), np.log(values), 1)[0])
 
 
 def all_series(rows: list[Row]) -> list[Series]:
-    """Of at least three sizes."""
+    """All series with at least three sizes."""
     chosen = [
         row
         for row in rows
@@ -54,8 +54,9 @@ def all_series(rows: list[Row]) -> list[Series]:
 
 
 def slopes_table(rows: list[Row]) -> str:
+    """A Markdown table with a line per series."""
     lines = [
-        "| | axis | sizes | time, ms a thousand | memory, MiB a thousand | time ~ size^ |",
+        "| | axis | sizes | time, ms per thousand | memory, MiB per thousand | time ~ size^ |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for series in all_series(rows):

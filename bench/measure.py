@@ -2,7 +2,7 @@
 
     python -m bench.measure '{"operation": ..., "implementation": ..., "dtype": ..., "shape": ...}'
 
-prints the extra memory on a CPU, where only a process of its own has a peak of its own.
+prints the extra memory on a CPU. There the peak can only be measured in a process of its own.
 """
 
 import ctypes
@@ -28,14 +28,14 @@ ROOT = Path(__file__).parents[1]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SECONDS = {"cpu": 1.0, "cuda": 0.3}  # that the rounds of one measurement may take
 ROUNDS = (5, 50)  # at least and at most
-L2_BYTES = 256 * 2**20  # more than any L2: written between rounds, so that no input is still there
-SLEEP_CYCLES = 200_000  # 0.1 ms for the host to launch one run
-# Freed memory goes back at once, and a peak is not hidden by what an earlier call left behind.
+L2_BYTES = 256 * 2**20  # larger than any L2; written between rounds, so that no input is cached
+SLEEP_CYCLES = 200_000  # about 0.1 ms: time for the host to launch one run
+# Freed memory goes back to the system at once: memory left by an earlier call would hide a peak.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
 class Runner:
-    """The ways to run an implementation: forward without a graph, backward, or both."""
+    """Runs an implementation: its forward pass without a graph, its backward pass, or both."""
 
     def __init__(self, operation: Operation, run: Run, batch: Batch) -> None:
         self.operation, self.run, self.batch = operation, run, batch
@@ -46,6 +46,7 @@ class Runner:
             self.run(self.batch)
 
     def graph(self) -> tuple[Tensor, ...]:
+        """The outputs, with a graph to go back through."""
         drop_gradients(self.batch)
         outputs = self.run(self.batch)
         return outputs if isinstance(outputs, tuple) else (outputs,)
@@ -57,12 +58,13 @@ class Runner:
         self.backward(self.graph())
 
     def synchronized(self, function: Callable, *arguments: object) -> None:
+        """Call the function and wait for the GPU."""
         function(*arguments)
         if self.is_gpu:
             torch.cuda.synchronize()
 
     def before_round(self, mode: str) -> tuple[tuple, dict]:
-        """The arguments of a round, as pytest-benchmark's setup returns them."""
+        """Arguments of `synchronized` for a round, in the form of pytest-benchmark's setup."""
         function = {"forward": self.forward, "backward": self.backward, "both": self.both}[mode]
         arguments = (function, self.graph()) if mode == "backward" else (function,)
         if self.is_gpu:
@@ -71,7 +73,7 @@ class Runner:
         return arguments, {}
 
     def time(self, benchmark, mode: str) -> list[float]:
-        """Seconds of each round, after one that warms up (and compiles)."""
+        """Seconds of each round. Before them one round warms up, and one decides their number."""
         arguments, _ = self.before_round(mode)
         self.synchronized(*arguments)
         start = time.perf_counter()
@@ -92,7 +94,7 @@ def drop_gradients(batch: Batch) -> None:
 
 
 def upstream(outputs: tuple[Tensor, ...], batch: Batch) -> list[Tensor]:
-    """The gradient that arrives at each output: 1 at a loss."""
+    """The gradient that arrives at each output; it is 1 at a loss."""
     return [
         (batch.upstream if output.ndim else torch.ones_like(output)).to(output.dtype)
         for output in outputs
@@ -100,9 +102,9 @@ def upstream(outputs: tuple[Tensor, ...], batch: Batch) -> list[Tensor]:
 
 
 def matmul_seconds(shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
-    """Fastest of five products [N, H] x [H, V], summed over the models; 0 without a head."""
+    """Fastest of five products [N, H] x [H, V], added up over the models; 0 without a head."""
     seconds = 0.0
-    for hidden in filter(None, (shape.hidden, shape.large_hidden)):
+    for hidden in shape.hidden_sizes:
         x = torch.randn(shape.tokens, hidden, device=device).to(dtype)
         weight = torch.randn(shape.weight_rows, hidden, device=device).to(dtype)
         out = torch.empty(shape.tokens, shape.weight_rows, dtype=dtype, device=device)
@@ -120,10 +122,10 @@ def matmul_seconds(shape: Shape, dtype: torch.dtype, device: torch.device) -> fl
 def gpu_times(
     run: Callable[[], object], *, rounds: int = 10, repeats: int = 1
 ) -> tuple[float, float]:
-    """Median milliseconds of a run on a GPU: between two events on it, and by the host's clock.
+    """Median milliseconds of a run: between two events on the GPU, and by the host's clock.
 
-    With `repeats` the runs of a round follow each other without a gap, for those that are shorter
-    than what the host needs to launch them; the host's time is then none of theirs.
+    With `repeats` > 1 the runs of a round follow each other without a gap, for runs that are
+    shorter than the time to launch them. The host's time then says nothing.
     """
     run()  # compiles
     on_gpu, on_host = [], []
@@ -133,7 +135,7 @@ def gpu_times(
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start = time.perf_counter()
         if repeats > 1:
-            torch.cuda._sleep(repeats * SLEEP_CYCLES)  # all are launched before the first one runs
+            torch.cuda._sleep(repeats * SLEEP_CYCLES)  # until all are launched
         first.record()
         for _ in range(repeats):
             run()
@@ -150,7 +152,7 @@ def gpu_times(
 def extra_mib(
     operation: Operation, implementation: str, shape: Shape, dtype: str, runner: Runner
 ) -> dict[str, float]:
-    """MiB beside the inputs at the peak of each mode, gradients and outputs included."""
+    """Peak MiB beside the inputs in each mode, gradients and outputs included."""
     modes = [mode for mode in operation.modes if mode != "backward"]
     if runner.is_gpu:
         return {mode: gpu_peak_mib(getattr(runner, mode), runner.batch) for mode in modes}
@@ -173,8 +175,9 @@ def extra_mib(
 
 
 def gpu_peak_mib(run: Callable[[], None], batch: Batch) -> float:
-    run()  # compiles, and takes what a library keeps for itself
-    drop_gradients(batch)  # those of the run before are not there when the next one makes its own
+    """Peak MiB of a run on the GPU, beyond what is allocated before it."""
+    run()  # compiles, and allocates what libraries keep
+    drop_gradients(batch)  # so that memory before the run does not include them
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -185,7 +188,7 @@ def gpu_peak_mib(run: Callable[[], None], batch: Batch) -> float:
 
 
 def resident_mib(field: str) -> float:
-    """VmRSS, or VmHWM: its peak since the last reset."""
+    """This process's memory: VmRSS is its size now, VmHWM its peak since the last reset."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) / 1024
@@ -193,6 +196,7 @@ def resident_mib(field: str) -> float:
 
 
 def cpu_peak_mib(run: Callable[[], None], batch: Batch) -> float:
+    """Peak MiB of a run on the CPU, beyond the size of the process before it."""
     run()
     drop_gradients(batch)
     gc.collect()
@@ -204,6 +208,7 @@ def cpu_peak_mib(run: Callable[[], None], batch: Batch) -> float:
 
 
 def main() -> None:
+    """Print the extra memory of each mode as JSON; the task is the only argument, as JSON too."""
     task = json.loads(sys.argv[1])
     operation = OPERATIONS[task["operation"]]
     run = operation.implementations()[task["implementation"]].run

@@ -1,4 +1,4 @@
-"""Every public operation, and who implements it."""
+"""Every operation that is measured, and its implementations."""
 
 import functools
 import importlib.metadata
@@ -20,20 +20,22 @@ OURS = "codistill_kernels"
 
 @dataclass(frozen=True)
 class Implementation:
+    """A function on a batch, and what it needs to run."""
+
     run: Run
     package: str
-    """Distribution whose version is recorded."""
+    """Name of the distribution whose version is recorded."""
     module: str = ""
-    """That must be importable."""
+    """Name of a module that must be importable."""
     capability: int = 0
-    """Compute capability (major) that it needs; 0: runs on a CPU too."""
+    """Least compute capability (major) that it needs; 0: it runs on a CPU too."""
     exactly: bool = False
-    """No other capability will do."""
+    """Whether it runs on no GPU of higher capability."""
     since: str = ""
     """First version of the package that has it."""
 
     def missing(self, device: torch.device) -> str:
-        """Why it cannot run here, or nothing."""
+        """Why it cannot run here; empty if it can."""
         if self.capability:
             have = torch.cuda.get_device_capability()[0] if device.type == "cuda" else 0
             if have != self.capability if self.exactly else have < self.capability:
@@ -46,7 +48,7 @@ class Implementation:
 
     @property
     def version(self) -> str:
-        """Empty where the package runs from its source."""
+        """The package's version; empty if it runs from its source."""
         try:
             return importlib.metadata.version(self.package)
         except importlib.metadata.PackageNotFoundError:
@@ -55,13 +57,16 @@ class Implementation:
 
 @dataclass(frozen=True, eq=False)
 class Operation:
+    """A function of the package; `bench.ours` and `bench.eager` have one of the same name."""
+
     name: str
     differentiable: bool = True
     peers: dict[str, Implementation] = field(default_factory=dict)
     gradient_only: bool = False
-    """Its value is not what peers compute; its gradient is."""
+    """Whether only our gradient, not our value, is what peers compute."""
 
     def implementations(self) -> dict[str, Implementation]:
+        """Ours, the eager baseline, that baseline compiled, and the peers, by name."""
         baseline = getattr(eager, self.name)
         return {
             OURS: Implementation(getattr(ours, self.name), "codistill-grpo"),
@@ -75,15 +80,21 @@ class Operation:
         return ("forward", "backward", "both") if self.differentiable else ("forward",)
 
     def flops(self, shape: Shape, mode: str) -> float:
-        """Of the products that the mathematics needs, 2 N H V each, over active tokens: what is
-        recomputed earns nothing. 0 where there is no product."""
-        hidden = shape.hidden + shape.large_hidden
-        products = {"forward": 1, "backward": 2, "both": 3}[mode]
-        return 2.0 * products * shape.active * hidden * shape.vocab
+        """Operations of the products that the mathematics needs, over active tokens; 0 without a
+        head. Each is 2 N H V: one forward, two backward for each model that is differentiated. What
+        an implementation computes twice counts once."""
+        of_forward = shape.hidden + shape.large_hidden
+        of_backward = 2 * (shape.hidden if shape.has_teacher else of_forward)
+        hidden = {
+            "forward": of_forward,
+            "backward": of_backward,
+            "both": of_forward + of_backward,
+        }[mode]
+        return 2.0 * shape.active * hidden * shape.vocab
 
 
 def compiled(operation: str) -> Run:
-    """The eager implementation under torch.compile, compiled at its first call."""
+    """The eager implementation under torch.compile; it is compiled at its first call."""
 
     @functools.cache
     def function() -> Run:
@@ -120,6 +131,10 @@ CROSS_ENTROPIES = {
     ),
     "QuACK": Implementation(peers.quack_cross_entropy, "quack-kernels", "quack", 9, exactly=True),
 }
+DIVERGENCES = {
+    "TRL chunked": Implementation(peers.trl_divergence, "trl", "trl", since="1.16"),
+    "Liger JSD": Implementation(peers.liger_divergence, "liger-kernel", "liger_kernel"),
+}
 OPERATIONS = {
     operation.name: operation
     for operation in (
@@ -128,6 +143,7 @@ OPERATIONS = {
         Operation("linear_cross_entropy", peers=CROSS_ENTROPIES, gradient_only=True),
         Operation("codistill_losses"),
         Operation("linear_reverse_kl", differentiable=False),
+        Operation("linear_divergence", peers=DIVERGENCES),
         Operation(
             "selective_logps", peers={"TRL": Implementation(peers.trl_selective, "trl", "trl")}
         ),

@@ -1,17 +1,17 @@
-"""codistill_kernels' implementation of every operation."""
+"""Every operation as codistill_kernels implements it."""
 
 from torch import Tensor
 
 import codistill_kernels as kernels
 from bench.batch import Batch
-from bench.eager import ALPHA, MAX_COMPLETION_TOKENS, TRUNCATE
-from bench.shapes import KEPT, ROLLOUTS_A_PROMPT
+from bench.eager import ALPHA, JSD_WEIGHT, MAX_COMPLETION_TOKENS, TRUNCATE
+from bench.shapes import KEPT, ROLLOUTS_PER_PROMPT
 
 KD = dict(alpha=ALPHA, max_completion_tokens=MAX_COMPLETION_TOKENS)
 
 
 def loss_terms(batch: Batch) -> dict[str, Tensor | float]:
-    """Arguments of a policy loss besides log-probabilities."""
+    """Arguments of a policy loss besides the log-probabilities."""
     return dict(
         old_logps=batch.old_logps,
         advantages=batch.advantages,
@@ -32,13 +32,13 @@ def linear_policy_loss(batch: Batch) -> Tensor:
 
 
 def linear_logps_and_policy_loss(batch: Batch) -> Tensor:
-    """Two functions, where the loss is one's own."""
+    """The loss from two functions, for those who write the second one themselves."""
     logps = kernels.linear_logps(*batch.models[0], batch.targets, vocab_size=batch.vocab_size)
     return kernels.policy_loss(logps, **loss_terms(batch))[0]
 
 
 def linear_cross_entropy(batch: Batch) -> Tensor:
-    """The policy loss on the first step, all advantages 1: not the value, but the gradient."""
+    """The policy loss with ratios of 1 and advantages of 1: its gradient is the cross entropy's."""
     ones = batch.upstream.new_ones(len(batch.mask))
     tokens = batch.mask.sum()
     return kernels.linear_policy_loss(
@@ -70,6 +70,12 @@ def linear_reverse_kl(batch: Batch) -> Tensor:
     return kernels.linear_reverse_kl(*batch.models)
 
 
+def linear_divergence(batch: Batch) -> Tensor:
+    return kernels.linear_divergence(
+        *batch.models, batch.mask, kind="jsd", jsd_weight=JSD_WEIGHT, normalizer=batch.mask.sum()
+    )[0]
+
+
 def selective_logps(batch: Batch) -> Tensor:
     return kernels.selective_logps(batch.logits, batch.token_ids)
 
@@ -90,11 +96,11 @@ def kd_rewards(batch: Batch) -> Tensor:
 
 
 def group_advantages(batch: Batch) -> Tensor:
-    return kernels.group_advantages(batch.rewards, ROLLOUTS_A_PROMPT)
+    return kernels.group_advantages(batch.rewards, ROLLOUTS_PER_PROMPT)
 
 
 def downsample(batch: Batch) -> Tensor:
-    return kernels.downsample(batch.rewards, ROLLOUTS_A_PROMPT, KEPT)
+    return kernels.downsample(batch.rewards, ROLLOUTS_PER_PROMPT, KEPT)
 
 
 def codistill_scores(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +109,7 @@ def codistill_scores(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         batch.old_logps,
         batch.other_logps,
         batch.cu_seqlens,
-        group_size=ROLLOUTS_A_PROMPT,
+        group_size=ROLLOUTS_PER_PROMPT,
         keep=KEPT,
         **KD,
     )

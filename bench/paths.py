@@ -1,209 +1,48 @@
-"""The Triton backend's paths: products, passes, launches and memory, in the order of the code.
+"""What the Triton backend does in each operation: products, passes, launches and memory, in order.
 
-It goes through the same segments, row blocks, slices and chunks and asks the code for their sizes
-(`codistill_kernels._linear.slab_sizes`), so a changed slab changes what `bench.roofline` predicts.
+A function that yields has done the forward pass before and does the backward pass after.
 """
 
-import csv
-import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from math import ceil
 
-import torch
-
 from bench.devices import Run
-from bench.results import FOLDER
+from bench.path_parts import (
+    ITEM,
+    Case,
+    Head,
+    fill_exponentials,
+    instructions,
+    length,
+    slab_memory,
+    slabs,
+    statistics,
+    use_exponentials,
+)
 from codistill_kernels._linear import slab_sizes
-from codistill_kernels._linear.chunks import Plan
-from codistill_kernels._linear.slab_sizes import padded_columns, padded_rows, pieces
+from codistill_kernels._linear.slab_sizes import padded_columns, pieces
+from codistill_kernels._pair import chunks as pair_chunks
 
-TABLE = FOLDER / "ahead_of_time.csv"
-DTYPE, ITEM = torch.bfloat16, 2  # of operands: what the ceilings are of; its bytes
-# Launches on [N] numbers beside products, passes and copies, as torch's dispatcher sees them: of
-# linear_logps' forward and backward pass (with kept exponentials; by columns); of policy_loss
-# around it; of one chunk; of the divergence; of selective_logps' passes.
+# Launches of small kernels on [N] numbers, counted with torch's dispatcher. linear_logps: forward
+# pass, backward pass with kept exponentials, and by columns.
 LOGPS, KEPT_BACKWARD, COLUMNS_BACKWARD = 20, 32, 15
-LOSS, LOSS_BACKWARD = 66, 15
-CHUNK, DIVERGENCE, SELECTIVE, SELECTIVE_BACKWARD = 75, 41, 14, 6
-
-
-@functools.cache
-def instructions(kernel: str, writes: str, flags: str = "") -> float:
-    """A logit (of both models: a pair of logits) on sm_90, from what the kernels compile to."""
-    with TABLE.open(newline="") as file:
-        for row in csv.DictReader(file):
-            if (row["capability"], row["reads"]) != ("90", "fp32"):
-                continue
-            if (row["kernel"], row["writes"], row["flags"]) == (f"{kernel}_kernel", writes, flags):
-                return float(row["instructions_a_logit"])
-    raise ValueError(f"{TABLE} must have {kernel} that writes {writes!r} with {flags!r}")
-
-
-@dataclass(frozen=True)
-class Case:
-    operation: str
-    mode: str
-    tokens: int
-    hidden: tuple[int, ...]
-    """Of each model; none where the caller holds the logits."""
-    vocab: int
-    inactive: float = 0.0
-    """Share of the tokens that a mask takes out before the logits."""
-    clipped: float = 0.0
-    """Share of the others that have no gradient, as their logits show."""
-    workspace_mib: int | None = None
-
-    @property
-    def active(self) -> int:
-        return self.tokens - round(self.inactive * self.tokens)
-
-    @property
-    def kept(self) -> int:
-        return self.active - round(self.clipped * self.active)
-
-    @property
-    def workspace(self) -> int:
-        """Bytes; the default where enough is free."""
-        return 2**20 * (self.workspace_mib or slab_sizes.WORKSPACE_MIB)
-
-    def plan(self, rows: int) -> Plan:
-        return slab_sizes.plan(rows, self.vocab, DTYPE, self.workspace)
-
-    @property
-    def needed_flops(self) -> float:
-        """Of the products that the mathematics needs, over active tokens."""
-        products = {"forward": 1, "backward": 2, "both": 3}[self.mode]
-        return 2.0 * products * self.active * sum(self.hidden) * self.vocab
-
-
-@dataclass(frozen=True)
-class Head:
-    """Rows that are worked on, and the head they meet. Numbers of a row count as no memory."""
-
-    rows: int
-    hidden: int
-    vocab: int
-    has_entropy: bool = False
-
-    @property
-    def states(self) -> int:
-        """Elements of the hidden states."""
-        return self.rows * self.hidden
-
-    @property
-    def weight(self) -> int:
-        return self.hidden * self.vocab
-
-    def of(self, rows: int) -> "Head":
-        return replace(self, rows=rows)
-
-
-# --- products and passes (slabs.py, exponentials_triton.py) -------------------------------------
-
-
-def length(piece: slice) -> int:
-    return piece.stop - piece.start
-
-
-@contextmanager
-def slab_memory(run: Run, head: Head) -> Iterator[None]:
-    """Slabs.__init__: the slab, and a row block with zeros below it."""
-    blocks = [length(rows) for rows in pieces(head.rows, slab_sizes.ROWS)]
-    padded = head.hidden * sum(padded_rows(n) for n in blocks if padded_rows(n) != n)
-    slab = 4 * padded_rows(head.rows) * padded_columns(min(slab_sizes.SEGMENT, head.vocab))
-    if padded:
-        run.copies(3 * ITEM * padded, 2)
-    with run.memory(slab + ITEM * padded):
-        yield
-
-
-def slabs(run: Run, head: Head, width: int) -> Iterator[int]:
-    """Slabs.of: rows of each slab, after its product."""
-    for rows in pieces(head.rows, slab_sizes.ROWS):
-        run.product("logits", padded_rows(length(rows)), width, head.hidden, 4)
-        yield length(rows)
-
-
-def linear_states(run: Run, head: Head, columns: int, *, keeps: bool) -> None:
-    for segment in pieces(columns, slab_sizes.SEGMENT):
-        for rows in slabs(run, head, length(segment)):
-            flags = " ".join(["HAS_ENTROPY"] * head.has_entropy + ["KEEP"] * keeps)
-            each = instructions("segment_states", "bf16" if keeps else "", flags)
-            run.logits(rows, length(segment), 4 + ITEM * keeps, each)
-
-
-def statistics(run: Run, head: Head) -> None:
-    with slab_memory(run, head):
-        linear_states(run, head, head.vocab, keeps=False)
-
-
-def fill_exponentials(run: Run, head: Head, shared: bool) -> None:
-    """Exponentials.__init__, into memory that the caller has taken."""
-    with slab_memory(run, head):
-        for columns in slab_sizes.slices(head.rows, head.vocab, head.hidden, shared=shared):
-            stop = min(columns.stop, head.vocab)
-            linear_states(run, head, stop - columns.start, keeps=True)
-
-
-def overlaps(head: Head, columns: slice, shared: bool) -> bool:
-    """Whether a slice's gradient would be written where its own exponentials lie."""
-    if not shared:
-        return False
-    size = slab_sizes.kept_elements(head.rows, head.vocab, head.hidden, shared=True)
-    first = size - head.rows * (padded_columns(head.vocab) - columns.start)
-    last = first + head.rows * length(columns)
-    gradient = (columns.start * head.hidden, min(columns.stop, head.vocab) * head.hidden)
-    return gradient[0] < last and first < gradient[1]
-
-
-def use_exponentials(
-    run: Run, head: Head, kept: int, *, shared: bool, dw_bytes: int, add: bool = False
-) -> None:
-    """Exponentials.gradients of `kept` rows; leaves their gradient in fp32 in memory."""
-    segments = ceil(head.vocab / slab_sizes.SEGMENT)
-    some, is_all = head.of(kept), not slab_sizes.gathers(kept, head.rows)
-    if is_all:  # the others' exponentials become 0
-        run.copies(2 * ITEM * (head.rows - kept) * head.vocab)
-        some, kept = head, head.rows
-    run.spend("launches", run.device.chained_loads(kept, segments))
-    states = ITEM * some.states
-    gathered_states = 0 if is_all else states  # x[kept]
-    run.take(gathered_states + states)  # v x
-    run.copies(2 * gathered_states + 4 * states, 3)
-    run.take(4 * some.states)  # dx
-    widest = padded_columns(head.vocab) if is_all else slab_sizes.SEGMENT
-    gathered = 0 if is_all else ITEM * kept * widest
-    with run.memory(gathered):
-        for columns in slab_sizes.slices(head.rows, head.vocab, head.hidden, shared=shared):
-            run.small(1)  # finish_exponentials_kernel
-            for piece in pieces(length(columns), widest):
-                first = columns.start + piece.start
-                width = min(columns.start + piece.stop, head.vocab) - first
-                if not is_all:
-                    run.copies(2 * ITEM * kept * width)
-                run.product("dX", kept, head.hidden, width, 4, add=first > 0)
-                run.product("dW", width, head.hidden, kept, dw_bytes, add=add)
-                if is_all and overlaps(head, columns, shared):
-                    run.copies(2 * ITEM * width * head.hidden)
-                    with run.memory(ITEM * width * head.hidden):
-                        pass
-    run.copies(2 * 4 * some.states)  # dx times v
-    run.give(gathered_states + states)
-
-
-# --- operations: forward, then (after a yield) backward ----------------------------------------
+# policy_loss around it, and each chunk of linear_policy_loss.
+LOSS, LOSS_BACKWARD, CHUNK = 66, 15, 75
+# linear_divergence: once, for each chunk, for each chunk with a gradient, and its backward pass.
+DIVERGENCE, DIVERGENCE_CHUNK, DIVERGENCE_GRADIENT, DIVERGENCE_BACKWARD = 9, 72, 2, 3
+REVERSE_KL, SELECTIVE, SELECTIVE_BACKWARD = 41, 14, 6
 
 
 def round_gradient(run: Run, tokens: int, head: Head) -> None:
-    """dx of all tokens from fp32 to the dtype of the hidden states."""
+    """dx of all tokens is rounded from fp32 to the dtype of the hidden states."""
     run.copies((4 + ITEM) * tokens * head.hidden)
     run.take(ITEM * tokens * head.hidden)
     run.give(4 * tokens * head.hidden)
 
 
 def linear_logps(run: Run, case: Case, hidden: int) -> Iterator[None]:
+    """Log-probabilities of one model. linear_policy_loss without chunks does the same, and makes
+    the entropy besides."""
     head = Head(case.active, hidden, case.vocab, case.operation != "linear_logps")
     run.small(LOGPS, waits=1)
     gathered = ITEM * head.states if case.inactive else 0
@@ -225,6 +64,7 @@ def linear_logps(run: Run, case: Case, hidden: int) -> Iterator[None]:
 
 
 def kept_exponentials(run: Run, case: Case, head: Head) -> Iterator[None]:
+    """linear_logps with exponentials that the forward pass keeps for the backward pass."""
     shared = slab_sizes.shares_memory(head.rows, head.vocab, head.hidden, ITEM, case.workspace)
     run.ways.append("kept, shared" if shared else "kept")
     exponentials = ITEM * slab_sizes.kept_elements(
@@ -267,6 +107,7 @@ def by_columns(run: Run, case: Case, head: Head) -> None:
 
 
 def linear_policy_loss(run: Run, case: Case, hidden: int) -> Iterator[None]:
+    """The loss of one model; hidden: its hidden size."""
     if case.mode != "forward" and case.plan(case.active).way == "chunks":
         yield from policy_chunks(run, case, Head(case.active, hidden, case.vocab, has_entropy=True))
         return
@@ -280,7 +121,7 @@ def linear_policy_loss(run: Run, case: Case, hidden: int) -> Iterator[None]:
 
 
 def policy_chunks(run: Run, case: Case, head: Head) -> Iterator[None]:
-    """linear_policy_loss.single_pass and WithGradients: gradients in the forward pass."""
+    """linear_policy_loss.single_pass and WithGradients: the forward pass makes the gradients."""
     parts = ceil(head.rows / case.plan(case.tokens).rows)
     most = ceil(head.rows / parts)
     run.ways.append(f"{parts} chunks")
@@ -302,7 +143,11 @@ def policy_chunks(run: Run, case: Case, head: Head) -> Iterator[None]:
                 run.copies(2 * 4 * kept * head.hidden)  # into its rows of dx
                 run.give(4 * kept * head.hidden)
     yield
-    # The head's gradient is scaled and narrowed in place, from twice as many numbers each time.
+    scale_gradients(run, case, head)
+
+
+def scale_gradients(run: Run, case: Case, head: Head) -> None:
+    """WithGradients.backward: each launch rounds twice as many numbers of dw as the one before."""
     run.copies((4 + ITEM) * head.weight, ceil(head.weight / 4096).bit_length() + 2)
     round_gradient(run, case.tokens, head)
 
@@ -320,7 +165,7 @@ def codistill_losses(run: Run, case: Case) -> Iterator[None]:
 
 def linear_reverse_kl(run: Run, case: Case) -> Iterator[None]:
     run.ways.append("slabs")
-    run.small(DIVERGENCE)
+    run.small(REVERSE_KL)
     student, teacher = (Head(case.tokens, hidden, case.vocab) for hidden in case.hidden)
     with slab_memory(run, student), slab_memory(run, teacher):
         for segment in pieces(case.vocab, slab_sizes.SEGMENT):
@@ -328,6 +173,63 @@ def linear_reverse_kl(run: Run, case: Case) -> Iterator[None]:
             for rows, _ in zip(slabs(run, student, width), slabs(run, teacher, width), strict=True):
                 run.logits(rows, width, 4 + 4, instructions("pair_states", ""))
     yield
+
+
+def linear_divergence(run: Run, case: Case) -> Iterator[None]:
+    """pair_chunks.divergences_by_chunks, kind jsd: the forward pass makes the gradients."""
+    has_gradient = case.mode != "forward"
+    student, teacher = (Head(case.active, hidden, case.vocab) for hidden in case.hidden)
+    most = max(64, case.workspace // (2 * 4 * padded_columns(case.vocab)))
+    parts = ceil(case.active / most)
+    rows = ceil(case.active / parts)
+    height = min(slab_sizes.round_up(rows, slab_sizes.ROW_PADDING), most)
+    run.ways.append(f"{parts} chunks")
+    run.small(DIVERGENCE, waits=1)
+    gradients = 4 * (case.tokens * student.hidden + student.weight)
+    if has_gradient:
+        run.take(gradients)
+        run.copies(gradients, 2)
+    with run.memory(2 * 4 * height * padded_columns(case.vocab)):
+        for piece in pieces(case.active, rows):
+            run.small(DIVERGENCE_CHUNK + DIVERGENCE_GRADIENT * has_gradient)
+            for head in (student, teacher):
+                pair_logits(run, head.of(length(piece)), height)
+            pair_passes(run, student.of(length(piece)), has_gradient=has_gradient)
+            if has_gradient:
+                pair_gradients(run, student.of(length(piece)))
+    if has_gradient:
+        yield
+        run.small(DIVERGENCE_BACKWARD)
+        scale_gradients(run, case, student)
+
+
+def pair_logits(run: Run, head: Head, height: int) -> None:
+    """Logits.of: the rows are gathered into an operand that is zero below them."""
+    with run.memory(ITEM * (height * head.hidden + head.states)):
+        run.copies(ITEM * (height * head.hidden + 4 * head.states), 3)
+        for columns in pieces(head.vocab, pair_chunks.COLUMNS):
+            run.product("logits", height, length(columns), head.hidden, 4)
+
+
+def pair_passes(run: Run, head: Head, *, has_gradient: bool) -> None:
+    """divergences_triton.divergences: passes over the logits of both models."""
+    passes = [("pair_states", "", "", 4 + 4), ("pair_sums", "", "jsd", 4 + 4)]
+    passes += [("pair_gradients", "fp32", "jsd", 4 + 4 + 4)] * has_gradient
+    for kernel, writes, kind, moved in passes:
+        for columns in pieces(head.vocab, slab_sizes.SEGMENT):
+            run.logits(head.rows, length(columns), moved, instructions(kernel, writes, kind))
+
+
+def pair_gradients(run: Run, head: Head) -> None:
+    """Gradients.add: dz is rounded piece by piece, dx is copied to its rows."""
+    with run.memory((ITEM + 4) * head.states):
+        run.copies((2 * ITEM + 4 + 2 * 4) * head.states, 3)
+        for columns in pieces(head.vocab, pair_chunks.COLUMNS):
+            width = length(columns)
+            with run.memory(ITEM * head.rows * width):
+                run.copies((4 + ITEM) * head.rows * width)
+                run.product("dX", head.rows, head.hidden, width, 4, add=True)
+                run.product("dW", width, head.hidden, head.rows, 4, add=True)
 
 
 def selective_logps(run: Run, case: Case) -> Iterator[None]:
@@ -346,5 +248,6 @@ OPERATIONS = {
     "linear_logps": lambda run, case: linear_logps(run, case, *case.hidden),
     "selective_logps": selective_logps,
     "linear_reverse_kl": linear_reverse_kl,
+    "linear_divergence": linear_divergence,
     "codistill_losses": codistill_losses,
 }

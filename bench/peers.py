@@ -1,6 +1,6 @@
 """Other libraries' implementations, each called as its documentation or its own trainer does.
 
-Imports are inside the functions: a peer is there if it is installed and this device runs it.
+Imports are inside the functions, so that none of the libraries need be installed.
 """
 
 import functools
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.batch import Batch
-from bench.eager import EPSILON, clipped_loss
+from bench.eager import EPSILON, JSD_WEIGHT, clipped_loss
 
 TRL_VOCAB_CHUNK = 32768  # _CHUNKED_LOGPROB_CHUNK_SIZE of trl/trainer/utils.py, 1.16
 
@@ -21,7 +21,7 @@ TRL_VOCAB_CHUNK = 32768  # _CHUNKED_LOGPROB_CHUNK_SIZE of trl/trainer/utils.py, 
 def trl_logps(batch: Batch) -> Tensor:
     from trl.kernels import ChunkedLogProbFunction
 
-    # As TRL calls it: masked tokens are taken out on a GPU, and scored elsewhere.
+    # As TRL calls it: on a GPU without the masked tokens, on a CPU with them.
     compact = batch.hidden_states.is_cuda
     keep = batch.mask if compact else slice(None)
     logps, *_ = ChunkedLogProbFunction.apply(
@@ -52,7 +52,7 @@ def liger_cross_entropy(batch: Batch, reduction: str = "none") -> Tensor:
         LigerFusedLinearCrossEntropyLoss,
     )
 
-    # accum_dtype: the head's gradient summed in fp32, as ours is.
+    # accum_dtype: the head's gradient is summed in fp32, as ours is.
     loss = LigerFusedLinearCrossEntropyLoss(reduction=reduction, accum_dtype=torch.float32)
     result = loss(batch.weight, batch.hidden_states, batch.targets)
     return -result if reduction == "none" else result
@@ -61,8 +61,8 @@ def liger_cross_entropy(batch: Batch, reduction: str = "none") -> Tensor:
 def cce(batch: Batch, reduction: str = "none") -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
-    # filter_eps=None: no gradient is skipped for being small. On a flat softmax, as random weights
-    # give, the default skips nearly all of them.
+    # filter_eps=None: small gradients are not skipped. Random weights give a flat softmax, on which
+    # the default would skip nearly all of them.
     on_gpu = batch.hidden_states.is_cuda
     result = linear_cross_entropy(
         batch.hidden_states,
@@ -92,7 +92,7 @@ def torch_logps(batch: Batch) -> Tensor:
 
 
 def loss_of(logps):
-    """The clipped loss over a peer's log-probabilities."""
+    """The eager clipped loss on top of a peer's log-probabilities."""
 
     @functools.wraps(logps)
     def loss(batch: Batch) -> Tensor:
@@ -102,7 +102,7 @@ def loss_of(logps):
 
 
 @functools.cache
-def liger_grpo_loss(tokens_a_sequence: int):
+def liger_grpo_loss(tokens_per_sequence: int):
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     return LigerFusedLinearGRPOLoss(
@@ -111,7 +111,7 @@ def liger_grpo_loss(tokens_a_sequence: int):
         epsilon_low=EPSILON,
         epsilon_high=EPSILON,
         loss_type="dr_grpo",
-        max_completion_length=tokens_a_sequence,
+        max_completion_length=tokens_per_sequence,
     )
 
 
@@ -137,6 +137,37 @@ def quack_cross_entropy(batch: Batch) -> Tensor:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     return chunked_linear_cross_entropy(batch.hidden_states, batch.weight, batch.targets)
+
+
+# --- divergences -------------------------------------------------------------------------------
+
+
+def trl_divergence(batch: Batch) -> Tensor:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    # As TRL's DistillationTrainer calls it: on a GPU without the masked tokens, on a CPU with them.
+    compact = batch.hidden_states.is_cuda
+    keep = batch.mask if compact else slice(None)
+    (student, student_weight), (teacher, teacher_weight) = batch.models
+    values, _ = ChunkedDivergenceFunction.apply(
+        student[keep], student_weight, None, teacher[keep], teacher_weight, None, JSD_WEIGHT
+    )
+    if not compact:
+        values = values.masked_fill(~batch.mask, 0)
+    return values.sum() / batch.mask.sum()
+
+
+@functools.cache
+def liger_jsd_loss():
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    # Without the cross entropy that Liger adds by default.
+    return LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=JSD_WEIGHT)
+
+
+def liger_divergence(batch: Batch) -> Tensor:
+    student, teacher = batch.models
+    return liger_jsd_loss()(*student, *teacher, batch.targets)
 
 
 # --- from logits -------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A run of the benchmark suite: what it measures, and where the rows go. A pytest plugin."""
+"""A run of the benchmark suite: what it measures and where it writes the rows. A pytest plugin."""
 
 import argparse
 import gc
@@ -25,6 +25,8 @@ DEFAULT_SETS = ("goals", "main", "inactive", "growth")
 
 @dataclass(frozen=True)
 class Measurement:
+    """One row to measure."""
+
     case: Case
     implementation: str
     mode: str
@@ -46,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         default=DEFAULT_SETS,
         dest="sets",
         **several,
-        help=f"of cases: {', '.join(SETS)}; default: all but quick",
+        help=f"sets of cases: {', '.join(SETS)}; default: all but quick",
     )
     add(
         "--operation",
@@ -71,12 +73,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def names_of_all() -> list[str]:
-    """Of every implementation of any operation."""
+    """Names of all implementations of all operations."""
     each = (operation.implementations() for operation in OPERATIONS.values())
     return list(dict.fromkeys(name for implementations in each for name in implementations))
 
 
 class Plan:
+    """Gives pytest the measurements to make, makes each and writes its row at once."""
+
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.dtype = options, DTYPES[options.dtype]
         self.device = torch.device(
@@ -99,10 +103,10 @@ class Plan:
     def plan(self) -> "Plan":
         return self
 
-    # --- what is measured ---
+    # --- measuring ---
 
     def measurements(self) -> list[Measurement]:
-        """Implementations of a case one after the other, each in one mode after the other."""
+        """All that the options ask for and that can run here."""
         chosen = cases(self.options.sets, self.options.operations, is_cpu=self.device.type == "cpu")
         return [
             Measurement(case, name, mode)
@@ -112,6 +116,7 @@ class Plan:
         ]
 
     def can_run(self, operation: str, name: str) -> bool:
+        """Whether the implementation is asked for and runs here. Prints once why one does not."""
         if self.options.implementations and name not in self.options.implementations:
             return False
         why = OPERATIONS[operation].implementations()[name].missing(self.device)
@@ -121,17 +126,19 @@ class Plan:
         return not why
 
     def measure(self, measurement: Measurement, benchmark) -> results.Row:
+        """Make the row, write it and print it. benchmark: pytest-benchmark's fixture."""
         row = results.Row(**self.columns(measurement), **self.figures(measurement, benchmark))
         if row.is_ok and row.implementation == OURS:
             sizes = (measurement.case.shape, row.mode, row.dtype, row.matmul_tflops)
             row = replace(row, roofline_ms=roofline_ms(row.device, row.operation, *sizes))
         self.rows.append(row)
         if self.path:
-            results.add([row], self.path)
+            results.table(self.path).add([row])
         print("\n" + line(row), flush=True)
         return row
 
     def columns(self, measurement: Measurement) -> dict:
+        """The columns of the row that say what is measured, and where."""
         shape, operation = measurement.case.shape, measurement.case.operation
         implementation = OPERATIONS[operation].implementations()[measurement.implementation]
         return results.environment(self.device) | dict(
@@ -148,7 +155,7 @@ class Plan:
         )
 
     def figures(self, measurement: Measurement, benchmark) -> dict:
-        """Status and, after a passed check, figures."""
+        """The status and, if the check passed, the figures."""
         case, mode = measurement.case, measurement.mode
         self.prepare(case, measurement.implementation)
         if self.status != results.OK:
@@ -170,8 +177,9 @@ class Plan:
         )
 
     def rates(self, case: Case, mode: str, seconds: float) -> dict[str, float]:
-        """Achieved FLOP/s, and those of a matmul measured now: machines are not equally fast all
-        the time. Not of the backward pass alone: some make gradients in the forward pass."""
+        """FLOP/s that were reached, and those of a matmul that is measured now, because a machine's
+        speed changes. Nothing for a backward pass alone: some implementations make their gradients
+        in the forward pass."""
         operation = OPERATIONS[case.operation]
         flops = operation.flops(case.shape, mode)
         if not flops or mode == "backward":
@@ -181,7 +189,7 @@ class Plan:
         return dict(tflops=flops / seconds / 1e12, matmul_tflops=whole / product / 1e12)
 
     def prepare(self, case: Case, name: str) -> None:
-        """Check, inputs and memory of an implementation: once for all its modes."""
+        """Check an implementation, make its inputs and measure its memory; once for all modes."""
         if self.prepared == (case, name):
             return
         operation = OPERATIONS[case.operation]
@@ -199,13 +207,13 @@ class Plan:
             self.status = f"inaccurate: {error}"
         except torch.OutOfMemoryError:
             self.status = OUT_OF_MEMORY
-        except Exception as error:  # a peer's, on shapes or a GPU it was not made for: in the table
+        except Exception as error:  # a peer may not be made for this shape or this GPU
             traceback.print_exc()
             self.status = f"failed: {type(error).__name__}"
 
 
 def line(row: results.Row) -> str:
-    """A measurement, for a person."""
+    """A measurement for a person to read."""
     head = f"{row.title} {row.mode:8} {row.implementation:22}"
     if not row.is_ok:
         return f"{head} {row.status}"
@@ -218,7 +226,7 @@ def line(row: results.Row) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 1 if an implementation of ours did not give a number."""
+    """Exit code 1 if one of our implementations has no figures."""
     plan = Plan(parser().parse_args(arguments))
     suite = Path(__file__).with_name("bench_kernels.py")
     options = ["-q", "-s", "-p", "no:cacheprovider", "--benchmark-only", "--benchmark-quiet"]

@@ -1,4 +1,4 @@
-"""The pictures of bench/results."""
+"""The plots in bench/results."""
 
 import statistics
 from pathlib import Path
@@ -7,16 +7,17 @@ from bench.growth import AXES, MODE, OPERATION, all_series
 from bench.operations import OURS
 from bench.results import FOLDER, Row, slug
 
-COLORS = {OURS: "black"}  # in no colour cycle
+COLORS = {OURS: "black"}  # the others take the colours of matplotlib's cycle, which has no black
 FIGURES = {"median_ms": "time (ms)", "extra_mib": "extra memory (MiB)"}
 
 
 def paths(device: str) -> list[Path]:
+    """The files of a device's plots: the loss, and its growth."""
     return [FOLDER / f"{slug(device)}-{kind}.png" for kind in ("loss", "growth")]
 
 
 def draw(rows: list[Row]) -> list[Path]:
-    """The pictures of one device; those for which there are measurements."""
+    """Draw the plots of one device for which there are measurements, and return their files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -25,7 +26,7 @@ def draw(rows: list[Row]) -> list[Path]:
 
 
 def draw_bars(rows: list[Row], path: Path) -> Path | None:
-    """Time and memory of the loss, of every implementation on every model."""
+    """Time and memory of the loss for every implementation and model; None if there is nothing."""
     from matplotlib import pyplot
 
     chosen = [
@@ -34,8 +35,10 @@ def draw_bars(rows: list[Row], path: Path) -> Path | None:
         if (row.operation, row.mode) == (OPERATION, MODE) and row.is_ok and row.is_at_model_size
     ]
     usual = statistics.mode(row.tokens for row in chosen) if chosen else 0
-    chosen = [row for row in chosen if row.tokens == usual]  # others show growth: the next picture
-    cases = list(dict.fromkeys(row.case for row in chosen))
+    # Other numbers of tokens are in the plot of the growth.
+    chosen = [row for row in chosen if row.tokens == usual]
+    cases = list({row.case: row for row in chosen}.values())
+    place = {row.case: index for index, row in enumerate(cases)}
     names = list(dict.fromkeys(row.implementation for row in chosen))
     if not chosen:
         return None
@@ -44,14 +47,12 @@ def draw_bars(rows: list[Row], path: Path) -> Path | None:
     for axis, (column, label) in zip(axes, FIGURES.items(), strict=True):
         for index, name in enumerate(names):
             members = [row for row in chosen if row.implementation == name]
-            places = [cases.index(row.case) + index * width - 0.4 for row in members]
+            places = [place[row.case] + index * width - 0.4 for row in members]
             values = [getattr(row, column) or 0.0 for row in members]
             axis.bar(places, values, width, align="edge", label=name, color=COLORS.get(name))
         axis.set(ylabel=label)
         axis.grid(alpha=0.3, axis="y")
-    labels = [
-        f"{c[2]}\n{c[3]} x {c[4]} x {c[5]}" + (f"\n{c[6]:.0%} off" if c[6] else "") for c in cases
-    ]
+    labels = [label_of(row) for row in cases]
     axes[1].set_xticks(range(len(cases)), labels, fontsize=8)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     axes[0].set_title(f"{OPERATION}, forward and backward, {rows[0].device}")
@@ -60,8 +61,14 @@ def draw_bars(rows: list[Row], path: Path) -> Path | None:
     return path
 
 
+def label_of(row: Row) -> str:
+    """The case of a row, in lines."""
+    inactive = f"\n{row.inactive:.0%} off" if row.inactive else ""
+    return f"{row.model}\n{row.tokens} x {row.hidden} x {row.vocab}{inactive}"
+
+
 def draw_growth(rows: list[Row], path: Path) -> Path | None:
-    """Time and memory against N and V, in logarithms."""
+    """Time and memory against N and V, on logarithmic axes; None if there is nothing."""
     from matplotlib import pyplot
 
     series = all_series(rows)

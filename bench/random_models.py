@@ -1,7 +1,7 @@
-"""A small and a large model with random weights, and problems for them: a step's shape, no skill.
+"""A small and a large model with random weights, and problems for them.
 
-Random weights end a completion by chance only, so nearly all reach the limit: every run of the step
-benchmark writes the same number of tokens.
+Models with random weights rarely end a completion, so nearly all completions reach the limit, and
+every run of the step benchmark writes the same number of tokens.
 """
 
 import json
@@ -18,13 +18,15 @@ from tokenizers.pre_tokenizers import Whitespace
 from codistill.config.schema import TrainingConfig
 from codistill.model import Policy, prepare
 
-BYTES_A_PARAMETER = 16  # fp32 weight, gradient and two Adam moments
-MEMORY_SHARE = 0.7  # of the device for those; activations, engine and bf16 copies take the rest
+BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and two Adam moments
+MEMORY_SHARE = (
+    0.7  # share of the device for these; activations, engine and bf16 copies get the rest
+)
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a Qwen2 model; the fields are those of its config.json."""
+    """Size of a Qwen2 model. The fields are those of its config.json."""
 
     hidden_size: int
     intermediate_size: int
@@ -35,7 +37,7 @@ class Size:
     tie_word_embeddings: bool = False
 
     def parameters(self) -> int:
-        """Without norms and biases."""
+        """Number of parameters, without norms and biases."""
         head = self.hidden_size // self.num_attention_heads
         attention = 2 * self.hidden_size * (self.hidden_size + head * self.num_key_value_heads)
         layer = attention + 3 * self.hidden_size * self.intermediate_size
@@ -45,10 +47,12 @@ class Size:
 
 @dataclass(frozen=True)
 class Pair:
+    """Both models, and the sizes of a training step with them."""
+
     small: Size
     large: Size
     tokens: int
-    """Of the tokenizer; the models have rows beyond."""
+    """Size of the tokenizer; the models' vocabularies are larger."""
     prompts: int
     prompt_tokens: int
     completion_tokens: int
@@ -57,7 +61,7 @@ class Pair:
 
 
 PAIRS = {
-    "tiny": Pair(  # to see it run
+    "tiny": Pair(  # only to see that it runs
         Size(64, 128, 2, 2, 1, 512),
         Size(128, 256, 2, 2, 1, 512),
         tokens=500,
@@ -92,10 +96,10 @@ PAIRS = {
 
 
 def fitted(pair: Pair, device: torch.device) -> Pair:
-    """The pair, both models with the same share of their layers that the device holds."""
+    """The pair with so many layers as fit on the device: the same share of each model's."""
     if device.type == "cpu":
         return pair
-    room = MEMORY_SHARE * torch.cuda.get_device_properties(0).total_memory / BYTES_A_PARAMETER
+    room = MEMORY_SHARE * torch.cuda.get_device_properties(0).total_memory / BYTES_PER_PARAMETER
 
     def shortened(size: Size, share: float) -> Size:
         return replace(size, num_hidden_layers=max(1, math.floor(share * size.num_hidden_layers)))
@@ -108,8 +112,8 @@ def fitted(pair: Pair, device: torch.device) -> Pair:
 
 
 def write(pair: Pair, folder: Path, *, weights: bool, seed: int = 0) -> None:
-    """folder/small and folder/large, models or without weights their configurations, and
-    problems.jsonl."""
+    """Write folder/small, folder/large and folder/problems.jsonl. Without weights the models'
+    folders hold only configurations and tokenizers."""
     torch.manual_seed(seed)
     transformers.logging.disable_progress_bar()
     words = {f"w{index}": index for index in range(pair.tokens)}

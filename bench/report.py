@@ -1,16 +1,15 @@
-"""Plots and tables from bench/results: `python -m bench report`.
+"""Plots and tables of the measurements in bench/results: `python -m bench report`.
 
-Writes bench/results/README.md (every measurement), PNGs beside it, and the tables of the README
-between its markers. Nothing in them is written by hand, the sentences on where we lose neither.
+Writes bench/results/README.md with every measurement, the plots beside it, and the tables between
+the markers in the README. Nothing in them is written by hand, not even where we lose.
 """
 
 import argparse
-import csv
 import re
 import statistics
 from collections.abc import Callable, Iterable
 
-from bench import plots, roofline
+from bench import plots, roofline, step
 from bench.growth import all_series, slopes_table
 from bench.operations import OPERATIONS, OURS
 from bench.results import FOLDER, Row, read_all, slug
@@ -18,10 +17,11 @@ from bench.results import FOLDER, Row, read_all, slug
 README = FOLDER.parents[1] / "README.md"
 MARKERS = "<!-- bench {}: begin -->", "<!-- bench {}: end -->"
 HEADLINE = "linear_policy_loss"
-TIE = 1.03  # closer than that is no win: medians of one run differ by so much
+TIE = 1.03  # a smaller ratio is no win: medians of equal runs differ by as much
 
 
 def groups(rows: Iterable[Row], key: Callable[[Row], object]) -> dict[object, list[Row]]:
+    """Rows by their key, in the order of the first of each."""
     found: dict[object, list[Row]] = {}
     for row in rows:
         found.setdefault(key(row), []).append(row)
@@ -32,8 +32,8 @@ def groups(rows: Iterable[Row], key: Callable[[Row], object]) -> dict[object, li
 
 
 def table(rows: list[Row]) -> str:
-    """Implementations by cases, of one operation in one mode: time, memory, share of a matmul's
-    FLOP/s and, of ours, of the rate that `bench.roofline` predicts."""
+    """A Markdown table for one operation in one mode, with a line per implementation and a column
+    per case: time, memory, share of a matmul's FLOP/s and, for ours, predicted / measured time."""
     cases = groups(rows, lambda row: row.case)
     names = list(dict.fromkeys(row.implementation for row in rows))
     header = ["", *(case_name(members[0]) for members in cases.values())]
@@ -47,12 +47,14 @@ def table(rows: list[Row]) -> str:
 
 
 def case_name(row: Row) -> str:
+    """The model and the sizes, for a table's header."""
     sizes = " × ".join(str(size) for size in (row.tokens, row.hidden, row.vocab) if size)
     share = f", {row.inactive:.0%} inactive" if row.inactive else ""
     return f"{row.model}<br>{sizes}{share}"
 
 
 def cell(row: Row | None) -> str:
+    """The figures of a measurement, or why there are none."""
     if row is None:
         return "–"
     if not row.is_ok:
@@ -77,11 +79,11 @@ def errors_line(rows: list[Row]) -> str:
 
 
 def losses(rows: list[Row]) -> list[str]:
-    """A sentence for every case in which somebody is faster than we are, or takes less memory."""
+    """A sentence for every case in which a peer is faster than we are or takes less memory."""
     sentences = []
     for members in groups((r for r in rows if r.is_ok), lambda r: (r.case, r.mode)).values():
         ours = next((row for row in members if row.implementation == OURS), None)
-        others = [row for row in members if not row.implementation.startswith("codistill")]
+        others = [row for row in members if not row.is_ours]
         if ours is None or not others:
             continue
         faults = []
@@ -89,8 +91,8 @@ def losses(rows: list[Row]) -> list[str]:
         if ours.median_ms > TIE * fastest.median_ms:
             share = ours.median_ms / fastest.median_ms - 1
             faults.append(f"{share:.0%} slower than {fastest.implementation}")
-        sparing = [row for row in others if row.extra_mib is not None]
-        least = min(sparing, key=lambda row: row.extra_mib, default=None)
+        measured = [row for row in others if row.extra_mib is not None]
+        least = min(measured, key=lambda row: row.extra_mib, default=None)
         if least and ours.extra_mib is not None and ours.extra_mib > TIE * least.extra_mib + 1:
             more = ours.extra_mib - least.extra_mib
             faults.append(f"{more:.0f} MiB more than {least.implementation}")
@@ -101,13 +103,13 @@ def losses(rows: list[Row]) -> list[str]:
 
 
 def short(rows: list[Row]) -> str:
-    """A line a case: ours against the fastest peer; then the slopes."""
+    """One line per case, ours against the fastest peer, and then the table of the slopes."""
     lines = []
     for members in groups(
         (r for r in rows if r.mode != "backward"), lambda r: (r.case, r.mode)
     ).values():
         ours = next((row for row in members if row.implementation == OURS), None)
-        peers = [r for r in members if r.is_ok and not r.implementation.startswith("codistill")]
+        peers = [row for row in members if row.is_ok and not row.is_ours]
         if ours is None:
             continue
         figure = f"{ours.median_ms:.4g} ms" if ours.is_ok else ours.status
@@ -123,11 +125,12 @@ def short(rows: list[Row]) -> str:
 
 
 def where(row: Row) -> str:
+    """The machine and the versions of a measurement."""
     return f"{row.device} ({row.driver}), torch {row.torch}, triton {row.triton}"
 
 
 def headline(rows: list[Row]) -> str:
-    """The README's section."""
+    """The README's section on measurements."""
     parts = []
     for members in groups(rows, lambda row: (row.device, row.dtype)).values():
         chosen = [
@@ -150,12 +153,14 @@ def headline(rows: list[Row]) -> str:
 
 
 def has_usual_tokens(row: Row, rows: list[Row]) -> bool:
-    """Of the token counts measured, the one that most models have."""
+    """Whether its number of tokens is the most frequent one; other numbers show growth."""
     return row.tokens in statistics.multimode(r.tokens for r in rows if not r.inactive)
 
 
 def full(rows: list[Row]) -> str:
-    parts = ["# Measurements", __doc__.split("\n\n")[0] + "\n\nSee [README](../../README.md)."]
+    """bench/results/README.md: every measurement at a model's size, by device and operation."""
+    made_by = "Written by `python -m bench report` from the tables in this folder."
+    parts = ["# Measurements", f"{made_by} The [README](../../README.md#benchmarks) explains them."]
     for device, members in groups(rows, lambda row: row.device).items():
         parts.append(f"## {device}")
         commits = ", ".join(dict.fromkeys(row.commit for row in members))
@@ -176,24 +181,29 @@ def full(rows: list[Row]) -> str:
 
 
 def step_table(device: str) -> list[str]:
-    """Of the training step, where it was measured: phases by runs."""
+    """Title and Markdown table of the training step with a column per run; empty if it was not
+    measured on this device."""
     path = FOLDER / f"{slug(device)}-step.csv"
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    seconds = {(row["run"], row["phase"]): row["median_s"] for row in rows}
-    runs, phases = (list(dict.fromkeys(row[key] for row in rows)) for key in ("run", "phase"))
+    rows = step.table(path).read()
+    seconds = {(row.run, row.phase): f"{row.median_s:.4g}" for row in rows}
+    runs = list(dict.fromkeys(row.run for row in rows))
+    phases = dict.fromkeys(row.phase for row in rows)
     order = sorted(phases, key=lambda phase: phase == "step")
     lines = [["", *runs], ["---"] * (len(runs) + 1)]
     lines += [[phase, *(seconds.get((run, phase), "–") for run in runs)] for phase in order]
     made = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    title = f"### Training step, {rows[0]['models']} models, {rows[0]['rollouts']} rollouts"
+    title = f"### Training step, {rows[0].models} models, {rows[0].rollouts} rollouts"
     return [f"{title}: median seconds", made]
 
 
 def with_section(text: str, name: str, section: str) -> str:
-    """The README with what stands between the markers of this name replaced."""
+    """The README's text with the section between the markers of this name replaced.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
     begin, end = (marker.format(name) for marker in MARKERS)
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     if not pattern.search(text):

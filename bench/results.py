@@ -1,27 +1,32 @@
-"""Measurements as rows: where they were made, of what, and the figures.
+"""Rows of measurements: where they were made, what was measured, and the figures.
 
-bench/results/<device>.csv holds the rows of one device. A row that is measured again takes the
-place of the old one.
+bench/results/<device>.csv holds the rows of one device. A row that is measured again replaces the
+old one.
 """
 
-import csv
 import functools
 import os
 import re
 import subprocess
-from collections.abc import Iterable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import triton
 
+from bench.table import Table
+
 FOLDER = Path(__file__).parent / "results"
 OK = "ok"
+# The columns that say what was measured; the rest of the key says how.
+CASE = ("device", "operation", "model", "tokens", "hidden", "vocab", "inactive", "dtype")
+KEY = (*CASE, "implementation", "mode")
 
 
 @dataclass(frozen=True)
 class Row:
+    """One implementation of one operation, on one case in one mode (forward, backward or both)."""
+
     device: str
     driver: str
     torch: str
@@ -44,101 +49,63 @@ class Row:
     p80_ms: float | None = None
     rounds: int | None = None
     extra_mib: float | None = None
-    """Peak beside the inputs; gradients and outputs count."""
+    """Peak memory beside the inputs; gradients and outputs count."""
     tflops: float | None = None
-    """Of the products that the mathematics needs, over active tokens."""
+    """Rate of the products that the mathematics needs, over active tokens."""
     matmul_tflops: float | None = None
-    """Of a matmul [N, H] x [H, V] measured beside it."""
+    """Rate of a matmul [N, H] x [H, V] that was measured directly before."""
     error: float | None = None
-    """Against fp64, of the worst row of the outputs and gradients, relative."""
+    """Largest relative error of a row of the outputs and gradients, against fp64."""
     roofline_ms: float | None = None
-    """Of our implementation: what `bench.roofline` gives the path that it takes."""
+    """For our implementation alone: the time that `bench.roofline` predicts for its path."""
 
     @property
     def roofline_share(self) -> float | None:
-        """1: as fast as predicted."""
+        """Predicted over measured time: 1 is as fast as predicted."""
         return self.roofline_ms / self.median_ms if self.roofline_ms and self.median_ms else None
 
     @property
     def case(self) -> tuple:
-        """What was measured, by whatever implementation, in whatever mode."""
-        sizes = (self.tokens, self.hidden, self.vocab, self.inactive)
-        return (self.device, self.operation, self.model, *sizes, self.dtype)
+        """What was measured, whatever the implementation and the mode."""
+        return tuple(getattr(self, name) for name in CASE)
 
     @property
     def title(self) -> str:
-        """What was measured, in a line."""
+        """The operation and its sizes in a line."""
         sizes = "x".join(str(size) for size in (self.tokens, self.hidden, self.vocab) if size)
         return f"{self.operation} {sizes}" + (
             f" {self.inactive:.0%} inactive" if self.inactive else ""
         )
 
     @property
-    def key(self) -> tuple:
-        return (*self.case, self.implementation, self.mode)
-
-    @property
     def is_at_model_size(self) -> bool:
-        """Not of a part of a model's vocabulary, which only shows growth."""
+        """Whether the vocabulary is a model's; a part of one only shows growth."""
         return " / " not in self.model
 
     @property
     def is_ok(self) -> bool:
         return self.status == OK
 
-
-TYPES = {
-    field.name: float if "float" in str(field.type) else int if "int" in str(field.type) else str
-    for field in fields(Row)
-}
-
-HEADER = [field.name for field in fields(Row)]
-HEADERS = (HEADER, HEADER[:-1])  # the second: of tables without roofline_ms
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is made of this project's kernels alone, in whatever combination."""
+        return self.implementation.startswith("codistill")
 
 
-def read(path: Path) -> list[Row]:
-    """Raises ValueError if the file is no table of measurements."""
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames not in HEADERS:
-            raise ValueError(f"{path} must be a table of measurements, got {reader.fieldnames}")
-        return [
-            Row(**{name: TYPES[name](text) if text else None for name, text in row.items()})
-            for row in reader
-        ]
+def table(path: Path) -> Table[Row]:
+    """The measurements in this file."""
+    return Table(path, Row, KEY)
 
 
 def read_all(folder: Path = FOLDER) -> list[Row]:
     """Measurements of all devices; other tables in the folder are left out."""
-    headers = [",".join(header) for header in HEADERS]
-    tables = [path for path in sorted(folder.glob("*.csv")) if first_line(path) in headers]
-    return [row for path in tables for row in read(path)]
-
-
-def first_line(path: Path) -> str:
-    with path.open() as file:
-        return file.readline().strip()
-
-
-def add(rows: Iterable[Row], path: Path) -> None:
-    """Write rows to a table, in the place of those with the same key."""
-    table = {row.key: row for row in read(path)} if path.exists() else {}
-    table |= {row.key: row for row in rows}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(HEADER)
-        for row in table.values():
-            writer.writerow(map(as_text, astuple(row)))
-
-
-def as_text(value: object) -> object:
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else value
+    tables = [table(path) for path in sorted(folder.glob("*.csv"))]
+    return [row for found in tables if found.is_there() for row in found.read()]
 
 
 @functools.cache
 def environment(device: torch.device) -> dict[str, str]:
-    """The first columns of a row."""
+    """The first columns of a row: device, driver, versions of torch and triton, commit."""
     if device.type == "cuda":
         name, driver = torch.cuda.get_device_name(), output_of("nvidia-smi", *DRIVER).split("\n")[0]
     else:
@@ -156,21 +123,24 @@ DRIVER = ("--query-gpu=driver_version", "--format=csv,noheader")
 
 
 def cpu_name() -> str:
+    """Model of the processor and the number of cores that this process sees."""
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     model = found[1].strip() if found else "CPU"
     return f"{model}, {os.cpu_count()} cores"
 
 
 def commit() -> str:
-    """Short hash, with a + where files are changed; "unknown" outside a checkout."""
+    """Short hash, with a + where tracked files are changed; outside a checkout CODISTILL_COMMIT, or
+    "unknown"."""
     here = output_of("git", "rev-parse", "--short", "HEAD")
-    # Rows that are being written change nothing that is measured.
+    # What a benchmark writes changes nothing that is measured.
     paths = ("--", ":/", ":(top,exclude)bench/results", ":(top,exclude)README.md")
     changed = output_of("git", "status", "--porcelain", "--untracked-files=no", *paths)
     return f"{here}+" if changed else here or os.environ.get("CODISTILL_COMMIT", "unknown")
 
 
 def output_of(*command: str) -> str:
+    """What a command prints; empty if it is not installed or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER.parent)
     except FileNotFoundError:
@@ -179,10 +149,11 @@ def output_of(*command: str) -> str:
 
 
 def slug(name: str) -> str:
+    """A device's name as a file name: "AMD EPYC, 2 cores" becomes amd-epyc-2-cores."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def path_of(device: torch.device, suffix: str = "") -> Path:
-    """Table of this device, in bench/results or where CODISTILL_RESULTS says."""
+    """A table of this device, in the folder CODISTILL_RESULTS or else in bench/results."""
     folder = Path(os.environ.get("CODISTILL_RESULTS", FOLDER))
     return folder / f"{slug(environment(device)['device'])}{suffix}.csv"

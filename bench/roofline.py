@@ -1,52 +1,55 @@
-"""Predicted time and memory of the Triton backend on GPUs, from their ceilings. Runs nothing.
+"""Predicted time and memory of the Triton backend on GPUs, from their highest rates. Runs nothing.
 
     python -m bench roofline                      a table for people, goals marked
     python -m bench roofline --csv --output FILE  a line per device, operation, mode and shape
 
-Ceilings: bench/devices.py. What is done with them: bench/paths.py.
+The rates are in bench/devices.py, the operations' work in bench/paths.py and bench/path_parts.py.
 """
 
 import argparse
-import csv
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from bench.batch import CLIPPED_EVERY
-from bench.devices import DEVICES, Device, device_named
-from bench.paths import DTYPE, OPERATIONS, Case, Run
+from bench.devices import DEVICES, Device, Run, device_named
+from bench.path_parts import DTYPE, Case
+from bench.paths import OPERATIONS
 from bench.shapes import Shape
+from bench.table import text_of
 from codistill_kernels._linear.cpu_backend import CpuChunks
 from codistill_kernels._linear.planning import workspace_bytes
 
 MODES = {"linear_reverse_kl": ("forward",)}
 ALL_MODES = ("forward", "backward", "both")
-COLUMNS = ("device", "operation", "mode", "tokens", "hidden", "vocab", "dtype", "ms", "gib")
-# A clipped token has an advantage of the right sign: every second one in the benchmark's inputs.
+# A token whose ratio is beyond a bound is clipped only if its advantage has the right sign, which
+# every second one has in the benchmark's inputs.
 CLIPPED = 1 / (2 * CLIPPED_EVERY)
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What a case is held to on an H200; None: not held to it."""
+    """The bounds that a case must keep on an H200; None: no bound."""
 
     ms: float | None = None
     gib: float | None = None
     share: float | None = None
-    """Of cuBLAS' FLOP/s."""
+    """Least share of cuBLAS' FLOP/s."""
 
 
 @dataclass(frozen=True)
 class Prediction:
+    """Time and memory of a case on a device."""
+
     device: Device
     case: Case
     parts: dict[str, float]
-    """Seconds."""
+    """Seconds by kind of work."""
     gib: float
-    """Peak beside the inputs, gradients and outputs included, in 2^30 bytes."""
+    """Peak memory beside the inputs, gradients and outputs included, in 2^30 bytes."""
     ways: list[str]
+    """How the code would compute it, such as "kept" or "2 chunks"."""
 
     @property
     def ms(self) -> float:
@@ -54,11 +57,11 @@ class Prediction:
 
     @property
     def share(self) -> float:
-        """Of cuBLAS' FLOP/s, by the operations that the mathematics needs."""
+        """Share of cuBLAS' FLOP/s, counting the operations that the mathematics needs."""
         return self.case.needed_flops / (self.ms * 1e-3) / self.device.matmul
 
     def misses(self, goal: Goal) -> list[str]:
-        """Bounds that are not kept."""
+        """The bounds that are not kept."""
         found = []
         if goal.ms is not None and self.ms > goal.ms:
             found.append(f"{goal.ms:g} ms")
@@ -70,6 +73,7 @@ class Prediction:
 
 
 def predict(device: Device, case: Case) -> Prediction:
+    """Walk along the operation's path and add up what it takes on the device."""
     run = Run(device)
     steps = OPERATIONS[case.operation](run, case)
     next(steps, None)
@@ -88,13 +92,13 @@ GOALS = {
     Case("linear_policy_loss", "both", *QWEN): Goal(ms=43, gib=2.6),
     Case("linear_logps", "both", *LLAMA): Goal(ms=18.5, gib=2.2),
     Case("linear_logps", "both", *QWEN): Goal(ms=43, gib=2.6),
-    # Exponentials of fewer rows than pay: the way for a GPU that is nearly full.
+    # So little memory that exponentials of a few rows would not pay: a GPU that is nearly full.
     Case("linear_logps", "both", *QWEN, workspace_mib=512): Goal(ms=58, gib=1.7),
     Case("linear_logps", "forward", *QWEN): Goal(share=0.85),
     Case("linear_logps", "forward", 16384, (1536,), 151936): Goal(share=0.75),
     Case("linear_reverse_kl", "forward", 16384, (1536, 3584), 151936): Goal(ms=40),
 }
-# Beside the goals, what only the table shows.
+# Cases that only the table shows.
 VARIANTS = (
     Case("linear_policy_loss", "both", *LLAMA, clipped=CLIPPED),
     Case("linear_policy_loss", "both", *QWEN, clipped=CLIPPED),
@@ -109,17 +113,18 @@ SHAPES = (
             QWEN,
             (16384, (3584,), 152064),
             (16384, (1536,), 151936),
-            (8192, (1536,), 151665),  # the vocabulary without its padding: odd
+            (8192, (1536,), 151665),  # an odd vocabulary, of a head with more rows
         )
     ),
     ("codistill_losses", 8192, (1536, 3584), 151936),
     ("linear_reverse_kl", 16384, (1536, 3584), 151936),
+    ("linear_divergence", 8192, (1536, 3584), 151936),
     ("selective_logps", 8192, (), 151936),
 )
 
 
 def cases() -> list[Case]:
-    """Of the CSV: every operation in every mode that it has, with the default workspace."""
+    """The cases of the CSV: every operation in all of its modes, with the default workspace."""
     return [
         Case(operation, mode, *shape)
         for operation, *shape in SHAPES
@@ -133,38 +138,50 @@ def cases() -> list[Case]:
 def roofline_ms(
     device: str, operation: str, shape: Shape, mode: str, dtype: str, matmul_tflops: float | None
 ) -> float | None:
-    """What a measurement of ours is held against, None where nothing is predicted.
+    """Predicted time of a measurement of ours; None if nothing is predicted.
 
-    On a known GPU the prediction for bf16. Elsewhere the time of the products that the C++ path
-    makes, at the rate of a matmul that was measured beside it, and nothing for the rest: 2 N H V
-    forward, 6 forward and backward, 8 where logits are computed again. Over active tokens.
+    On a known GPU this is the prediction for bf16. On a CPU it is the time of the C++ path's
+    products alone, at the rate of the matmul that was measured with it; see `cpu_ms`.
     """
     gpu = device_named(device)
     if gpu is None:
         return cpu_ms(operation, shape, mode, matmul_tflops) if matmul_tflops else None
-    name = operation.replace("linear_cross_entropy", "linear_policy_loss")  # with advantages of 1
+    # The cross entropy is the policy loss with advantages of 1.
+    name = "linear_policy_loss" if operation == "linear_cross_entropy" else operation
     if name not in OPERATIONS or dtype != "bf16":
         return None
-    hidden = tuple(filter(None, (shape.hidden, shape.large_hidden)))
     has_ratios = operation in ("linear_policy_loss", "codistill_losses")
-    case = Case(name, mode, shape.tokens, hidden, shape.vocab, clipped=CLIPPED * has_ratios)
-    return predict(gpu, replace(case, inactive=1 - shape.active / shape.tokens)).ms
+    case = Case(
+        name,
+        mode,
+        shape.tokens,
+        shape.hidden_sizes,
+        shape.vocab,
+        inactive=1 - shape.active / shape.tokens,
+        clipped=CLIPPED if has_ratios else 0.0,
+    )
+    return predict(gpu, case).ms
 
 
 def cpu_ms(operation: str, shape: Shape, mode: str, matmul_tflops: float) -> float:
-    """mode: forward or both; no matmul is measured beside a backward pass alone."""
+    """Time of the products over active tokens: for each model 2 N H V forward, 6 forward and
+    backward, 8 if logits are computed twice. A teacher's are 2 N H V.
+
+    mode: forward or both; no matmul is measured with a backward pass alone.
+    """
     workspace = workspace_bytes(None, torch.device("cpu"), shape.vocab)
     way = CpuChunks.plan(shape.active, shape.vocab, DTYPE, workspace).way
     recomputes = way == "columns" or (way == "chunks" and operation == "linear_logps")
-    factor = 2 if mode == "forward" else 8 if recomputes else 6
-    hidden = shape.hidden + shape.large_hidden
-    return factor * shape.active * hidden * shape.vocab / (matmul_tflops * 1e9)
+    factor = 2 if mode == "forward" else 8 if recomputes and not shape.has_teacher else 6
+    products = factor * shape.hidden + (2 if shape.has_teacher else factor) * shape.large_hidden
+    return products * shape.active * shape.vocab / (matmul_tflops * 1e9)
 
 
 # --- output ------------------------------------------------------------------------------------
 
 
 def title(case: Case) -> str:
+    """The case in a few words."""
     sizes = ("+".join(map(str, case.hidden)), str(case.vocab))
     parts = [f"{case.operation} {case.mode} {'x'.join([str(case.tokens), *filter(None, sizes)])}"]
     parts += [f"{case.inactive:.0%} inactive"] * (case.inactive > 0)
@@ -174,8 +191,8 @@ def title(case: Case) -> str:
 
 
 def line(prediction: Prediction, goal: Goal | None) -> str:
-    """A case, for a person."""
-    # Not of the backward pass alone: in chunks gradients are made in the forward pass.
+    """A prediction for a person to read; goal: the bounds of the case, if it has any."""
+    # The backward pass alone gets no share: with chunks the forward pass makes the gradients.
     has_share = prediction.case.hidden and prediction.case.mode != "backward"
     share = f"{prediction.share:5.0%}" if has_share else "    -"
     parts = " ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in prediction.parts.items())
@@ -189,7 +206,7 @@ def line(prediction: Prediction, goal: Goal | None) -> str:
 
 
 def table(devices: list[Device]) -> str:
-    """Goals first; they are of the H200 and marked there alone."""
+    """All predictions, those of the goals first. Goals are for the H200 and marked there alone."""
     every = list(dict.fromkeys([*GOALS, *VARIANTS, *cases()]))
     lines = []
     for device in devices:
@@ -201,7 +218,7 @@ def table(devices: list[Device]) -> str:
 
 
 def summary() -> str:
-    """Of the README: the goals on Hopper GPUs."""
+    """The README's table: the goals on Hopper GPUs."""
     devices = [DEVICES["H200"], DEVICES["H100"]]
     lines = ["| bf16 | " + " | ".join(device.name for device in devices) + " | memory |"]
     lines.append("| --- | --- | --- | --- |")
@@ -212,22 +229,32 @@ def summary() -> str:
     return "\n".join(lines)
 
 
-def rows(devices: list[Device]) -> list[tuple]:
-    """Of the CSV, in the order of COLUMNS."""
-    made = []
+@dataclass(frozen=True)
+class Line:
+    """A prediction in the CSV. hidden is the sum over the models, gib is in 2^30 bytes."""
+
+    device: str
+    operation: str
+    mode: str
+    tokens: int
+    hidden: int
+    vocab: int
+    dtype: str
+    ms: float
+    gib: float
+
+
+def csv_text(devices: list[Device]) -> str:
+    """The predictions of all `cases` on these devices."""
+    lines = []
     for device in devices:
         for case in cases():
-            prediction = predict(device, case)
+            found = predict(device, case)
             sizes = (case.tokens, sum(case.hidden), case.vocab)
-            figures = (f"{prediction.ms:.3f}", f"{prediction.gib:.3f}")
-            made.append((device.name, case.operation, case.mode, *sizes, "bf16", *figures))
-    return made
-
-
-def write_csv(file, devices: list[Device]) -> None:
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows(rows(devices))
+            lines.append(
+                Line(device.name, case.operation, case.mode, *sizes, "bf16", found.ms, found.gib)
+            )
+    return text_of(Line, lines)
 
 
 def main(arguments: list[str]) -> int:
@@ -240,7 +267,9 @@ def main(arguments: list[str]) -> int:
         help="instead of the table, with the default workspace; hidden of two models is the sum of "
         "theirs (1536 + 3584 = 5120), 0 without a head; gib: 2^30 bytes",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="of the CSV; default: stdout")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="file of the CSV; default: stdout"
+    )
     options = parser.parse_args(arguments)
     if options.output and not options.csv:
         parser.error("--output must come with --csv")
@@ -248,11 +277,10 @@ def main(arguments: list[str]) -> int:
     if not options.csv:
         print(table(devices))
     elif options.output is None:
-        write_csv(sys.stdout, devices)
+        print(csv_text(devices), end="")
     else:
         try:
-            with options.output.open("w", newline="") as file:
-                write_csv(file, devices)
+            options.output.write_text(csv_text(devices))
         except OSError as error:
             parser.error(f"--output must be a file that can be written, got {error}")
     return 0

@@ -3,21 +3,20 @@
     python -m bench step                      vLLM or Hugging Face rollouts, as train.py
     python -m bench step --rollouts random    no engine: score and update only
 
-What the paper shows in Figure 5 (a step) and Figure 6 (time of the rollouts). The models have
-random weights and the shapes of the paper's (as many layers as a GPU holds) or small ones (a CPU).
-Every run is a process of its own and calls `Trainer.step`.
+The paper shows these times in Figure 5 (a step) and Figure 6 (rollouts). The models have random
+weights. On a GPU they have the paper's shapes, with as many layers as fit; on a CPU they are small.
+Every run calls `Trainer.step` in a process of its own.
 """
 
 import argparse
 import contextlib
-import csv
 import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -25,18 +24,21 @@ import numpy as np
 import torch
 
 from bench import results
-from bench.shapes import KEPT, ROLLOUTS_A_PROMPT
+from bench.shapes import KEPT, ROLLOUTS_PER_PROMPT
+from bench.table import Table
 
 PHASES = ("rollout", "score", "update_small", "update_large", "sync")
 RUNS = {
     "GRPO of the large model": dict(algorithm="grpo", generations=KEPT),
     "CoDistill without down-sampling": dict(algorithm="codistill", generations=KEPT),
-    "CoDistill": dict(algorithm="codistill", generations=ROLLOUTS_A_PROMPT),
+    "CoDistill": dict(algorithm="codistill", generations=ROLLOUTS_PER_PROMPT),
 }
 
 
 @dataclass(frozen=True)
 class StepRow:
+    """The time of one phase of a step, over the steps of one run."""
+
     device: str
     driver: str
     torch: str
@@ -54,11 +56,15 @@ class StepRow:
     """Mean length of a completion."""
 
 
+def table(path: Path) -> Table[StepRow]:
+    return Table(path, StepRow, ("device", "models", "rollouts", "run", "phase"))
+
+
 # --- one run, in a process of its own ----------------------------------------------------------
 
 
 class RandomEngine:
-    """Writes random tokens at once: for machines without an engine, to measure what follows."""
+    """Gives random tokens at once, to measure the rest of a step on a machine without an engine."""
 
     name = "random tokens"
 
@@ -85,7 +91,7 @@ class RandomEngine:
 
 
 class CoinGrader:
-    """Calls completions right at random: all wrong, as they are, would leave nothing to train."""
+    """Calls completions right at random. They are all wrong, which would leave nothing to train."""
 
     def __init__(self) -> None:
         self.coin = np.random.default_rng(0)
@@ -97,7 +103,7 @@ class CoinGrader:
 
 
 def run_one(folder: Path, run: str, pair, rollouts: str, steps: int) -> list[dict[str, float]]:
-    """Metrics of each step, after one that warms up."""
+    """Metrics of each step; a first step, which warms up, is left out."""
     import codistill.trainer
     from bench.random_models import random_policy
     from codistill import distributed
@@ -168,8 +174,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def rows_of(run: str, numbers: list[dict[str, float]], columns: dict) -> list[StepRow]:
+    """A row per phase and one for the whole step. numbers: the metrics of each step."""
     rows = []
-    if columns["rollouts"] == "random":  # nothing was written, nothing synced
+    if columns["rollouts"] == "random":  # no engine wrote tokens or got weights
         for n in numbers:
             n["time/step"] -= n.pop("time/rollout") + n.pop("time/sync")
     for phase in (*PHASES, "step"):
@@ -193,12 +200,15 @@ def rows_of(run: str, numbers: list[dict[str, float]], columns: dict) -> list[St
 
 
 def print_table(rows: list[StepRow]) -> None:
+    """Median seconds by phase and run, and each step's ratio to the first run's."""
+    import rich.table
     from rich.console import Console
-    from rich.table import Table
 
     seconds = {(row.run, row.phase): row.median_s for row in rows}
     runs = list(dict.fromkeys(row.run for row in rows))
-    made = Table(title=f"median seconds, {rows[0].models} models, {rows[0].rollouts} rollouts")
+    made = rich.table.Table(
+        title=f"median seconds, {rows[0].models} models, {rows[0].rollouts} rollouts"
+    )
     for name in ("phase", *runs):
         made.add_column(name, justify="left" if name == "phase" else "right")
     for phase in (*PHASES, "step"):
@@ -209,20 +219,8 @@ def print_table(rows: list[StepRow]) -> None:
     Console().print(made)
 
 
-def write(rows: list[StepRow], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(
-            file, [field.name for field in fields(StepRow)], lineterminator="\n"
-        )
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: results.as_text(v) for k, v in asdict(row).items()})
-
-
 def main(arguments: list[str]) -> int:
-    from bench.random_models import PAIRS, fitted
-    from bench.random_models import write as write_models
+    from bench.random_models import PAIRS, fitted, write
     from codistill import distributed
 
     options = parser().parse_args(arguments)
@@ -239,20 +237,20 @@ def main(arguments: list[str]) -> int:
     )
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        write_models(pair, Path(folder), weights=options.rollouts != "random")
+        write(pair, Path(folder), weights=options.rollouts != "random")
         for run in RUNS:
             print(f"{run} ...", flush=True)
             numbers = in_process(arguments, run, folder)
             if numbers is None:
                 return 1
             rows += rows_of(run, numbers, columns)
-    write(rows, options.output or results.path_of(device, suffix="-step"))
+    table(options.output or results.path_of(device, suffix="-step")).write(rows)
     print_table(rows)
     return 0
 
 
 def in_process(arguments: list[str], run: str, folder: str) -> list[dict[str, float]] | None:
-    """The run's metrics; None, and what it said, if it failed."""
+    """The run's metrics. If it fails, prints what it said and returns None."""
     command = [sys.executable, "-m", "bench", "step", *arguments, "--run", run, "--folder", folder]
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True)

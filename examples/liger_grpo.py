@@ -1,12 +1,12 @@
-"""Liger's fused GRPO loss by these kernels: the same training with Liger and with ours.
+"""Liger's fused GRPO loss by these kernels: the same training with Liger's class and with ours.
 
     python examples/liger_grpo.py        (needs liger-kernel)
 
-Where code says
+In code that imports
 
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-it becomes
+change the import to
 
     from codistill_kernels.integrations.liger import LigerFusedLinearGRPOLoss
 """
@@ -20,7 +20,7 @@ PROMPTS, GENERATIONS, LENGTH, VOCAB, HIDDEN = 4, 8, 12, 199, 32
 
 
 class Policy(nn.Module):
-    """A language model: the smallest with a backbone and a head."""
+    """The smallest language model with a backbone and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Policy(nn.Module):
 
 @torch.no_grad()
 def generate(policy: Policy, temperature: float) -> tuple[Tensor, Tensor]:
-    """[B, 1 + LENGTH] tokens, the first a prompt, and the log-probabilities of the others."""
+    """[B, 1 + LENGTH] tokens, of which the first is a prompt, and the others' log-probabilities."""
     tokens = torch.arange(PROMPTS).repeat_interleave(GENERATIONS)[:, None]
     logps = []
     for _ in range(LENGTH):
@@ -46,8 +46,8 @@ def generate(policy: Policy, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def score(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Masks up to the first multiple of 7, which ends a completion, and GRPO's advantages of the
-    share of even tokens."""
+    """Masks through the first multiple of 7, which ends a completion, and GRPO's advantages. The
+    reward is the share of even tokens."""
     completions = tokens[:, 1:]
     ends = (completions % 7 == 0).int()
     mask = (ends.cumsum(1) - ends == 0).float()
@@ -58,7 +58,7 @@ def score(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train(loss_class, steps: int = 20, **settings) -> list[float]:
-    """Loss of each step; two updates on each batch of rollouts, a KL penalty to the first model."""
+    """Loss of each step. There are two updates per batch of rollouts, and a KL penalty."""
     torch.manual_seed(0)
     policy, reference = Policy(), Policy()
     reference.load_state_dict(policy.state_dict())
@@ -91,7 +91,7 @@ def train(loss_class, steps: int = 20, **settings) -> list[float]:
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # tensors this small are faster so
+    torch.set_num_threads(1)  # faster for tensors this small
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss as Liger
 
     rows = zip(train(Liger, compiled=False), train(LigerFusedLinearGRPOLoss), strict=True)

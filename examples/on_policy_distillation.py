@@ -4,8 +4,8 @@
 
 The loss is the divergence of the student from the teacher at each token that the student wrote, so
 the student learns from its own mistakes. `linear_divergence` takes both models' hidden states and
-heads: nobody holds logits [tokens, vocabulary]. Two tiny random models keep this to seconds on a
-CPU; any two causal language models of one tokenizer take their place.
+heads, and never holds all logits [tokens, vocabulary]. With its two tiny random models this takes
+seconds on a CPU; any two causal language models with one tokenizer can take their place.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from codistill_kernels import linear_divergence
 
-EOS, VOCAB = 1, 200  # the tokenizer's; the rows of either head are padded to another number
+EOS, VOCAB = 1, 200  # of the tokenizer; each head has more rows than that
 PROMPT, COMPLETION = 4, 8  # tokens
 
 
@@ -30,7 +30,7 @@ def tiny_model(hidden: int, rows: int, seed: int) -> PreTrainedModel:
         num_attention_heads=hidden // 16,
         num_key_value_heads=hidden // 16,
         max_position_embeddings=64,
-        initializer_range=0.2,  # far from uniform: there is something to learn
+        initializer_range=0.2,  # logits far from uniform, so that there is something to learn
         tie_word_embeddings=False,
     )
     return Qwen2ForCausalLM(config)
@@ -38,7 +38,7 @@ def tiny_model(hidden: int, rows: int, seed: int) -> PreTrainedModel:
 
 @torch.no_grad()
 def sample(model: PreTrainedModel, prompts: Tensor, generator: torch.Generator) -> Tensor:
-    """[B, PROMPT + COMPLETION] at temperature 1. A real run has an inference engine do this."""
+    """[B, PROMPT + COMPLETION] tokens at temperature 1. A real run uses an inference engine."""
     ids = prompts
     for _ in range(COMPLETION):
         logits = model(input_ids=ids, logits_to_keep=1).logits[:, -1, :VOCAB]
@@ -48,13 +48,13 @@ def sample(model: PreTrainedModel, prompts: Tensor, generator: torch.Generator) 
 
 
 def completion_mask(ids: Tensor) -> Tensor:
-    """[B, COMPLETION] bool: through the first EOS."""
+    """[B, COMPLETION] bool, True through the first EOS."""
     ended = (ids[:, PROMPT:] == EOS).cumsum(dim=1)
     return (ended == 0) | ((ended == 1) & (ids[:, PROMPT:] == EOS))
 
 
 def head_inputs(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden states before each completion token [B, COMPLETION, H], and the head they meet."""
+    """Hidden states before each completion token [B, COMPLETION, H]; the head's weight and bias."""
     states = model.model(input_ids=ids).last_hidden_state[:, PROMPT - 1 : -1]
     head = model.get_output_embeddings()
     return states, head.weight, head.bias
@@ -69,7 +69,7 @@ def distillation_loss(student: tuple, teacher: tuple, mask: Tensor, kind: str) -
 
 
 def train(kind: str = "reverse_kl", steps: int = 20, loss_of=distillation_loss) -> list[float]:
-    """Losses, nats a token."""
+    """Loss of each step, in nats per token."""
     student, teacher = tiny_model(32, 208, seed=0), tiny_model(64, 256, seed=1).eval()
     optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(0)
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
     for step, loss in enumerate(train(options.kind, options.steps), start=1):
-        print(f"step {step:3d}  {options.kind} {loss:.4f} nats a token")
+        print(f"step {step:3d}  {options.kind} {loss:.4f} nats per token")
 
 
 if __name__ == "__main__":

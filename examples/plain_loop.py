@@ -3,8 +3,8 @@
     pip install transformers codistill-grpo
     python examples/plain_loop.py
 
-The same tiny model and task as examples/trl_grpo.py. 20 steps take less than a minute on a CPU; in
-60 the share of right answers goes from 0.29 to 0.37.
+The tiny model and the task are those of examples/trl_grpo.py. 20 steps take less than a minute on a
+CPU; in 60 steps the share of right answers rises from 0.29 to 0.37.
 """
 
 import random
@@ -18,18 +18,19 @@ from codistill_kernels import PolicyLoss, group_advantages, linear_policy_loss
 from codistill_kernels.integrations.transformers import linear_head, logps_instead_of_logits
 
 MODEL = Path(__file__).parents[1] / "demo" / "small"
-PROMPTS, GROUP, MAX_TOKENS = 16, 8, 48  # a step: prompts, completions of each, tokens of each
+PROMPTS, GROUP, MAX_TOKENS = 16, 8, 48  # prompts per step, completions per prompt, tokens
 INNER_STEPS = 2  # optimizer steps on the same completions
 LOSS = PolicyLoss(epsilon_low=0.2, epsilon_high=0.28)
 
 
 def roll_out(model, tokenizer, rng: random.Random) -> dict[str, Tensor]:
-    """Completions of a step: input_ids [B, T], mask [B, T - 1] of completion tokens from the second
-    token on, through the end token, advantages [B], old_logps [B, T - 1]."""
+    """Completions of a step: input_ids [B, T]; for the tokens from the second on mask [B, T - 1],
+    True on the completion through its end token, and old_logps [B, T - 1]; advantages and rewards
+    [B]."""
     rows = [[rng.randint(10, 99) for _ in range(3)] for _ in range(PROMPTS)]
     prompts = ["+".join(map(str, row)) + "=" for row in rows for _ in range(GROUP)]
     answers = [f"<answer>{sum(row)}</answer>" for row in rows for _ in range(GROUP)]
-    inputs = tokenizer(prompts, return_tensors="pt")  # all of one length: no padding
+    inputs = tokenizer(prompts, return_tensors="pt")  # all have one length, so there is no padding
     width = inputs["input_ids"].shape[1]
     with torch.no_grad():
         input_ids = model.generate(**inputs, do_sample=True, max_new_tokens=MAX_TOKENS)
@@ -39,7 +40,7 @@ def roll_out(model, tokenizer, rng: random.Random) -> dict[str, Tensor]:
         mask = torch.cat((torch.zeros_like(input_ids[:, 1:width], dtype=torch.bool), ~completed), 1)
         texts = tokenizer.batch_decode(completions)
         rewards = [float(a in text) for text, a in zip(texts, answers, strict=True)]
-        # Old log-probabilities from the forward pass itself, without its [B, T, V] logits.
+        # The model's forward pass gives log-probabilities, without [B, T, V] logits.
         with logps_instead_of_logits(model):
             old_logps = model(input_ids, labels=input_ids).logps
     advantages = group_advantages(torch.tensor(rewards), GROUP, scale="std")
@@ -48,7 +49,7 @@ def roll_out(model, tokenizer, rng: random.Random) -> dict[str, Tensor]:
 
 
 def loss_of(model, batch: dict[str, Tensor]) -> Tensor:
-    """DAPO's loss of the batch: one pass over the logits, which never exist as [B, T, V]."""
+    """DAPO's loss of the batch, in one pass over the logits, which never exist as [B, T, V]."""
     hidden_states = model.base_model(batch["input_ids"]).last_hidden_state
     loss, _ = linear_policy_loss(
         hidden_states[:, :-1],

@@ -1,10 +1,10 @@
-"""GRPO by TRL on the kernels: one line more than without them.
+"""GRPO with TRL on the kernels: one line more than without them.
 
     pip install "trl==1.16.*" codistill-grpo
     python examples/trl_grpo.py
 
-A model of 109 thousand parameters adds three numbers, right in a third of its samples. 20 steps
-take about a minute on a CPU; learning takes more.
+A model of 109 thousand parameters adds three numbers. A third of its samples are right. 20 steps
+take about a minute on a CPU, and are too few to learn much.
 """
 
 import random
@@ -33,7 +33,7 @@ def accuracy(completions: list[str], answer: list[str], **_: object) -> list[flo
 
 
 def train(steps: int = 20) -> list[dict]:
-    """What the trainer logs of each step."""
+    """The trainer's log of each step."""
     config = GRPOConfig(
         output_dir="runs/trl_grpo",
         max_steps=steps,

@@ -28,7 +28,7 @@ def definition(hidden, weight, labels, temperature=1.0) -> tuple[Tensor, Tensor]
 
 
 class Policy(nn.Module):
-    """A language model: the smallest with a backbone and a head."""
+    """The smallest language model with a backbone and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Policy(nn.Module):
 
 @torch.no_grad()
 def generate(policy: Policy, temperature: float) -> Tensor:
-    """[B, 1 + LENGTH]: a prompt of one token, and what the policy makes of it."""
+    """[B, 1 + LENGTH] tokens: a prompt of one token, and its completion by the policy."""
     tokens = torch.arange(PROMPTS).repeat_interleave(GENERATIONS)[:, None]
     for _ in range(LENGTH):
         logits = policy.lm_head(policy(tokens)[:, -1]) / temperature
@@ -51,14 +51,14 @@ def generate(policy: Policy, temperature: float) -> Tensor:
 
 
 def advantages_of(tokens: Tensor) -> Tensor:
-    """GRPO's, of the share of even tokens."""
+    """GRPO's advantages. The reward is the share of even tokens."""
     rewards = (tokens[:, 1:] % 2 == 0).float().mean(1).view(PROMPTS, GENERATIONS)
     centered = rewards - rewards.mean(1, keepdim=True)
     return (centered / (rewards.std(1, keepdim=True) + 1e-6)).view(-1, 1)
 
 
 def train(fused, steps: int = 20, temperature: float = 0.9) -> list[float]:
-    """Loss of each step: PPO's with an entropy bonus, two updates on each batch of rollouts."""
+    """Loss of each step: PPO with an entropy bonus, and two updates per batch of rollouts."""
     torch.manual_seed(0)
     policy = Policy()
     optimizer = torch.optim.SGD(policy.parameters(), lr=5.0)
@@ -82,7 +82,7 @@ def train(fused, steps: int = 20, temperature: float = 0.9) -> list[float]:
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # tensors this small are faster so
+    torch.set_num_threads(1)  # faster for tensors this small
     for step, (plain, fused) in enumerate(
         zip(train(definition), train(linear_cross_entropy), strict=True)
     ):

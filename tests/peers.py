@@ -1,5 +1,5 @@
-"""What other codebases compute, in plain PyTorch and our words: the definitions that the adapters
-in codistill_kernels.integrations are held to. Tensors are [B, T], masks bool."""
+"""What other codebases compute, written by us in plain PyTorch: the definitions that the adapters
+in codistill_kernels.integrations are compared with. Tensors are [B, T], masks are bool."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ def log_softmax_head(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of labels [...] and entropies, from logits of the operands' dtype."""
+    """Log-probabilities of labels [...] and entropies, from logits in the operands' dtype."""
     logits = hidden @ weight.T
     logits = logits if bias is None else logits + bias
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -25,8 +25,8 @@ def log_softmax_head(
 
 
 def aggregate(losses: Tensor, mask: Tensor, mode: str, *, copies=1, tokens=None, sequences=None):
-    """verl's loss_agg_mode. copies: data-parallel ranks, whose gradients are averaged; tokens and
-    sequences: counts over all of them."""
+    """verl's loss_agg_mode. copies: number of data-parallel ranks, whose gradients are averaged;
+    tokens, sequences: counts over all ranks."""
     losses = torch.where(mask, losses, 0.0)
     if mode == "token-sum":
         return losses.sum() * copies
@@ -41,7 +41,7 @@ def aggregate(losses: Tensor, mask: Tensor, mode: str, *, copies=1, tokens=None,
 
 
 def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float, far: float | None = None):
-    """PPO's surrogate; far: at most this times |A| is lost where A < 0 (dual clip)."""
+    """PPO's surrogate. far: the dual clip, by which a token with A < 0 loses at most far |A|."""
     gain = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
     if far is None:
         return gain
@@ -49,7 +49,7 @@ def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float, far: flo
 
 
 def verl_gain(name: str, logps: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, settings):
-    """What verl's policy loss `name` maximizes at each token, before weights; not geo_mean."""
+    """What verl's policy loss `name`, if not geo_mean, maximizes at each token, before weights."""
     low, high = settings["low"], settings["high"]
     difference = logps - old
     ratio = difference.clamp(-20, 20).exp()
@@ -79,8 +79,8 @@ def verl_gain(name: str, logps: Tensor, old: Tensor, advantages: Tensor, mask: T
 
 
 def verl_loss(name, logps, old, advantages, mask, mode, settings, weights=None, **counts):
-    """verl's registered policy losses."""
-    if name == "geo_mean":  # advantages are one a sequence
+    """verl's registered policy loss `name`."""
+    if name == "geo_mean":  # it has one advantage per sequence
         sign, length = advantages.sign(), mask.sum(-1).clamp(min=1)
         difference = logps - old
         bounded = difference.clamp(-settings["low"], settings["high"])
@@ -99,7 +99,7 @@ def verl_loss(name, logps, old, advantages, mask, mode, settings, weights=None, 
 def openrlhf_loss(
     logps, old, advantages, mask, rollout=None, *, kind, far, correction, by_token, **counts
 ):
-    """OpenRLHF's PolicyLoss with bounds of 0.2 and thresholds (0.8, 1.3) of the correction."""
+    """OpenRLHF's PolicyLoss with clip bounds of 0.2 and correction thresholds (0.8, 1.3)."""
     difference = logps - old
     if kind == "gspo":
         difference = logps - (old if correction is None else rollout)
@@ -119,7 +119,7 @@ def openrlhf_loss(
 
 
 def prime_rl_loss(logps, old, advantages, mask, weights, *, low, high, tau, kl_tau, both_ways):
-    """prime-rl's DPPO, or with both_ways its IPO; a sum."""
+    """prime-rl's DPPO loss, or its IPO loss with both_ways, as a sum over tokens."""
     moved = logps.detach().exp() - old.exp()
     out = torch.where(advantages > 0, moved > high, moved < -low)
     out = moved.abs() > high if both_ways else out

@@ -1,6 +1,5 @@
 """The commands as a user runs them."""
 
-import csv
 import os
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bench_kernels, plan, results
+from bench import bench_kernels, plan, results, step
 from bench.cases import cases, in_order
 from bench.check import CheckFailed
 from bench.operations import OURS
@@ -36,7 +35,7 @@ def test_kernels(tmp_path):
     chosen = ("--operation", "selective_logps", "kd_rewards", "--implementation", OURS, "eager")
     done = bench("kernels", "--set", "quick", *chosen, "--dtype", "fp32", "--output", path)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = results.read(path)
+    rows = results.table(path).read()
     modes = {(row.operation, row.implementation, row.mode) for row in rows}
     for name in (OURS, "eager"):
         expected = {("selective_logps", name, mode) for mode in ("forward", "backward", "both")}
@@ -61,15 +60,23 @@ def test_no_number_without_a_passed_check(monkeypatch, tmp_path):
     (first, *_) = made.measurements()
     row = made.measure(first, benchmark=None)
     assert row.status == "inaccurate: result 0 is 1e+00 off" and row.median_ms is None
-    assert results.read(path) == [row]
+    assert results.table(path).read() == [row]
     each = {measured.implementation: measured for measured in made.measurements()}
     with pytest.raises(AssertionError, match="inaccurate"):
         bench_kernels.test_operation(None, made, each[OURS])
-    bench_kernels.test_operation(None, made, each["eager"])  # of a peer the row says enough
+    bench_kernels.test_operation(None, made, each["eager"])  # a peer may fail: its row says so
+
+
+def test_all_of_ours_must_have_figures(monkeypatch, make_row):
+    made = plan.Plan(plan.parser().parse_args(["--set", "quick"]))
+    row = make_row(implementation="codistill linear_logps", status="out of memory")
+    monkeypatch.setattr(made, "measure", lambda measurement, benchmark: row)
+    with pytest.raises(AssertionError, match="out of memory"):
+        bench_kernels.test_operation(None, made, None)
 
 
 def test_cases_of_a_gpu():
-    """Those of the goals come first: a run that is cut off has them."""
+    """The cases of the goals come first, so that a run that is cut off has them."""
     found = cases(list(plan.DEFAULT_SETS), [], is_cpu=False)
     sizes = [(c.shape.tokens, c.shape.hidden, c.shape.vocab) for c in found]
     assert sizes[0] == (4096, 4096, 128256) and (8192, 4096, 151936) in sizes[:6]
@@ -105,30 +112,31 @@ def test_step(tmp_path):
     path = tmp_path / "step.csv"
     done = bench("step", "--models", "tiny", "--rollouts", "hf", "--steps", "2", "--output", path)
     assert done.returncode == 0, done.stdout + done.stderr
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    phases = {
-        run: [r["phase"] for r in rows if r["run"] == run] for run in {r["run"] for r in rows}
-    }
+    rows = step.table(path).read()
+    phases = {name: [row.phase for row in rows if row.run == name] for name in step.RUNS}
+    assert {row.run for row in rows} == set(step.RUNS)
     assert phases["GRPO of the large model"] == ["rollout", "score", "update_large", "sync", "step"]
     whole = ["rollout", "score", "update_small", "update_large", "sync", "step"]
     assert phases["CoDistill"] == phases["CoDistill without down-sampling"] == whole
     for run_name, names in phases.items():
-        seconds = {r["phase"]: float(r["median_s"]) for r in rows if r["run"] == run_name}
+        seconds = {row.phase: row.median_s for row in rows if row.run == run_name}
         assert all(seconds[name] > 0 for name in names)
         assert seconds["step"] >= 0.8 * sum(seconds[name] for name in names[:-1])
     assert "step / GRPO's" in done.stdout
 
 
 def test_step_without_an_engine(tmp_path):
-    """As bench/gpu.sh runs it: random tokens, weights made on the device."""
+    """As bench/gpu.sh runs it: with random tokens, and weights made on the device."""
     path = tmp_path / "step.csv"
     options = ("--models", "tiny", "--rollouts", "random", "--steps", "1", "--output", path)
     done = bench("step", *options)
     assert done.returncode == 0, done.stdout + done.stderr
-    with path.open(newline="") as file:
-        phases = {row["phase"] for row in csv.DictReader(file)}
-    assert phases == {"score", "update_small", "update_large", "step"}
+    assert {row.phase for row in step.table(path).read()} == {
+        "score",
+        "update_small",
+        "update_large",
+        "step",
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run for nine minutes")
@@ -139,7 +147,7 @@ def test_gpu_script_refuses_without_a_gpu(tmp_path):
     assert not Path(results).exists()
 
 
-# In the place of Python on a machine with a GPU: every part says so, `suites` fails.
+# Takes the place of Python on a machine with a GPU: every part says that it ran, `suites` fails.
 PYTHON = """#!/bin/sh
 case "$*" in
   *is_available*) exit 0 ;;
@@ -152,7 +160,7 @@ esac
 
 
 def test_gpu_script_runs_its_parts(tmp_path):
-    """One after the other, whatever became of the one before; the log has all of it."""
+    """Each part runs whatever the one before did, and the log has everything."""
     python = tmp_path / "python"
     python.write_text(PYTHON)
     python.chmod(0o755)

@@ -1,4 +1,4 @@
-"""The first contact with a GPU, as far as a CPU can show it."""
+"""The first contact with a GPU, as far as a CPU can test it."""
 
 import os
 import subprocess
@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from bench import exactness, findings, first_contact
-from bench.findings import FAILED, OK, Finding, Findings, Predictions
+from bench.devices import H100, H200
+from bench.findings import FAILED, OK, Finding, Findings
 from bench.gold import Inputs, Setting, Sizes
+from bench.path_parts import Case
+from bench.roofline import QWEN, predict
 
 ROOT = Path(__file__).parents[2]
 TINY = Sizes(
@@ -30,11 +33,13 @@ def test_what_is_right_passes(inputs, check):
 
 
 def test_right_in_every_way_on_triton():
-    """In the interpreter, with slabs so small that there are several."""
+    """Runs in Triton's interpreter, with slabs so small that there are several."""
     script = f"""
 import torch
 from bench import exactness
 from bench.gold import Inputs, Setting, Sizes
+from bench.path_parts import Case
+from bench.roofline import QWEN, predict
 from codistill_kernels._linear import slab_sizes
 slab_sizes.SEGMENT, slab_sizes.ROWS, slab_sizes.ROW_PADDING = 512, 64, 32
 inputs = Inputs({TINY}, Setting(torch.float32, torch.device("cpu"), "triton"))
@@ -68,7 +73,7 @@ def failures(found) -> set[str]:
     ],
 )
 def test_a_broken_gradient_is_reported(inputs, monkeypatch, operation, check):
-    """2 % too large, of hidden states or logits; every value as it was."""
+    """The gradient of hidden states or logits is 2 % too large; the values are right."""
     right = getattr(exactness.kernels, operation)
 
     def wrong(x, *arguments, **options):
@@ -78,6 +83,19 @@ def test_a_broken_gradient_is_reported(inputs, monkeypatch, operation, check):
     found = list(check(inputs))
     broken = {finding.what for finding in found if finding.what.endswith((": dX", ": dlogits"))}
     assert broken and failures(found) == broken
+
+
+def test_a_broken_gradient_of_a_divergence_is_reported(inputs, monkeypatch):
+    right = exactness.kernels.linear_divergence
+
+    def wrong(student, *arguments, **options):
+        x, weight = student
+        return right((x + 0.02 * (x - x.detach()), weight), *arguments, **options)
+
+    monkeypatch.setattr(exactness.kernels, "linear_divergence", wrong)
+    kinds = ("reverse_kl", "forward_kl", "jsd")
+    broken = failures(exactness.check_linear_divergence(inputs))
+    assert broken == {f"linear_divergence {kind}: dX" for kind in kinds}
 
 
 def test_a_gradient_beyond_the_vocabulary_is_reported(inputs, monkeypatch):
@@ -105,50 +123,32 @@ def test_other_rows_and_masked_ones_must_not_matter(inputs, monkeypatch):
     assert masked == {f"linear_logps {way}: NaN, inf behind the mask" for way in ways}
 
 
-ROOFLINE = """device,operation,mode,tokens,hidden,vocab,dtype,ms,gib
-H200,linear_policy_loss,both,4096,4096,128256,bf16,17.9,2.1
-H100,linear_policy_loss,both,4096,4096,128256,bf16,18.2,2.1
-H100,linear_reverse_kl,forward,16384,5120,151936,bf16,41,0.3
-H100,linear_logps,both,4096,4096,128256,fp32,99,9
-"""
+def test_a_goal_has_the_prediction_of_its_device():
+    goal = first_contact.Goal("linear_policy_loss", "both", first_contact.LARGER)
+    case = Case("linear_policy_loss", "both", *QWEN)
+    for device in (H200, H100):
+        assert goal.prediction(device) == predict(device, case)
+    assert goal.prediction(None) is None  # an unknown device
+    by_columns = first_contact.Goal("linear_logps", "both", first_contact.LARGER, "columns")
+    assert by_columns.prediction(H200) is None
+    assert str(by_columns) == "linear_logps both by columns 8192x4096x151936"
 
 
-def test_predictions_are_those_of_the_device():
-    case = ("linear_policy_loss", "both", 4096, 4096, 128256)
-    assert Predictions(ROOFLINE, "NVIDIA H200").of(*case) == (17.9, 2.1)
-    found = Predictions("a line before\n" + ROOFLINE, "NVIDIA H100 80GB HBM3")
-    assert found.of(*case) == (18.2, 2.1)
-    assert found.of("linear_reverse_kl", "forward", 16384, 1536 + 3584, 151936) == (41, 0.3)
-    assert found.of("linear_logps", "both", 4096, 4096, 128256) is None  # of another dtype
-    assert found.of("linear_policy_loss", "both", 1, 4096, 128256) is None
-    for text, name in (
-        (ROOFLINE, "NVIDIA GH200 480GB"),
-        (ROOFLINE, "Some GPU"),
-        ("", "NVIDIA H200"),
-    ):
-        assert Predictions(text, name).of(*case) is None
-
-
-def test_goals_are_looked_up_as_they_are_predicted():
-    found = [
-        (g.operation, g.prediction, g.shape.tokens, g.hidden, g.shape.vocab)
-        for g in first_contact.GOALS
-    ]
-    assert ("linear_policy_loss", "both", 8192, 4096, 151936) in found
-    assert ("linear_logps", "both by columns", 8192, 4096, 151936) in found
-    assert ("linear_reverse_kl", "forward", 16384, 5120, 151936) in found
-
-
-def test_no_prediction_without_the_command(monkeypatch):
-    monkeypatch.setattr(sys, "executable", "false")
-    assert findings.roofline_csv() == ""
+def test_goals_can_be_predicted():
+    for goal in first_contact.GOALS:
+        assert (goal.prediction(H200) is None) == (goal.way != "")
+    pair = first_contact.GOALS[-1]
+    assert str(pair) == "linear_reverse_kl forward 16384x5120x151936"
+    assert pair.prediction(H200).case.hidden == (1536, 3584)
 
 
 def test_a_number_beside_its_prediction():
     beside = first_contact.beside
     assert beside("x", 20.0, "ms", 18.0).verdict == OK
     assert beside("x", 36.0, "ms", 18.0).verdict == "2.00 x the prediction"
-    assert beside("x", 9.0, "ms", 18.0).verdict == "0.50 x the prediction"  # a surprise as well
+    assert (
+        beside("x", 9.0, "ms", 18.0).verdict == "0.50 x the prediction"
+    )  # faster is a surprise too
     assert beside("x", 9.0, "ms", None).expected == "-"
     in_range = findings.in_range
     assert in_range("x", 2.0, "ms", (1, 3), "why").verdict == OK
@@ -163,7 +163,7 @@ def test_findings_are_written_as_they_come(tmp_path):
     first.add(Finding("b", "no", "", "yes", FAILED))
     header = "what,measured,unit,expected,verdict\n"
     assert path.read_text() == header + "a,1,ms,2,ok\nb,no,,yes,FAILED\n"
-    again = Findings(path)  # another run adds, and measures anew
+    again = Findings(path)  # another run replaces and adds findings
     again.add(Finding("b", "yes", "", "yes", OK))
     assert path.read_text() == header + "a,1,ms,2,ok\nb,yes,,yes,ok\n"
     assert first.failed == ["b"] and again.failed == []
@@ -175,9 +175,10 @@ def test_a_step_that_breaks_is_a_failure_and_the_next_one_runs(tmp_path, capsys)
         raise RuntimeError("out of luck")
 
     steps = [("broken", broken), ("next", lambda: iter([Finding("next", "2", "", "", OK)]))]
-    table = Findings(tmp_path / "found.csv")
-    assert first_contact.run(iter(steps), table, seconds=60) == 1
-    assert list(table.rows) == ["before", "broken", "next"] and table.failed == ["broken"]
+    found = Findings(tmp_path / "found.csv")
+    assert first_contact.run(iter(steps), found, seconds=60) == 1
+    assert [finding.what for finding in found.table.read()] == ["before", "broken", "next"]
+    assert found.failed == ["broken"]
     assert first_contact.run(iter(steps[1:]), Findings(tmp_path / "other.csv"), seconds=60) == 0
     assert first_contact.run(iter(steps), Findings(tmp_path / "third.csv"), seconds=-1) == 0
     assert "before broken" in capsys.readouterr().out

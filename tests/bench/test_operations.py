@@ -1,4 +1,4 @@
-"""The benchmark's operations: all compute the same thing, and the check can tell."""
+"""The benchmark's operations: all implementations compute the same, and the check can tell."""
 
 import dataclasses
 
@@ -19,6 +19,7 @@ SHAPES = {
     "linear_cross_entropy": HEAD,
     "codistill_losses": dataclasses.replace(HEAD, large_hidden=48, logit_gap=0.02),
     "linear_reverse_kl": dataclasses.replace(HEAD, large_hidden=48),
+    "linear_divergence": dataclasses.replace(HEAD, large_hidden=48, has_teacher=True),
     "selective_logps": dataclasses.replace(HEAD, hidden=0, inactive=0.0),
 }
 ROLLOUTS = rollout_shape(prompts=2, tokens=8)
@@ -50,7 +51,7 @@ def test_vocabulary_may_be_less_than_the_head(operation, name):
 
 
 def definitions(batch):
-    """By codistill_kernels.reference, the operations that have a definition of the same name."""
+    """Results of those operations that codistill_kernels.reference defines under the same name."""
     terms = ours.loss_terms(batch)
     weights = dict(truncate=eager.TRUNCATE)
     logps = (batch.other_logps, batch.old_logps)
@@ -61,6 +62,9 @@ def definitions(batch):
             reference.linear_logps(*batch.models[0], batch.token_ids), **terms
         ),
         "linear_reverse_kl": lambda: reference.linear_reverse_kl(*batch.models),
+        "linear_divergence": lambda: reference.linear_divergence(
+            *batch.models, batch.mask, kind="jsd", normalizer=batch.mask.sum()
+        ),
         "selective_logps": lambda: reference.selective_logps(batch.logits, batch.token_ids),
         "policy_loss": lambda: reference.policy_loss(batch.other_logps, **terms),
         "importance_weights": lambda: reference.importance_weights(*logps, batch.mask, **weights),
@@ -86,7 +90,7 @@ def broken(operation: str, change) -> Implementation:
 
 
 class ScaledGradient(torch.autograd.Function):
-    """The value, and a gradient that is 1 % too large."""
+    """The identity with a gradient that is 1 % too large."""
 
     @staticmethod
     def forward(ctx, value):
@@ -109,7 +113,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
         (OURS, BF16, ScaledGradient.apply),
         ("eager", FP32, lambda t: 1.01 * t),
         ("eager", FP32, ScaledGradient.apply),
-        # A gradient 1 % off is within what rounded logits may cost a peer.
+        # A peer's gradient may be 1 % off: rounded logits cost as much.
         ("eager", BF16, lambda t: 1.01 * t),
     ],
 )
@@ -127,7 +131,7 @@ def test_batch_is_what_it_says():
     assert batch.mask.sum() == HEAD.active == 48
     ratio = (eager.linear_logps(batch) - batch.old_logps).exp()
     beyond = (ratio - 1).abs() > 0.2
-    assert 0 < beyond.sum() <= HEAD.tokens / 32  # few tokens are clipped, none is near a bound
+    assert 0 < beyond.sum() <= HEAD.tokens / 32  # few tokens are clipped, and none is near a bound
     assert ((ratio - 0.8).abs() > 0.02).all() and ((ratio - 1.2).abs() > 0.02).all()
 
 
@@ -137,10 +141,22 @@ def test_work_counts_active_tokens_and_nothing_twice():
     assert operation.flops(HEAD, "both") == 6 * 48 * 32 * 301
     pair = SHAPES["codistill_losses"]
     assert OPERATIONS["codistill_losses"].flops(pair, "both") == 6 * 48 * (32 + 48) * 301
+    taught = SHAPES["linear_divergence"]
+    divergence = OPERATIONS["linear_divergence"]
+    assert divergence.flops(taught, "forward") == 2 * 48 * (32 + 48) * 301
+    assert divergence.flops(taught, "both") == 48 * (6 * 32 + 2 * 48) * 301
+
+
+def test_a_teacher_is_not_differentiated():
+    batch = make_batch(SHAPES["linear_divergence"], torch.float32, CPU)
+    needs = [tensor.requires_grad for model in batch.models for tensor in model]
+    assert needs == [True, True, False, False] and len(batch.leaves()) == 2
+    both = make_batch(SHAPES["codistill_losses"], torch.float32, CPU)
+    assert len(both.leaves()) == 4 and all(leaf.requires_grad for leaf in both.leaves())
 
 
 def test_memory_of_logits_is_seen():
-    """Eager holds [N, V] in fp32 once at least; ours does not."""
+    """Eager holds [N, V] in fp32 at least once; ours does not."""
     shape = dataclasses.replace(HEAD, tokens=1024, vocab=8192, inactive=0.0)
     logits_mib = 1024 * 8192 * 4 / 2**20
     operation = OPERATIONS["linear_logps"]

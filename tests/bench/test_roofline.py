@@ -1,19 +1,20 @@
-"""What the model predicts of the GPU paths, and where a measurement says how near it came."""
+"""Predictions for the GPU paths, and measurements beside them."""
 
 import collections
-import csv
 import dataclasses
 
 import pytest
 import torch
 
 import codistill_kernels as kernels
-from bench import results
+from bench import operations, results
 from bench.devices import EXPOSED, H100, H200, LAUNCH, Device, Run, device_named
-from bench.paths import DTYPE, OPERATIONS, Case
+from bench.path_parts import DTYPE, Case
+from bench.paths import OPERATIONS
 from bench.report import cell
-from bench.roofline import COLUMNS, GOALS, LLAMA, QWEN, Goal, main, predict, roofline_ms, title
+from bench.roofline import GOALS, LLAMA, QWEN, Goal, Line, main, predict, roofline_ms, title
 from bench.shapes import Shape
+from bench.table import Table, column_names
 from codistill_kernels import _backends
 from codistill_kernels._linear import (
     exponentials_triton,
@@ -22,7 +23,8 @@ from codistill_kernels._linear import (
     softmax_triton,
     triton_backend,
 )
-from codistill_kernels._pair import reverse_kl_triton
+from codistill_kernels._pair import chunks as pair_chunks
+from codistill_kernels._pair import divergences_triton, reverse_kl_triton
 
 SMALL = Device("small", matmul=1e12, copy=1e9, multiprocessors=2)
 
@@ -53,9 +55,8 @@ class Recorder(Run):
 
 @pytest.fixture
 def products_of_code(monkeypatch):
-    """Products (rows, columns, sum over, bytes of a result, added to) that the code makes of small
-    inputs, in its order: on the CPU, with kernels and products that do nothing but say their sizes.
-    """
+    """Products (rows, columns, inner size, bytes of a result, added to) that the code makes with
+    small inputs, in order. It runs on the CPU; kernels and products only note their sizes."""
     made = []
 
     def product(a, b, out, *, add=False):
@@ -67,13 +68,16 @@ def products_of_code(monkeypatch):
 
     launcher = collections.defaultdict(lambda: nothing)
     monkeypatch.setattr(_backends, "choose", lambda *_: "triton")
-    for module in (exponentials_triton, triton_backend, slabs):
+    for module in (exponentials_triton, triton_backend, slabs, pair_chunks):
         monkeypatch.setattr(module, "product", product)
     monkeypatch.setattr(slabs, "segment_states", nothing)
     monkeypatch.setattr(triton_backend, "logit_gradients", nothing)
     monkeypatch.setattr(exponentials_triton, "finish_exponentials_kernel", launcher)
     monkeypatch.setattr(softmax_triton, "merge_states_kernel", launcher)
     monkeypatch.setattr(reverse_kl_triton, "pair_states_kernel", launcher)
+    monkeypatch.setattr(divergences_triton, "pair_sums_kernel", launcher)
+    monkeypatch.setattr(divergences_triton, "pair_gradients_kernel", launcher)
+    monkeypatch.setattr(pair_chunks, "COLUMNS", 128)
     monkeypatch.setattr(slab_sizes, "SEGMENT", 64)
     monkeypatch.setattr(slab_sizes, "ROWS", 2048)
     monkeypatch.setattr(slab_sizes, "SLAB_BYTES", 4 * 64 * 2048)
@@ -88,7 +92,18 @@ def products_of_code(monkeypatch):
             kernels.linear_reverse_kl(*models)
             return made
         position = torch.arange(case.tokens)
-        # cispo: only an advantage of 0 has no gradient. Every fourth, so of each chunk as many.
+        if case.operation == "linear_divergence":
+            with torch.set_grad_enabled(case.mode != "forward"):
+                kernels.linear_divergence(
+                    models[0],
+                    [tensor.detach() for tensor in models[1]],
+                    position < case.active,
+                    kind="jsd",
+                    workspace_mib=case.workspace_mib,
+                )
+            return made
+        # In cispo only an advantage of 0 has no gradient. It is every fourth token's, so that all
+        # chunks have as many.
         advantages = torch.where(position % 4 < 4 * case.clipped, 0.0, 1.0)
         with torch.set_grad_enabled(case.mode != "forward"):
             loss, _ = kernels.linear_policy_loss(
@@ -123,6 +138,8 @@ SMALL_HEAD = (3000, (32,), 331)
         (Case("linear_policy_loss", "both", *SMALL_HEAD, 0, 0.25, 2), "2 chunks"),
         (Case("linear_policy_loss", "both", *SMALL_HEAD, 0.2, 0.25, 1), "columns"),
         (Case("linear_reverse_kl", "forward", 3000, (32, 48), 331), "slabs"),
+        (Case("linear_divergence", "both", 3000, (32, 48), 331, 0.2, workspace_mib=3), "3 chunks"),
+        (Case("linear_divergence", "forward", 3000, (32, 48), 331, workspace_mib=32), "1 chunks"),
     ],
     ids=str,
 )
@@ -187,7 +204,7 @@ def test_sizes_are_those_of_the_code(monkeypatch):
 
 
 def test_what_has_no_gradient_costs():
-    """Masked tokens save their share; clipped ones are gathered away, which costs more."""
+    """Masked tokens save their share of the time; clipped ones save less: the rest is gathered."""
     whole = Case("linear_policy_loss", "both", *QWEN)
     masked, clipped = (
         predict(H200, dataclasses.replace(whole, **{name: 0.3})) for name in ("inactive", "clipped")
@@ -198,15 +215,27 @@ def test_what_has_no_gradient_costs():
 
 
 def test_memory_of_the_shared_way():
-    """Exponentials, v x and the first slice's gradient, bf16, and dx, fp32."""
+    """Exponentials, v x and the first slice's gradient in bf16, and dx in fp32."""
     tokens, (hidden,), vocab = QWEN
     expected = 2 * tokens * vocab + 6 * tokens * hidden + 2 * 8192 * hidden
     found = predict(H200, Case("linear_logps", "both", *QWEN)).gib
     assert found == pytest.approx(expected / 2**30)
 
 
+def test_memory_of_a_divergence():
+    """Logits of both models for a quarter of the tokens, the student's gradients in fp32, and of a
+    chunk dx, its hidden states and a piece of the rounded gradient of its logits."""
+    tokens, (hidden, large), vocab = 8192, (1536, 3584), 151936
+    rows, columns = tokens // 4, slab_sizes.padded_columns(vocab)
+    chunk = rows * ((4 + 2) * hidden + 2 * pair_chunks.COLUMNS)
+    expected = 4 * hidden * (tokens + vocab) + 2 * 4 * rows * columns + chunk
+    case = Case("linear_divergence", "both", tokens, (hidden, large), vocab)
+    assert predict(H200, case).ways == ["4 chunks"]
+    assert predict(H200, case).gib == pytest.approx(expected / 2**30)
+
+
 def test_both_is_forward_and_backward_of_a_training_step():
-    """The forward pass alone keeps nothing, so it is shorter than that of a step."""
+    """The forward pass alone keeps nothing, so it is shorter than that of a training step."""
     for operation in ("linear_logps", "linear_policy_loss"):
         modes = ("forward", "backward", "both")
         forward, backward, both = (predict(H100, Case(operation, m, *QWEN)).ms for m in modes)
@@ -216,20 +245,19 @@ def test_both_is_forward_and_backward_of_a_training_step():
 def test_csv(tmp_path, capsys):
     path = tmp_path / "roofline.csv"
     assert main(["--csv", "--output", str(path)]) == 0
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == COLUMNS
-    assert {row["device"] for row in rows} == {"H200", "H100", "B200", "A100"}
-    keys = [tuple(row[name] for name in COLUMNS[:7]) for row in rows]
-    assert len(keys) == len(set(keys))
+    table = Table(path, Line, column_names(Line)[:7])
+    rows = table.read()
+    assert {row.device for row in rows} == {"H200", "H100", "B200", "A100"}
+    assert {row.operation for row in rows} == set(OPERATIONS)
+    assert len({table.key_of(row) for row in rows}) == len(rows)
     for row in rows:
-        assert int(row["tokens"]) > 0 and int(row["vocab"]) > 0 and row["dtype"] == "bf16"
-        assert float(row["ms"]) > 0 and float(row["gib"]) >= 0
-        assert (int(row["hidden"]) == 0) == (row["operation"] == "selective_logps")
-    assert {row["hidden"] for row in rows if row["operation"] == "linear_reverse_kl"} == {"5120"}
+        assert row.tokens > 0 and row.vocab > 0 and row.dtype == "bf16"
+        assert row.ms > 0 and row.gib >= 0
+        assert (row.hidden == 0) == (row.operation == "selective_logps")
+    assert {row.hidden for row in rows if row.operation == "linear_reverse_kl"} == {5120}
     assert main(["--csv", "--device", "H100"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == ",".join(COLUMNS) and len(printed) == 1 + len(rows) / 4
+    assert printed[0] == ",".join(column_names(Line)) and len(printed) == 1 + len(rows) / 4
 
 
 def test_table(capsys):
@@ -250,7 +278,7 @@ def test_mistakes_end_with_2(arguments, capsys):
 def test_names_of_gpus():
     assert device_named("NVIDIA H100 80GB HBM3") is H100
     assert device_named("NVIDIA A100-SXM4-80GB").name == "A100"
-    assert device_named("AMD EPYC, 2 cores") is None
+    assert device_named("AMD EPYC, 2 cores") is device_named("NVIDIA GH200 480GB") is None
 
 
 def test_beside_measurements():
@@ -266,8 +294,8 @@ def test_beside_measurements():
 
 
 def test_beside_measurements_on_a_cpu():
-    """2, 6 and 8 N H V at the rate of the matmul."""
-    for vocab, of_logps in ((1000, 6), (200_000, 8)):  # what is kept does not fit
+    """2, 6 and 8 N H V at the rate of the matmul, and 2 more for a teacher."""
+    for vocab, of_logps in ((1000, 6), (200_000, 8)):  # the second one's logits do not fit
         shape = Shape("x", 1000, 100, vocab, inactive=0.25, sequences=10)
         sizes = [
             roofline_ms("CPU", operation, shape, mode, "fp32", 1.0)
@@ -280,16 +308,32 @@ def test_beside_measurements_on_a_cpu():
         products = shape.active * 100 * vocab / 1e9
         assert sizes == pytest.approx([2 * products, 6 * products, of_logps * products])
     assert roofline_ms("CPU", "kd_rewards", shape, "forward", "fp32", None) is None
+    taught = dataclasses.replace(shape, large_hidden=300, has_teacher=True)
+    found = roofline_ms("CPU", "linear_divergence", taught, "both", "fp32", 1.0)
+    assert found == pytest.approx((6 * 100 + 2 * 300) * shape.active * 200_000 / 1e9)
 
 
 def test_tables_from_before_the_column(make_row, tmp_path):
     path = tmp_path / "gpu.csv"
-    results.add([make_row()], path)
+    results.table(path).add([make_row()])
     lines = path.read_text().splitlines()
     assert lines[0].endswith(",roofline_ms")
     path.write_text("\n".join(line.rsplit(",", 1)[0] for line in lines) + "\n")
-    assert results.read(path) == results.read_all(tmp_path) == [make_row()]
+    assert results.table(path).read() == results.read_all(tmp_path) == [make_row()]
     new = make_row(mode="forward", roofline_ms=8.2)
-    results.add([new], path)
-    assert results.read(path) == [make_row(), new]
+    results.table(path).add([new])
+    assert results.table(path).read() == [make_row(), new]
     assert cell(new) == "10 ms, 100 MiB, 75%, 82% of roofline"
+
+
+@pytest.mark.parametrize(
+    "operation", ["linear_policy_loss", "codistill_losses", "linear_divergence"]
+)
+@pytest.mark.parametrize("mode", ["forward", "backward", "both"])
+def test_needed_work_is_that_of_the_benchmark(operation, mode):
+    shape = Shape("x", 1000, 100, 300, inactive=0.25, sequences=5)
+    if operation != "linear_policy_loss":
+        shape = dataclasses.replace(shape, large_hidden=200)
+    shape = dataclasses.replace(shape, has_teacher=operation == "linear_divergence")
+    case = Case(operation, mode, 1000, shape.hidden_sizes, 300, inactive=0.25)
+    assert case.needed_flops == operations.OPERATIONS[operation].flops(shape, mode)

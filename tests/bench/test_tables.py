@@ -1,39 +1,109 @@
-"""What is written, compared and reported of measurements."""
+"""How measurements are written, compared and reported."""
+
+from dataclasses import dataclass
 
 import pytest
 
-from bench import compare, report, results, roofline
+from bench import ahead_of_time, compare, report, results, roofline, step
 from bench.growth import all_series, slopes_table
+from bench.table import Table, text_of
+
+
+@dataclass(frozen=True)
+class Example:
+    name: str
+    size: int | None
+    ms: float = 0.5
+    note: str = ""
+
+
+def example(path) -> Table[Example]:
+    return Table(path, Example, ("name", "size"))
+
+
+def test_a_table_reads_what_it_wrote(tmp_path):
+    table = example(tmp_path / "new" / "table.csv")
+    rows = [Example("a", 3, 1.23456), Example("b, c", None, 1000.0, "x")]
+    table.write(rows)
+    expected = 'name,size,ms,note\na,3,1.235,\n"b, c",,1000,x\n'
+    assert table.path.read_text() == expected == text_of(Example, rows)
+    assert table.read() == [Example("a", 3, 1.235), rows[1]]
+    table.write([])
+    assert table.is_there() and table.read() == []
+
+
+def test_rows_of_one_key_replace_each_other_in_place(tmp_path):
+    table = example(tmp_path / "table.csv")
+    table.add([Example("a", 1), Example("b", None)])
+    table.add([Example("c", 1), Example("a", 1, 7.0), Example("a", 2)])
+    assert table.read() == [
+        Example("a", 1, 7.0),
+        Example("b", None),
+        Example("c", 1),
+        Example("a", 2),
+    ]
+
+
+def test_a_file_from_before_a_column_has_its_default(tmp_path):
+    table = example(tmp_path / "table.csv")
+    table.path.write_text("name,size\na,1\n")
+    assert table.is_there() and table.read() == [Example("a", 1)]
+
+
+@pytest.mark.parametrize(
+    "header", ["", "name", "size,name", "name,size,note", "name,size,ms,note,x"]
+)
+def test_another_header_is_refused(tmp_path, header):
+    table = example(tmp_path / "table.csv")
+    table.path.write_text(f"{header}\n")
+    assert not table.is_there()
+    with pytest.raises(
+        ValueError, match="table.csv must be a table with the columns name, size, ms"
+    ):
+        table.read()
+    with pytest.raises(ValueError, match="must be a table"):  # and is not overwritten
+        table.add([Example("a", 1)])
+    assert table.path.read_text() == f"{header}\n"
+
+
+@pytest.mark.parametrize("made", sorted(results.FOLDER.glob("*.csv")), ids=lambda path: path.name)
+def test_committed_tables_can_be_read(made):
+    kinds = (results.table, step.table, ahead_of_time.table)
+    (table,) = [found for found in (kind(made) for kind in kinds) if found.is_there()]
+    rows = table.read()
+    assert len(rows) == len(made.read_text().splitlines()) - 1 > 0
+    assert text_of(table.row_type, rows).count(",") == made.read_text().count(",")
+    assert len({table.key_of(row) for row in rows}) == len(rows)
 
 
 def test_rows_survive_a_file(make_row, tmp_path):
     rows = [make_row(), make_row(mode="forward", extra_mib=None, status="out of memory")]
-    results.add(rows, tmp_path / "gpu.csv")
-    assert results.read(tmp_path / "gpu.csv") == rows
+    results.table(tmp_path / "gpu.csv").add(rows)
+    assert results.table(tmp_path / "gpu.csv").read() == rows
 
 
 def test_a_measurement_takes_the_place_of_the_old_one(make_row, tmp_path):
     path = tmp_path / "gpu.csv"
-    results.add([make_row(), make_row(tokens=500)], path)
-    results.add([make_row(median_ms=7.0, commit="def")], path)
-    assert [row.median_ms for row in results.read(path)] == [7.0, 10.0]
+    results.table(path).add([make_row(), make_row(tokens=500)])
+    results.table(path).add([make_row(median_ms=7.0, commit="def")])
+    assert [row.median_ms for row in results.table(path).read()] == [7.0, 10.0]
 
 
 def test_other_tables_are_left_alone(make_row, tmp_path):
-    results.add([make_row()], tmp_path / "gpu.csv")
+    results.table(tmp_path / "gpu.csv").add([make_row()])
     (tmp_path / "ahead_of_time.csv").write_text("kernel,capability\nx,90\n")
     assert results.read_all(tmp_path) == [make_row()]
-    with pytest.raises(ValueError, match="table of measurements"):
-        results.read(tmp_path / "ahead_of_time.csv")
+    with pytest.raises(ValueError, match="must be a table"):
+        results.table(tmp_path / "ahead_of_time.csv").read()
 
 
 @pytest.fixture
 def run_compare(make_row, tmp_path, capsys):
     def run(*changes: dict, threshold: str = "1.1") -> tuple[int, str]:
         old, new = tmp_path / "old.csv", tmp_path / "new.csv"
-        results.add([make_row(), make_row(implementation="eager")], old)
+        results.table(old).add([make_row(), make_row(implementation="eager")])
         new.unlink(missing_ok=True)
-        results.add([make_row(**change) for change in changes], new)
+        results.table(new).add([make_row(**change) for change in changes])
         code = compare.main([str(old), str(new), "--threshold", threshold])
         return code, capsys.readouterr().out
 
@@ -46,11 +116,11 @@ def run_compare(make_row, tmp_path, capsys):
         (dict(median_ms=10.9), 0),
         (dict(median_ms=11.1), 1),
         (dict(median_ms=20.0, matmul_tflops=2.0), 0),  # the machine was half as fast
-        (dict(median_ms=10.0, matmul_tflops=8.0), 1),  # it was twice as fast, we were not
+        (dict(median_ms=10.0, matmul_tflops=8.0), 1),  # it was twice as fast, and we were not
         (dict(extra_mib=108.0), 0),
         (dict(extra_mib=120.0), 1),
         (dict(status="inaccurate: by far", median_ms=None), 1),
-        (dict(implementation="eager", median_ms=50.0), 0),  # a peer: not our doing
+        (dict(implementation="eager", median_ms=50.0), 0),  # a peer, which we did not change
     ],
 )
 def test_compare(run_compare, change, code):
@@ -68,7 +138,7 @@ def test_compare_of_what_is_no_table(tmp_path, capsys):
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     paths = [str(tmp_path / "x.csv")] * 2
     assert compare.main(paths) == 2
-    assert "must be a table of measurements" in capsys.readouterr().err
+    assert "x.csv must be a table with the columns device, driver" in capsys.readouterr().err
 
 
 def test_report_says_where_we_lose(make_row):

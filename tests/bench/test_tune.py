@@ -1,12 +1,10 @@
-"""Candidates for the constants of slabs: what is tried, written and proposed, without a GPU."""
-
-import csv
-from dataclasses import fields
+"""Candidates for the constants of slabs: which are tried, written and proposed, without a GPU."""
 
 import pytest
 import torch
 
 from bench import tune
+from bench.table import Table
 from bench.tune import Candidate
 from codistill_kernels._linear import slab_sizes, softmax_triton
 
@@ -14,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def even(candidate: Candidate) -> float:
-    """ms, as if every step took a picosecond a logit."""
+    """Milliseconds, as if every step took one picosecond per logit."""
     return candidate.rows * candidate.segment * 1e-9
 
 
@@ -37,12 +35,11 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(tmp_path, capsys):
 
     path = tmp_path / "results" / "tune.csv"
     rows = tune.measure_all(time_of, path, seconds=60)
-    with path.open(newline="") as file:
-        header, *table = csv.reader(file)
-    assert header == [field.name for field in fields(tune.Row)]
+    table = Table(path, tune.Row, tune.KEY).read()
     assert len(table) == len(rows) == len(list(tune.candidates()))
-    failed = [row for row in table if "32" in row]
-    assert len(failed) == 6 and all("failed: RuntimeError: out of registers" in r for r in failed)
+    failed = [row for row in table if row.num_warps == 32]
+    message = "failed: RuntimeError: out of registers"
+    assert len(failed) == 6 and all(row.status == message for row in failed)
     assert "failed: RuntimeError: out of registers" in capsys.readouterr().out
     assert all(warps != 32 for _, _, warps in tune.totals(rows))
 
@@ -73,7 +70,7 @@ def test_figures_of_a_row():
     assert row.gb_s == pytest.approx(moved / 2e-3 / 1e9)
     row = tune.measure(Candidate("segment_states", 4096, 8192, num_warps=8), lambda _: 1.0)
     assert row.tflops is None and row.gb_s == pytest.approx(6 * 4096 * 8192 / 1e-3 / 1e9)
-    assert row.picoseconds_a_logit == pytest.approx(1e9 / (4096 * 8192))
+    assert row.picoseconds_per_logit == pytest.approx(1e9 / (4096 * 8192))
 
 
 def test_proposes_the_fastest_constants(tmp_path):
@@ -88,7 +85,9 @@ def test_proposes_the_fastest_constants(tmp_path):
     _, now, first, *_ = tune.proposal(rows)
     assert now == "now       ROWS = 4096, SEGMENT = 8192, NUM_WARPS = 8: 3.00 (+0.0%)"
     assert "SEGMENT = 4096, NUM_WARPS = 16: 1.50 (-50.0%)" in first
-    assert tune.proposal(rows[:3]) == ["no constants of which product and passes were measured"]
+    assert tune.proposal(rows[:3]) == [
+        "no constants with all of the product and the passes measured"
+    ]
 
 
 def test_constants_of_a_candidate_reach_the_launch(monkeypatch):

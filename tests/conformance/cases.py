@@ -1,4 +1,4 @@
-"""Grids of cases as the peers' suites have them: a sample by default, all with `-m long`."""
+"""The grids of cases in the peers' suites: a sample runs by default, all of them with `-m long`."""
 
 import itertools
 import random
@@ -7,8 +7,8 @@ import pytest
 
 
 def grid(*, default: int, **axes: list) -> pytest.MarkDecorator:
-    """Parametrizes by the product of the axes. About `default` cases, with every value of every
-    axis among them, run by default, or none if it is 0; the rest is marked long."""
+    """Parametrize a test by the product of the axes. About `default` cases run by default, among
+    them every value of every axis (0: none); the others are marked long."""
     names = list(axes)
     cases = list(itertools.product(*axes.values()))
     chosen = random.Random(0).sample(cases, min(default, len(cases)))

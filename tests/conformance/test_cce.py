@@ -18,7 +18,7 @@ GRADIENT = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
 def make_case(shape, dtype, has_bias, invalids):
-    """hidden [4, T, H], weight, targets, bias: half of the tokens are nearly sure of one."""
+    """hidden [4, T, H], weight, targets, bias; half of the tokens have a nearly certain target."""
     tokens, vocab, width = shape
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, width, generator=generator).to(dtype) / width**0.5
@@ -45,7 +45,7 @@ def ours(hidden, weight, targets, bias, softcap, reduction):
 
 
 def run(function, case, dtype, shift, softcap, reduction, needs=(True, True, True)):
-    """The loss and, where asked for, the gradients by hidden states, weight and bias."""
+    """The loss and the requested gradients by hidden states, weight and bias."""
     hidden, weight, targets, bias = case
     inputs = [None if t is None else t.to(dtype) for t in (hidden, weight, bias)]
     leaves = [
@@ -81,7 +81,7 @@ def test_value_and_gradients(dtype, shape, softcap, has_bias, shift, invalids, r
     gold, gold_gradients = run(eager, case, torch.float64, *options)
     value, gradients = run(ours, case, dtype, *options)
     reference, eager_gradients = run(eager, case, dtype, *options)
-    if reduction != "sum":  # as there: the sum's value is judged by its gradients alone
+    if reduction != "sum":  # as in its suite: of a sum only the gradients are judged
         check("loss", value, reference, gold, VALUE[dtype])
     for name, *three in zip(
         ("hidden", "weight", "bias"), gradients, eager_gradients, gold_gradients, strict=True

@@ -1,5 +1,5 @@
-"""Liger-Kernel's cases, against Liger itself where it runs without a GPU: GRPO by chunks, scaled
-cross-entropy. Its Triton cross-entropy needs one; torch's stands for it, as in its suite."""
+"""Liger-Kernel's cases. Chunked GRPO and scaled cross-entropy are compared with Liger itself. Its
+fused cross-entropy needs a GPU and is replaced by torch's, as in its suite."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ TOLERANCE = {torch.float32: dict(atol=2e-5, rtol=1e-3), torch.bfloat16: dict(ato
 
 
 def make_case(shape, dtype, has_bias, temperature=1.0, seed=0):
-    """Liger's arguments: leaves, and the rest. Log-probabilities of the others are near."""
+    """Liger's arguments: leaves, and the rest. The other policies' log-probabilities are close."""
     sequences, width, hidden, vocab = shape
     generator = torch.Generator().manual_seed(seed)
 
@@ -93,7 +93,7 @@ def test_grpo(dtype, has_bias, setting, reference, loss):
 
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
 def test_grpo_far_from_the_reference(loss):
-    """The KL is as large as the rest: at the distances above it hides in the tolerance."""
+    """The KL is as large as the rest; in the cases above it is smaller than the tolerance."""
     kind, level, delta = loss
     leaves, *arguments, logps, normal = make_case(SHAPES[0], torch.float32, False)
     settings = dict(beta=1.0, loss_type=kind, importance_sampling_level=level, delta=delta)
@@ -109,7 +109,7 @@ def test_grpo_far_from_the_reference(loss):
     **AXES | dict(loss=[loss for loss in LOSSES if loss[0] != "vespo"]),
 )
 def test_grpo_bf16(dtype, has_bias, setting, reference, loss):
-    """Without vespo, whose weight is exponential in rounding: Liger leaves it out as well."""
+    """vespo is left out, as in Liger's suite: its weight is exponential in rounding errors."""
     grpo_case(SHAPES[0], dtype, has_bias, setting, reference, loss)
 
 
@@ -182,7 +182,7 @@ def test_grpo_num_items_in_batch(kind):
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["dapo", "grpo"])
 def test_grpo_of_a_long_sequence(kind):
-    """More tokens and rows of the vocabulary than one chunk of Liger's."""
+    """More tokens and more of the vocabulary than one of Liger's chunks holds."""
     leaves, ids, mask, advantages, *_ = make_case((2, 4096, 256, 5000), torch.float32, False)
     settings = dict(beta=0.04, loss_type=kind, use_ref_model=False)
     tolerance = dict(atol=2e-5, rtol=1e-3)
@@ -254,7 +254,7 @@ def test_cross_entropy_scaled_by_probability(scaled):
 )
 @pytest.mark.parametrize("outputs", ["nll", "entropy", "both"])
 def test_scaled_cross_entropy(shape, dtype, outputs):
-    """Against Liger's own fallback."""
+    """Compared with Liger's fallback for a CPU."""
     name = "LigerFusedLinearScaledCrossEntropyFunction"
     theirs = pytest.importorskip("liger_kernel.ops.fused_linear_scaled_cross_entropy")
     tokens, hidden, vocab = shape

@@ -20,8 +20,8 @@ from conformance.test_verl import loss_case, run
 )
 def test_policy_loss(kind, far, correction, by_token, copies, per_token):
     logps, old, advantages, mask, weights = loss_case(per_token)
-    mask[-1, 0] = correction is not None  # there a sequence without a token would be 0 / 0
-    # Ratios on both sides of both thresholds, of tokens and of sequences.
+    mask[-1, 0] = correction is not None  # in OpenRLHF a sequence without a token would be 0 / 0
+    # Ratios of tokens and of sequences are on both sides of both thresholds.
     rollout = old + 1.5 * (weights - 1).roll(1)
     rollout[0], rollout[1] = rollout[0] - 0.6, rollout[1] + 0.6
     loss = openrlhf.PolicyLoss(
@@ -58,7 +58,7 @@ def test_policy_loss(kind, far, correction, by_token, copies, per_token):
 
 @pytest.mark.parametrize("by_token", [False, True])
 def test_split_over_ranks(by_token):
-    """The mean of the ranks' losses is that of the whole batch; an empty sequence is left out."""
+    """The mean of the ranks' losses is the whole batch's; an empty sequence is left out."""
     logps, old, advantages, mask, _ = loss_case(per_token=True)
     loss = openrlhf.PolicyLoss(token_level_loss=by_token)
     whole = loss(logps, old, advantages, mask)[0]

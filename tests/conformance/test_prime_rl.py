@@ -62,8 +62,8 @@ def test_what_is_needed(missing):
 
 
 def test_shifted_labels_agree_with_the_engine():
-    """Log-probabilities of the token that follows, moved by one, are those of each token given the
-    tokens before it: the ratio over an engine's is 1."""
+    """Log-probabilities of the next token, shifted by one, are those of each token given the tokens
+    before it, as an engine returns them: the ratio of the two is 1."""
     hidden, weight, ids, _ = make_case(b=2, s=16, h=32, v=50)
     temperature = torch.full((2, 16), 1.5)
     labels = torch.cat([ids[:, 1:], torch.zeros_like(ids[:, :1])], dim=1)

@@ -41,7 +41,7 @@ def test_entropy_from_logits(dtype, shape):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_chunked_log_probs(dtype, temperature, masked, softcap):
-    """bf16 against fp64 of the same operands: TRL's reference rounds the logits to bf16."""
+    """bf16 results against fp64 on the same operands. TRL's reference rounds logits to bf16."""
     generator = torch.Generator().manual_seed(42)
     x, weight = (
         torch.randn(*size, generator=generator).to(dtype) for size in ((64, 32), (128, 32))

@@ -25,7 +25,7 @@ def head_case(hidden, vocab, tokens):
 
 
 def check_head(hidden, vocab, tokens):
-    """Against fp32 logits, with verl's tolerances and the temperature of its suite."""
+    """Compared with fp32 logits, with verl's tolerances and the temperature of its suite."""
     x, weight, labels, upstream = head_case(hidden, vocab, tokens)
     leaves = [t.clone().requires_grad_() for t in (x, weight)]
     outputs = verl.linear_cross_entropy(*leaves, labels, 1.5)
@@ -54,7 +54,7 @@ def test_head_at_full_vocabulary(hidden, vocab):
 
 @pytest.mark.parametrize("vocab", [152064, 149 * 1024])
 def test_nothing_beyond_the_vocabulary_counts(vocab):
-    """One logit at 3, all others at -15: a single row too many shows in the fourth digit."""
+    """One logit is 3, all others are -15: a row too many changes the fourth digit."""
     x, weight = torch.zeros(1, 8, 16).bfloat16(), torch.zeros(vocab, 16).bfloat16()
     x[..., 0], weight[:, 0], weight[0, 0] = 1.0, -15 * 1.5, 3 * 1.5
     labels = torch.zeros(1, 8, dtype=torch.int64)
@@ -74,14 +74,14 @@ MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-no
 
 
 class ActorConfig(SimpleNamespace):
-    """What the losses read of verl's."""
+    """The fields of verl's ActorConfig that the losses read."""
 
     def get(self, name, default=None):
         return getattr(self, name, default)
 
 
 def defaults(**info):
-    """Bounds of 0.2, and no clip_ratio_c: verl's own default of each loss."""
+    """Bounds of 0.2, and no clip_ratio_c, so that each loss takes verl's default."""
     return ActorConfig(
         clip_ratio=0.2,
         clip_ratio_low=None,
@@ -121,7 +121,7 @@ def run(function, logps):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("copies", [1, 2])
 def test_policy_loss(name, mode, weighted, copies):
-    """fp64, to the rounding of the fp32 factors 1/L."""
+    """In fp64, up to the rounding of the factors 1/L, which are fp32."""
     case = loss_case(per_token=name != "geo_mean")
     logps, old, advantages, mask, weights = case
     counts = dict(batch_num_tokens=50, global_batch_size=7) if copies == 2 else {}
@@ -155,17 +155,17 @@ def test_policy_loss(name, mode, weighted, copies):
 
 @pytest.mark.parametrize("name", verl.NAMES)
 def test_far_ratios(name):
-    """Log-ratios beyond verl's clamps of 20 and 10 nats, up with A < 0 above all."""
+    """Log-ratios beyond verl's clamps of 20 and 10 nats, most of all high ones with A < 0."""
     logps, old, advantages, mask, _ = loss_case(per_token=False)
     logps = torch.full_like(logps, -0.5)
     old = logps - torch.tensor([25.0, 12.0, 15.0, 0.1, 0.0], dtype=torch.float64)[:, None]
-    if name != "gspo":  # whose clamp has no lower end there: e^-10 or less, it hardly matters
+    if name != "gspo":  # verl clamps its log-ratio from above alone; below e^-10 it hardly matters
         old[1] = logps[1] + 0.4
         old[2], logps[2] = -0.5, -25.0
     advantages = torch.tensor([-1.0, 1.0, -1.0, 1.0, 1.0], dtype=torch.float64)[:, None]
     advantages = advantages.expand(B, T)
     config = defaults()
-    config.clip_ratio_c = 1e9  # far enough for the clamp to show
+    config.clip_ratio_c = 1e9  # so large that the clamp takes effect first
     far = dict(low=0.2, high=0.2, far=1e9, positive=1.0, negative=1.05, beta=BETA)
     function = verl.get_policy_loss_fn(name)
     got = run(lambda leaf: function(old, leaf, advantages, mask, config=config), logps)
@@ -177,7 +177,7 @@ def test_far_ratios(name):
 
 def test_metrics():
     logps, old, advantages, mask, _ = loss_case(per_token=True)
-    old[0] = logps[0] - torch.linspace(0.9, 1.5, T)  # around 3, the dual clip by default
+    old[0] = logps[0] - torch.linspace(0.9, 1.5, T)  # ratios around 3, the default dual clip
     function = verl.get_policy_loss_fn("vanilla")
     _, metrics = function(old, logps, advantages, mask, config=defaults())
     ratio = (logps - old).exp()
@@ -190,10 +190,10 @@ def test_metrics():
     assert metrics == pytest.approx(expected, rel=1e-6)
 
 
-# verl's geo_mean takes each rank's own mean.
+# geo_mean is left out: in verl each rank takes its own mean.
 @pytest.mark.parametrize("name", [name for name in verl.NAMES if name != "geo_mean"])
 def test_split_over_ranks(name):
-    """The mean of two ranks' losses is that of the whole batch, however sequences are split."""
+    """The mean of two ranks' losses is the whole batch's, however sequences are split."""
     *tensors, weights = loss_case(per_token=False)
     logps, old, advantages, mask = tensors
     function = verl.get_policy_loss_fn(name)

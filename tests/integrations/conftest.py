@@ -4,7 +4,7 @@ import torch
 
 @pytest.fixture
 def single_thread():
-    """Threads that wait for each other take longer than what they compute here."""
+    """One thread: with models this small, several threads mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

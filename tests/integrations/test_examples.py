@@ -1,4 +1,4 @@
-"""The examples as they are, for 20 steps, against themselves on the framework's own logits."""
+"""20 steps of each example, with the kernels and with the framework's own logits."""
 
 import importlib.util
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 
 from codistill_kernels.integrations.trl import patch_trl
 
-pytestmark = pytest.mark.usefixtures("single_thread")  # models this small
+pytestmark = pytest.mark.usefixtures("single_thread")  # faster with small models
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

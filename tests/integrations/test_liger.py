@@ -1,5 +1,5 @@
-"""codistill_kernels.integrations.liger: the example, signatures, what Liger has not and what is
-refused. Its numbers are in conformance/test_liger.py."""
+"""codistill_kernels.integrations.liger: the example, signatures, what Liger does not have and what
+is refused. Its numbers are tested in conformance/test_liger.py."""
 
 import inspect
 
@@ -129,7 +129,8 @@ def shards(rank: int, folder: str) -> None:
     results[0][3], results[1][3] = (result[3][rows] for result in results)
     for other, mine in zip(*results, strict=True):
         torch.testing.assert_close(mine, other, atol=2e-6, rtol=1e-5)
-    # dapo divides by all processes' tokens; gradients are averaged. At ratio 1: mean advantage.
+    # dapo divides by the tokens of all processes, and gradients are averaged. At a ratio of 1 the
+    # loss is the mean advantage.
     loss = ours.LigerFusedLinearGRPOLoss(beta=0.0)
     x, weight, ids, mask, advantages = make_case()
     mine = slice(0, 1) if rank == 0 else slice(1, B)

@@ -1,4 +1,4 @@
-"""The example of on-policy distillation, as it is, against plain PyTorch with all logits."""
+"""The example of on-policy distillation against plain PyTorch with all logits."""
 
 import importlib.util
 import subprocess
@@ -18,13 +18,13 @@ def example():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of such models several only wait for each other
+    torch.set_num_threads(1)  # with small models several threads only wait for each other
     yield module
     torch.set_num_threads(threads)
 
 
 def with_all_logits(student, teacher, mask, kind):
-    """As TRL computes it: beta 0 is the forward, 1 the reverse KL divergence, 0.5 the JSD."""
+    """The loss as TRL computes it: beta 0 is the forward KL, 1 the reverse KL, 0.5 the JSD."""
     log_p, log_q = (
         (states @ weight.T)[..., :200].log_softmax(-1) for states, weight, _ in (student, teacher)
     )
@@ -58,4 +58,4 @@ def test_command_runs():
     command = [sys.executable, str(FILE), "--steps", "2"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("nats a token") == 2
+    assert done.stdout.count("nats per token") == 2

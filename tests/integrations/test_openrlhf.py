@@ -1,4 +1,4 @@
-"""codistill_kernels.integrations.openrlhf: what is refused. Its numbers are in
+"""codistill_kernels.integrations.openrlhf: what is refused. Its numbers are tested in
 conformance/test_openrlhf.py."""
 
 import pytest

@@ -1,5 +1,5 @@
-"""codistill_kernels.integrations.torchtitan against cross-entropy of whole logits: one process, a
-head under FSDP2, a head cut by tensor parallelism."""
+"""codistill_kernels.integrations.torchtitan against the cross-entropy of all logits: in one
+process, with a head under FSDP2, and with a head sharded by tensor parallelism."""
 
 import pytest
 import torch
@@ -92,7 +92,7 @@ def whole_batch():
 
 
 def data_parallel(rank, folder):
-    """Two steps: gradients of the head reach every process, and the second pass finds its shard."""
+    """Two steps: the head's gradients reach every process, and the second pass finds its shard."""
     mesh = join(rank, folder)
     model = Model()
     fully_shard(model.lm_head, mesh=mesh)
@@ -113,7 +113,7 @@ def data_parallel(rank, folder):
 
 
 def tensor_parallel(rank, folder):
-    """31 rows over two processes: 16 and 15."""
+    """31 rows on two processes: 16 and 15."""
     mesh = join(rank, folder)
     x, labels = make_case()
     plain, model = Model(), Model()

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from codistill_kernels import linear_logps
 from codistill_kernels.integrations.transformers import linear_head, logps_instead_of_logits
 
-pytestmark = pytest.mark.usefixtures("single_thread")  # models this small
+pytestmark = pytest.mark.usefixtures("single_thread")  # faster with small models
 B, T, V = 2, 7, 37
 SIZES = dict(
     vocab_size=V,
@@ -24,10 +24,10 @@ SIZES = dict(
     num_key_value_heads=1,
     head_dim=16,
     max_position_embeddings=64,
-    initializer_range=0.3,  # far from uniform: a wrong scale shows
+    initializer_range=0.3,  # logits far from uniform, so that a wrong scale is noticed
     pad_token_id=0,
 )
-# Families whose logits are not plainly x W^T, and what makes that visible in a tiny model.
+# Families, some of which change their logits, and settings that make this visible in a tiny model.
 MODELS = {
     "Qwen2": {},
     "Qwen2 tied": dict(tie_word_embeddings=True),
@@ -39,7 +39,7 @@ MODELS = {
     "Granite": dict(logits_scaling=4.0),
     "Cohere": dict(logit_scale=0.3),
     "FalconH1": dict(lm_head_multiplier=0.4, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16),
-    "Phi": {},  # a bias
+    "Phi": {},  # has a bias
 }
 
 
@@ -56,7 +56,7 @@ def tiny(name: str) -> transformers.PreTrainedModel:
 
 
 def batch() -> dict:
-    """Left padding, and labels of the last tokens alone."""
+    """Inputs with padding on the left, and labels for the last tokens alone."""
     input_ids = torch.randint(1, V, (B, T), generator=torch.Generator().manual_seed(1))
     attention_mask = torch.ones(B, T, dtype=torch.long)
     attention_mask[1, :2] = 0
@@ -122,7 +122,7 @@ def test_no_entropy_unless_asked_for():
 
 
 def test_head_by_hand():
-    """What `linear_head` finds serves the functions that start from hidden states."""
+    """`linear_head` gives the arguments of the functions that start from hidden states."""
     model, inputs = tiny("Gemma2"), batch()
     logps, _ = eager(model, inputs, 1.0)
     labels = inputs.pop("labels")[:, 1:]
@@ -132,7 +132,7 @@ def test_head_by_hand():
 
 
 def test_autocast_rounds_operands_alone():
-    """Nearer to fp32 than the model's own bf16 logits, and in bf16 products all the same."""
+    """Under autocast products are in bf16, and results are nearer to fp32 than the model's own."""
     model, inputs = tiny("Qwen2"), batch()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         hidden_states = model.base_model(inputs["input_ids"], inputs["attention_mask"])[0]
@@ -205,7 +205,7 @@ def test_other_adapters_of_the_head_are_refused(settings, message):
 def check_fsdp(rank: int, file: str) -> None:
     dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    for has_own_group in (False, True):  # of the head; else it is the root's
+    for has_own_group in (False, True):  # of the head; if not, it belongs to the root's
         inputs, model, whole = batch(), tiny("Qwen2"), tiny("Qwen2")
         eager(whole, inputs, 0.7)[0].sum().div(2).backward()  # FSDP averages over the two
         for module in [*model.model.layers, *([model.lm_head] if has_own_group else []), model]:
@@ -223,7 +223,7 @@ def test_fsdp_gathers_the_head_and_sums_its_gradient(tmp_path):
 
 
 def test_hooks_of_the_head_take_place():
-    """As ZeRO-3 gathers: by a hook before the head's module and one after it."""
+    """The weight is gathered as in ZeRO-3, by hooks before and after the head's module."""
     model, inputs = tiny("Qwen2"), batch()
     expected, _ = eager(model, inputs, 1.0)
     whole, model.lm_head.weight.data = model.lm_head.weight.data, torch.empty(0)

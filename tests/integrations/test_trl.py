@@ -1,4 +1,4 @@
-"""patch_trl(): TRL's trainers with it against themselves without it."""
+"""patch_trl(): TRL's trainers with and without the patch."""
 
 import zlib
 from contextlib import contextmanager, nullcontext
@@ -16,12 +16,12 @@ from codistill_kernels.integrations.trl import TokenLoss, is_loss_of_tokens, pat
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 
-pytestmark = pytest.mark.usefixtures("single_thread")  # models this small
+pytestmark = pytest.mark.usefixtures("single_thread")  # faster with small models
 ZERO3 = "transformers.integrations.deepspeed.is_deepspeed_zero3_enabled"
 
 # --- the loss ----------------------------------------------------------------------------------
 
-# TRL's arguments; every loss of tokens, every term.
+# Arguments of TRL that cover every token-level loss and every term.
 LOSSES = {
     "grpo": dict(loss_type="grpo"),
     "bnpo": dict(loss_type="bnpo"),
@@ -181,7 +181,7 @@ def test_entropy_is_none_unless_asked_for():
 
 
 def test_zero3_gathers_the_head_in_both_passes(monkeypatch):
-    """Partitioned weights are empty but inside TRL's context."""
+    """Partitioned weights are empty outside of TRL's context."""
 
     def make():
         model = tiny()
@@ -233,11 +233,11 @@ def test_another_version_is_refused(monkeypatch):
 # --- whole trainings ---------------------------------------------------------------------------
 
 DEMO = Path(__file__).parents[2] / "demo" / "small"
-# Every loss type, every way: by tokens in one pass, or TRL's loss from log-probabilities.
+# Every loss type, both in one pass and with TRL's loss from log-probabilities.
 TRAININGS = {
     "dapo": dict(loss_type="dapo"),
     "grpo, KL, delta": dict(loss_type="grpo", beta=0.04, delta=1.5),
-    "bnpo, KL, no bias correction": dict(  # its KL multiplies rounding errors
+    "bnpo, KL, no bias correction": dict(  # this KL amplifies rounding errors
         loss_type="bnpo", beta=0.04, use_bias_correction_kl=False, learning_rate=0.01
     ),
     "dr_grpo, entropy bonus": dict(loss_type="dr_grpo", entropy_coef=0.01),
@@ -253,17 +253,17 @@ TRAININGS = {
 
 
 def reward(completions: list[str], **_) -> list[float]:
-    """About evenly spread, whatever the texts say."""
+    """Rewards that are spread about evenly, whatever the texts say."""
     return [zlib.crc32(text.encode()) % 7 / 7 for text in completions]
 
 
 def train(kind: str, folder: Path, *, is_patched: bool, peft_config=None, **settings) -> list[dict]:
-    """What TRL logs of each of four steps; two generations, each for two optimizer steps."""
+    """TRL's log of four steps: two generations, with two optimizer steps on each."""
     problems = [f"{a}+{3 * a % 90 + 10}+{7 * a % 90 + 10}=" for a in range(10, 42)]
     options = dict(use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, save_strategy="no")
     options |= dict(per_device_train_batch_size=8, num_generations=4, gradient_accumulation_steps=2)
     options |= dict(num_iterations=2, max_completion_length=12, temperature=0.9)
-    # SGD: the first steps of Adam would divide rounding errors by themselves.
+    # SGD, because the first steps of Adam would divide rounding errors by themselves.
     options |= dict(optim="sgd", learning_rate=0.05, lr_scheduler_type="constant")
     options |= dict(output_dir=str(folder), max_steps=4, logging_steps=1, seed=3)
     args = getattr(trl, f"{kind}Config")(**options | settings)

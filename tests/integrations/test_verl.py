@@ -1,5 +1,5 @@
-"""codistill_kernels.integrations.verl: the example, shards of a vocabulary, what is refused. Its
-numbers are in conformance/test_verl.py."""
+"""codistill_kernels.integrations.verl: the example, a vocabulary in shards, what is refused. Its
+numbers are tested in conformance/test_verl.py."""
 
 import pytest
 import torch
@@ -85,7 +85,7 @@ def shards(rank: int, folder: str) -> None:
     part = (hidden, weight.chunk(2)[rank], labels)
     got = outcome(verl.linear_cross_entropy, part, temperature=0.7, group=dist.group.WORLD)
     alone = got[2].clone()
-    dist.all_reduce(got[2])  # the caller's: verl leaves it to Megatron
+    dist.all_reduce(got[2])  # the caller has to do it; in verl Megatron does
     assert (alone - got[2]).abs().max() > 0.01
     expected[3] = expected[3].chunk(2)[rank]
     assert_near(got, expected)

@@ -1,12 +1,12 @@
 """Every Triton kernel compiles for every GPU of the table, into what it was written for."""
 
-import csv
 from itertools import product
 
 import pytest
 import torch
 import triton
 
+from bench import ahead_of_time
 from bench.ahead_of_time import (
     CAPABILITIES,
     ENTROPY,
@@ -17,7 +17,6 @@ from bench.ahead_of_time import (
     OPTIONS,
     PAIR_OPTIONS,
     SHARED_LIMIT_KIB,
-    TABLE,
     Variant,
     argument_type,
     compile_all,
@@ -66,14 +65,13 @@ def compiled():
 
 @pytest.fixture(scope="module")
 def table():
-    with TABLE.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return ahead_of_time.table().read()
 
 
 @pytest.fixture
 def same_triton(table):
     """Numbers of instructions are those of one Triton."""
-    (recorded,) = {row["triton"] for row in table}
+    (recorded,) = {row.triton for row in table}
     if recorded.split(".")[:2] != triton.__version__.split(".")[:2]:
         pytest.skip(f"the table is of Triton {recorded}, this is {triton.__version__}")
 
@@ -107,12 +105,12 @@ def test_rows_move_in_accesses_of_16_bytes(compiled):
 
 def test_instructions_are_not_more_than_in_the_table(compiled, table, same_triton):
     for row, recorded in zip(compiled, table, strict=True):
-        assert row.instructions_a_logit <= 1.02 * float(recorded["instructions_a_logit"]), row
+        assert row.instructions_per_logit <= 1.02 * recorded.instructions_per_logit, row
 
 
 def test_instructions_of_the_main_kernels(compiled, same_triton):
     found = {
-        (row.kernel, row.writes, row.flags): row.instructions_a_logit
+        (row.kernel, row.writes, row.flags): row.instructions_per_logit
         for row in compiled
         if (row.capability, row.reads) == (90, "fp32")
     }
@@ -122,8 +120,8 @@ def test_instructions_of_the_main_kernels(compiled, same_triton):
 
 def test_table_names_these_kernels_and_variants(compiled, table):
     """Its registers are of one Triton version; which kernels and variants there are, is ours."""
-    names = [tuple(row.values())[: len(compiled[0].name)] for row in table]
-    assert names == [row.name for row in compiled]
+    key_of = ahead_of_time.table().key_of
+    assert [key_of(row) for row in table] == [key_of(row) for row in compiled]
 
 
 class Launches:

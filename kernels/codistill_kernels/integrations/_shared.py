@@ -1,4 +1,4 @@
-"""What the integrations have in common."""
+"""Functions that several integrations share."""
 
 from contextlib import ExitStack
 from importlib import metadata
@@ -21,15 +21,16 @@ def replace(patch: ExitStack, owner: object, name: str, value: object) -> None:
     """owner.name = value, until `patch` is closed."""
     if name in vars(owner):
         patch.callback(setattr, owner, name, vars(owner)[name])
-    else:  # of its class
+    else:  # the attribute belongs to the class
         patch.callback(delattr, owner, name)
     setattr(owner, name, value)
 
 
 def autocast_operands(hidden_states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """In the dtype that autocast, where it is on, gives the operands of a product.
+    """Both in the dtype that autocast gives the operands of a product; as they are if it is off.
 
-    The kernels sum in fp32 and round no logit whatever autocast says; this chooses how fast.
+    The kernels sum in fp32 and never round a logit, so this changes speed and the operands'
+    rounding alone.
     """
     device = hidden_states.device.type
     if not torch.is_autocast_enabled(device):

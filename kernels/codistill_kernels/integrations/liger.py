@@ -3,7 +3,7 @@
     from codistill_kernels.integrations.liger import LigerFusedLinearGRPOLoss
 
 Signatures are those of liger-kernel 0.8.5; nothing of it is imported. Options that say how Liger
-computes (compiled, chunk_size, accum_dtype, tiles) are taken and not used: logits are never
+computes (compiled, chunk_size, accum_dtype, tiles) are accepted and ignored: logits are never
 rounded, and gradients of the head are summed in fp32.
 """
 
@@ -33,10 +33,10 @@ LOSS_TYPES = (*CLIPPED, "cispo", "sapo", "vespo")
 
 
 class LigerFusedLinearGRPOLoss(nn.Module):
-    """GRPO's losses from hidden states; one pass over the logits where beta is 0.
+    """GRPO's losses from hidden states; one pass over the logits if beta is 0.
 
-    The arguments are Liger's. Refused, where Liger takes it: delta below 1 + epsilon_high or with a
-    loss_type that has no bounds, luspo with ratios of tokens.
+    The arguments are Liger's. Some that Liger accepts are refused: delta below 1 + epsilon_high or
+    with a loss_type that has no bounds, and luspo with token-level ratios.
     """
 
     def __init__(
@@ -64,9 +64,9 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         self.loss_type = loss_type
         self.of_sequence = importance_sampling_level == "sequence"
         self.check(importance_sampling_level, max_completion_length, delta, epsilon_high)
-        # Where Liger's metric counts a token as clipped.
+        # The bounds beyond which Liger's metric counts a token as clipped.
         self.bounds = (1 - epsilon_low, 1 + epsilon_high)
-        if loss_type == "cispo":  # epsilon_high bounds the ratio itself, and nothing does below
+        if loss_type == "cispo":  # epsilon_high bounds the ratio itself; there is no lower bound
             self.loss = PolicyLoss("cispo", epsilon_low=1.0, epsilon_high=epsilon_high - 1)
             self.bounds = (0.0, epsilon_high)
         elif loss_type == "sapo":
@@ -97,6 +97,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
     def check(
         self, level: str, max_length: int | None, delta: float | None, epsilon_high: float
     ) -> None:
+        """Raise ValueError for settings that Liger or this class refuses."""
         kind = self.loss_type
         require(kind in LOSS_TYPES, "loss_type", f"one of {', '.join(LOSS_TYPES)}", repr(kind))
         levels = ("token", "sequence") if kind in CLIPPED else ("token",)
@@ -131,14 +132,15 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         Args:
             _input: [B, T, H]; lin_weight: [V, H]; bias: [V]. Differentiable.
             selected_token_ids: [B, T] int64. attention_mask: [B, T] of 0 and 1 in any dtype.
-            advantages: [B], or [B, T] with losses of tokens. vllm_is_ratio: w, [B, T], [B, 1], [B].
+            advantages: [B], or [B, T] with token-level ratios.
+            vllm_is_ratio: w; [B, T], [B, 1] or [B].
             ref_per_token_logps: [B, T] nats; or hidden states, weight and bias of the reference.
             old_per_token_logps: [B, T] nats. None: ratio 1.
-            num_items_in_batch: tokens of all processes, with dapo, cispo and vespo.
+            num_items_in_batch: number of tokens on all processes, for dapo, cispo and vespo.
 
         Returns:
-            (loss, metrics): an fp32 scalar, and detached scalars: the mean KL if beta is not 0, the
-            share of clipped tokens.
+            (loss, metrics): an fp32 scalar, and detached scalars: the mean KL (only if beta is not
+            0) and the share of clipped tokens.
 
         Raises:
             ValueError: an argument has a wrong shape, dtype, device or value. The message names it.
@@ -174,7 +176,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
     def reduction(
         self, mask: Tensor, num_items: float | Tensor | None
     ) -> tuple[Tensor, float | Tensor]:
-        """A factor [B] of each sequence's tokens, and what the sum over tokens is divided by."""
+        """The factor [B] of each sequence's tokens, and the divisor of the sum over all tokens."""
         one = mask.new_ones(len(mask), dtype=torch.float32)
         if self.loss_type in ("grpo", "sapo"):
             return one / counts(mask), len(mask)
@@ -193,26 +195,26 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         return one, (total / (dist.get_world_size() if has_processes else 1)).clamp(min=1)
 
     def importance_weights(self, ratio: Tensor | None, mask: Tensor) -> Tensor | None:
-        """[B, T]"""
+        """vllm_is_ratio as one weight per token, [B, T]."""
         if ratio is None:
             return None
         ratio = ratio[:, None] if ratio.ndim == 1 else ratio
         if self.loss_type == "vespo":
-            # There a sequence's weight is a product over all that is given, padding included.
+            # In Liger a sequence's weight is the product of all given ratios, padding included.
             total = ratio.log().clamp(math.log(1e-8), 20.0).sum(-1, keepdim=True)
             ratio = (total / counts(mask)[:, None]).exp()
         return ratio.expand(mask.shape)
 
     def ratio(self, logps: Tensor, old: Tensor | None, mask: Tensor) -> Tensor:
-        """[B, T], or [B, 1] of sequences."""
+        """Importance ratios: [B, T] for tokens, or [B, 1] for sequences."""
         log_ratio = logps - (logps.detach() if old is None else old)
         if self.of_sequence:
             return sequence_means(log_ratio, mask)[:, None].exp()
-        # Padding may hold anything: a ratio there must not overflow on its way into the KL.
+        # Padding may hold anything: a ratio there must not overflow before the KL masks it.
         return torch.where(mask, log_ratio, 0.0).exp()
 
     def reference_logps(self, reference: tuple, ids: Tensor, logps: Tensor) -> Tensor:
-        """[B, T], detached; those of the policy itself without a reference model."""
+        """[B, T], detached. Without a reference model they are those of the policy itself."""
         if not self.use_ref_model:
             return logps.detach()
         given, hidden_states, weight, bias = reference
@@ -229,7 +231,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         return kl * ratio if self.use_bias_correction_kl else kl
 
     def counted_in_kl(self, mask: Tensor) -> Tensor:
-        """[B, T] bool: luspo's KL is a mean over all positions, padding included, as in Liger."""
+        """[B, T] bool. As in Liger, luspo's KL is a mean over all positions, padding included."""
         return torch.ones_like(mask) if self.loss_type == "luspo" else mask
 
     def kl_sum(self, kl: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
@@ -244,9 +246,9 @@ class LigerFusedLinearGRPOLoss(nn.Module):
 class LigerFusedLinearCrossEntropyLoss(nn.Module):
     """Cross-entropy from hidden states, in one pass for a mean or a sum.
 
-    The arguments are Liger's. Refused: ce_weight, lse_square_scale, label_smoothing, and what
-    return_z_loss, return_token_accuracy and return_predicted_tokens ask for; they need more of the
-    logits than the kernels keep.
+    The arguments are Liger's. ce_weight, lse_square_scale, label_smoothing, return_z_loss,
+    return_token_accuracy and return_predicted_tokens are refused: they need more of the logits than
+    the kernels keep.
     """
 
     def __init__(
@@ -283,8 +285,8 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         """-log p of each target, times p (detached) if tokens are scaled; 0 where ignored.
 
         lin_weight [V, H], _input [N, H] and bias [V] are differentiable; target [N] int64. Returns
-        an fp32 scalar, or [N] without a reduction. The mean is over targets that are not ignored;
-        of none it is 0.
+        an fp32 scalar, or [N] without a reduction. The mean is over targets that are not ignored,
+        and 0 if all are.
         """
         mask = target != self.ignore_index
 
@@ -321,7 +323,7 @@ class LigerFusedLinearScaledCrossEntropyFunction:
         """nll [N], or (nll, entropy): fp32 nats, differentiable; 0 where ignored.
 
         _input [N, H], weight [V, H], target [N] int64. Liger rounds the entropy to the dtype of
-        _input. selected_token_ids, more log-probabilities of each row, is refused.
+        _input. selected_token_ids, for more log-probabilities per row, is refused.
         """
         require(selected_token_ids is None, "selected_token_ids", "None", "ids")
         return scaled_cross_entropy(
@@ -330,7 +332,7 @@ class LigerFusedLinearScaledCrossEntropyFunction:
 
 
 class LigerFusedLinearScaledCrossEntropyTPFunction:
-    """The same with the vocabulary in shards."""
+    """`LigerFusedLinearScaledCrossEntropyFunction` with the vocabulary in shards."""
 
     @staticmethod
     def apply(
@@ -345,7 +347,8 @@ class LigerFusedLinearScaledCrossEntropyTPFunction:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """weight is this process's [V / processes, H]; targets count over the whole vocabulary.
 
-        Each process gets the whole result and the whole gradient of _input. tp_group None: all.
+        Each process gets the whole result and the whole gradient of _input. tp_group None stands
+        for all processes.
         """
         group = dist.group.WORLD if tp_group is None else tp_group
         return scaled_cross_entropy(

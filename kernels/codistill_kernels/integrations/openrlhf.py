@@ -38,14 +38,14 @@ def linear_log_probs(
     temperature: float = 1.0,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """What OpenRLHF's Actor.forward makes of its logits, without them.
+    """Log-probabilities and entropy as OpenRLHF's Actor.forward computes them, without its logits.
 
-    The log-probabilities are of softmax(logits / temperature), the entropy is of softmax(logits),
-    as there: at a temperature other than 1 it takes a second pass over the head.
+    As in OpenRLHF, the log-probabilities are those of softmax(logits / temperature) and the entropy
+    that of softmax(logits): at a temperature other than 1 it takes a second pass over the head.
 
     Args:
         hidden_states: [B, T, H]; lm_head_weight: [V, H]. Differentiable.
-        labels: [B, T] int64: the sequences rolled by one, of which the caller drops the last.
+        labels: [B, T] int64: the sequences rolled by one. The caller drops the last position.
 
     Returns:
         log-probabilities [B, T], or (log-probabilities, entropy): fp32 nats.
@@ -65,8 +65,8 @@ def linear_log_probs(
 class PolicyLoss(nn.Module):
     """openrlhf.models.PolicyLoss, with its arguments.
 
-    ppo clips the ratio of each token (log-ratio within 20 nats), gspo that of each sequence and
-    always takes the mean over sequences of means over tokens.
+    ppo clips the ratio of each token (log-ratios are clamped to 20 nats); gspo clips the ratio of
+    each sequence and always takes the mean over sequences of means over tokens.
     """
 
     def __init__(
@@ -119,8 +119,8 @@ class PolicyLoss(nn.Module):
 
         action_mask: [B, T] of 0 and 1 in any dtype, None: all. The other arguments are as in
         OpenRLHF; batch_num_tokens and global_batch_size count over all processes. vllm_kl is None
-        unless ppo corrects for the engine's rollout_log_probs. What is behind the mask counts for
-        nothing, NaN included, and a batch without a token has loss 0.
+        unless ppo corrects for the engine's rollout_log_probs. Masked values have no effect, not
+        even NaN, and a batch without a token has loss 0.
 
         Raises:
             ValueError: an argument has a wrong shape, dtype, device or value. The message names it.
@@ -157,15 +157,15 @@ class PolicyLoss(nn.Module):
     def of_sequences(
         self, log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, terms: dict
     ) -> Tensor:
-        """One ratio a sequence, one advantage a token: those of a sign are cut alike, so their sums
-        stand for them."""
+        """The loss with one ratio per sequence and one advantage per token. Advantages of one sign
+        are clipped alike, so their sum over a sequence stands for all of them."""
         advantages = torch.where(mask, advantages, 0.0)
         sums = (advantages.clamp(min=0).sum(-1), advantages.clamp(max=0).sum(-1))
         parts = [policy_loss(log_probs, old, a / counts(mask), mask, **terms)[0] for a in sums]
         return parts[0] + parts[1]
 
     def importance_weights(self, old: Tensor, rollout: Tensor, mask: Tensor) -> Tensor:
-        """[B, T], detached."""
+        """Weights [B, T] that correct for the engine, detached."""
         assert self.thresholds is not None
         low, high = self.thresholds
         if self.correction == "icepop":

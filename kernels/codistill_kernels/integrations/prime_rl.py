@@ -16,11 +16,11 @@ from codistill_kernels.linear_logps import linear_logps
 
 
 class FusedOutputLinear(nn.Linear):
-    """prime_rl.trainer.models.layers.lm_head.FusedOutputLinear, and with `softcap` Gemma's.
+    """prime_rl.trainer.models.layers.lm_head.FusedOutputLinear; with `softcap` Gemma's class.
 
-    A head whose forward pass gives log-probabilities and entropies, not logits. Unlike prime-rl's,
-    the entropy is differentiable too. chunk_size is taken and not used: memory is bounded by the
-    kernels' workspace.
+    A head whose forward pass returns log-probabilities and entropies instead of logits. Unlike
+    prime-rl's, the entropy is differentiable too. chunk_size is accepted and ignored: the kernels'
+    workspace bounds the memory.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class LossOutputs(NamedTuple):
 def outside_trust(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, mask_low: float, mask_high: float
 ) -> Tensor:
-    """DPPO's mask: the token's probability rose by more than mask_high with A > 0, or fell by more
-    than mask_low with A <= 0 (arXiv:2602.04879)."""
+    """DPPO's mask (arXiv:2602.04879): True if a token's probability rose by more than mask_high and
+    A > 0, or fell by more than mask_low and A <= 0."""
     moved = logps.detach().exp() - old_logps.exp()
     return torch.where(advantages > 0, moved > mask_high, moved < -mask_low)
 
@@ -87,11 +87,12 @@ def dppo_token_losses(
 ) -> Tensor:
     """-adv_tau A r + kl_tau (log r)^2 of each token, the first term 0 where `is_masked`.
 
-    r = exp(logps - old_logps). All of one shape, nats; differentiable in logps, element by element,
-    so that it may be what `linear_token_loss` is given to go from hidden states in one pass.
+    r = exp(logps - old_logps). All tensors have one shape; log-probabilities are in nats. It is
+    differentiable in logps, token by token, so that `linear_token_loss` can take it and start from
+    hidden states in one pass.
     """
     log_ratio = logps - old_logps
-    # Before exp: a ratio that overflows where it does not count would make the gradient 0 * inf.
+    # Selected before exp: a masked ratio that overflows would make the gradient 0 * inf.
     ratio = torch.where(is_masked, 0.0, log_ratio).exp()
     gain = torch.where(is_masked, 0.0, adv_tau * advantages * ratio)
     return kl_tau * log_ratio.square() - gain
@@ -103,7 +104,7 @@ def default_loss_fn(inputs: Any, loss_config: Any) -> LossOutputs:
     inputs: prime-rl's LossInputs, tensors [seq]: trainer_logprobs (differentiable),
     inference_logprobs, advantages, loss_mask (bool) and loss_weights or None. loss_config:
     dppo_mask_low, dppo_mask_high, adv_tau, kl_tau. The loss is a sum: prime-rl divides by the
-    global count. What is behind the mask counts for nothing, NaN included.
+    global count. Masked values have no effect, not even NaN.
     """
     low, high = loss_config.dppo_mask_low, loss_config.dppo_mask_high
     masked = partial(outside_trust, mask_low=low, mask_high=high)
@@ -111,8 +112,8 @@ def default_loss_fn(inputs: Any, loss_config: Any) -> LossOutputs:
 
 
 def ipo_loss_fn(inputs: Any, loss_config: Any) -> LossOutputs:
-    """prime_rl.trainer.rl.loss.ipo_loss_fn: as `default_loss_fn`, but a token is masked when its
-    probability moved by more than loss_config.ipo_threshold, whichever way."""
+    """prime_rl.trainer.rl.loss.ipo_loss_fn: as `default_loss_fn`, but a token is masked if its
+    probability rose or fell by more than loss_config.ipo_threshold."""
 
     def masked(logps: Tensor, old_logps: Tensor, advantages: Tensor) -> Tensor:
         return (logps.detach().exp() - old_logps.exp()).abs() > loss_config.ipo_threshold
@@ -123,6 +124,8 @@ def ipo_loss_fn(inputs: Any, loss_config: Any) -> LossOutputs:
 def trust_region_loss(
     inputs: Any, config: Any, masked: Callable[..., Tensor], *, by_sign: bool
 ) -> LossOutputs:
+    """The loss and its metrics. masked(logps, old_logps, advantages): where the gain has no effect;
+    by_sign: whether it depends on the advantage's sign, so that there are metrics for each."""
     mask, advantages = inputs.loss_mask, inputs.advantages
     # Select before exp: NaN behind the mask must reach neither the loss nor its gradient.
     logps, old_logps = (

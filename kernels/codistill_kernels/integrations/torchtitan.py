@@ -15,32 +15,32 @@ IGNORE_INDEX = -100
 
 
 class LinearCrossEntropyLoss:
-    """In the place of torchtitan.components.loss.ChunkedLossWrapper around CrossEntropyLoss.
+    """Takes the place of torchtitan.components.loss.ChunkedLossWrapper around CrossEntropyLoss.
 
-    The model stops before its head (`_skip_lm_head=True`), and the loss is made of hidden states in
-    one pass over the logits. Unlike there, any number of tokens is taken, and the loss may be
-    scaled, or be a part of another, before backward().
+    The model stops before its head (`_skip_lm_head=True`), and the loss is made from hidden states
+    in one pass over the logits. Unlike torchtitan's, it takes any number of tokens, and it may be
+    scaled or added to another loss before backward().
     """
 
     def __init__(self) -> None:
         self.lm_head: nn.Module | None = None
 
     def set_lm_head(self, lm_head: nn.Module) -> None:
-        """lm_head: a module with a `weight` [V, H] and maybe a `bias` [V]. It may be wrapped by
-        fully_shard, or hold DTensors that tensor parallelism has cut by rows of the vocabulary, as
-        ColwiseParallel does, also unevenly."""
+        """lm_head: a module with a `weight` [V, H] and perhaps a `bias` [V]. It may be wrapped by
+        fully_shard, or hold DTensors that tensor parallelism has sharded by rows of the vocabulary,
+        evenly or not, as ColwiseParallel does."""
         self.lm_head = lm_head
 
     def __call__(
         self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum of -log p of the labels over global_valid_tokens (None: 1), and no metrics.
+        """Sum of -log p of the labels divided by global_valid_tokens (None: 1), and no metrics.
 
         Args:
             pred: [T, H] hidden states, differentiable; a DTensor must be Replicate, the same tokens
                 on all processes that share the head.
             labels: [T] int64; -100 is ignored.
-            global_valid_tokens: a scalar, over all processes.
+            global_valid_tokens: a scalar, the number of valid labels on all processes.
 
         Returns:
             (loss, {}): an fp32 scalar.
@@ -67,10 +67,10 @@ class LinearCrossEntropyLoss:
 
 
 def call_as(module: nn.Module, forward: Callable[..., Tensor], *arguments: object) -> Tensor:
-    """Call the module with another forward: hooks around it gather its parameters for the call and
-    reduce their gradients after the backward pass, as FSDP's do."""
+    """Call the module with another forward function. Its hooks still run: FSDP's gather the
+    parameters for the call and reduce their gradients after the backward pass."""
     module.forward = forward
     try:
         return module(*arguments)
     finally:
-        del module.forward  # what its class defines shows again
+        del module.forward  # uncovers the forward function of the class

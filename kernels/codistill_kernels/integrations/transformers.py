@@ -17,54 +17,54 @@ from codistill_kernels._checks import require
 from codistill_kernels.integrations._shared import autocast_operands, replace, require_version
 from codistill_kernels.linear_logps import linear_logps
 
-# Where configurations name the soft limit of the logits, and what multiplies them before it.
+# Names that configurations give to the softcap of the logits, and to the factor before it.
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 DIVIDED_BY_SCALING = "logits_scaling"  # Granite, MiniCPM3; HyperCLOVA X multiplies by it
 
 
 class Logps(NamedTuple):
-    """What a model returns under `logps_instead_of_logits`."""
+    """What a model returns while `logps_instead_of_logits` is in force."""
 
     logps: Tensor
-    """[B, T - 1] fp32, nats: of labels[:, 1:]; 0 where the label is -100. Differentiable."""
+    """[B, T - 1] fp32, nats, for labels[:, 1:]; 0 where the label is -100. Differentiable."""
     entropy: Tensor | None
-    """[B, T - 1] fp32, nats, likewise; None unless asked for."""
+    """[B, T - 1] fp32, nats, likewise; None unless requested."""
 
 
 def logps_instead_of_logits(
     model: nn.Module, *, temperature: float = 1.0, return_entropy: bool = False
 ) -> ExitStack:
-    """Make model(..., labels=labels) return log-probabilities of the labels; no [B, T, V] logits.
+    """Make model(..., labels=labels) return log-probabilities of the labels, without logits.
 
     logps[b, t] = log softmax(logits[b, t] / temperature)[labels[b, t + 1]]
 
     labels: [B, T] int64, next-token labels as in transformers, usually input_ids; positions whose
-    label is -100 never meet the head. Without labels the model is as before, so that `generate`
-    works. The forward pass of the head's own module computes, so what is hooked to it (FSDP2's and
-    ZeRO-3's gathering) takes place.
+    label is -100 are not multiplied with the head. Without labels the model works as before, and so
+    does `generate`. The log-probabilities are computed in the forward pass of the head's own
+    module, so its hooks (those of FSDP2 and ZeRO-3 gather the weight) run.
 
     Args:
         model: a causal language model of transformers, its PeftModel, or either in a wrapper with a
             `.module` (DDP). Patch before or after wrapping and sharding.
-        temperature: divides the logits, > 0; that of the sampler.
+        temperature: divides the logits, > 0; must equal the sampler's.
         return_entropy: also return the entropy of each next-token distribution, differentiable.
 
     Returns:
-        The patch: leave its `with` block, or `.close()` it, and the model is as it was.
-        model(...) then returns `Logps`.
+        The patch, which makes model(...) return `Logps`. Leaving its `with` block or calling its
+        `.close()` restores the model.
 
     Raises:
-        ImportError: transformers is none that is supported.
-        ValueError: as `linear_head`, here or when the model is called.
+        ImportError: this version of transformers is not supported.
+        ValueError: as in `linear_head`, here or when the model is called.
 
-    Logits are fp32 sums that are never rounded, under autocast too, which only chooses the dtype of
-    the operands: bf16 models differ from their own logits by the rounding of these.
+    Logits are fp32 sums that are never rounded; autocast only chooses the dtype of the operands.
+    Results of a bf16 model therefore differ from those of its own logits, which are rounded.
     """
     require_version("transformers", "5")
     causal_lm = causal_lm_of(model)
     head = causal_lm.get_output_embeddings()
-    linear_head(causal_lm)  # refuses now what it would refuse at the first call
+    linear_head(causal_lm)  # refuses a head now rather than at the first call
     forward, head_forward = causal_lm.forward, head.forward
 
     @wraps(forward)
@@ -98,20 +98,21 @@ def logps_instead_of_logits(
 
 
 def linear_head(model: nn.Module) -> dict[str, Any]:
-    """How a model's last hidden states become logits, as arguments of every `linear_*` function.
+    """A model's head as arguments of every `linear_*` function.
 
     {"lm_head_weight": [V, H], "bias": [V] or None, "softcap": float or None, "logit_scale": float}
 
-    A LoRA adapter of the head is in the weight, W + scaling B A, with its gradient: [V, H] more
-    memory, and fp32 products where the adapter is fp32. Under FSDP2 call it where the head is
-    unsharded, as in the model's forward pass, or pass the DTensor's `.full_tensor()` yourself.
+    A LoRA adapter of the head becomes part of the weight, W + scaling B A, and gets its gradient.
+    This takes [V, H] more memory, and fp32 products if the adapter is fp32. Under FSDP2 call it
+    where the head is unsharded, as in the model's forward pass, or pass the DTensor's
+    `.full_tensor()` yourself.
 
     Args:
         model: as in `logps_instead_of_logits`.
 
     Raises:
-        ValueError: the head is quantized, has a layer or adapter of another kind, or its model does
-            something else to its logits; the message names it.
+        ValueError: the head is quantized, is another layer than nn.Linear or has another adapter
+            than LoRA, or the model changes its logits in another way. The message names it.
     """
     causal_lm = causal_lm_of(model)
     weight, bias = weight_and_bias(causal_lm.get_output_embeddings())
@@ -133,7 +134,7 @@ def scaling(config: Any) -> dict[str, float | None]:
     """softcap and logit_scale of a model's configuration."""
     config = config.get_text_config()
     kind = config.model_type
-    # Encoder-decoders may add a bias of their own, the others cut or mask the vocabulary.
+    # Encoder-decoders may add a bias of their own; the others cut or mask the vocabulary.
     other = config.is_encoder_decoder or kind == "chameleon"
     other = other or getattr(config, "unpadded_vocab_size", None) is not None
     require(not other, "model", "one that only scales and softcaps its logits", kind)
@@ -149,7 +150,7 @@ def scaling(config: Any) -> dict[str, float | None]:
 
 
 def weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight of the layer that multiplies, with its adapters added."""
+    """Weight and bias of the linear layer inside PEFT's wrappers, with adapters added."""
     if hasattr(head, "modules_to_save"):  # PEFT's wrapper of a layer that is trained whole
         name = head.active_adapters[0]
         is_saved = not head.disable_adapters and name in head.modules_to_save
@@ -157,7 +158,7 @@ def weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     if hasattr(head, "base_layer"):
         return with_lora(head)
     name = f"{type(head).__module__}.{type(head).__name__}"
-    # A layer that is quantized, or adapted by another library, multiplies in a way of its own.
+    # Quantized layers, and those that another library adapts, override forward.
     is_linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
     require(is_linear, "lm_head", "an nn.Linear, with LoRA at most", name)
     is_plain = head.weight.is_floating_point() and head.weight.element_size() > 1
@@ -166,7 +167,7 @@ def weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def with_lora(layer: Any) -> tuple[Tensor, Tensor | None]:
-    """W + the active adapters' scaling B A."""
+    """The base layer's weight plus scaling B A of every active adapter, and its bias."""
     from peft.tuners.lora import Linear
 
     name = f"{type(layer).__module__}.{type(layer).__name__}"

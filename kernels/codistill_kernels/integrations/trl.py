@@ -1,9 +1,9 @@
-"""TRL's trainers on these kernels: `patch_trl()`, once, before or after a trainer is made.
+"""TRL's trainers on these kernels: call `patch_trl()` once, before or after making a trainer.
 
 Log-probabilities and entropies of every trainer that uses TRL's fused head (GRPO, RLOO, DPO, KTO)
-come from `linear_logps`, and GRPO's gradient, where its loss is one of tokens, from
-`linear_token_loss`: one pass over the logits. The value of the loss, and every metric, is computed
-by TRL's own code, from these log-probabilities.
+then come from `linear_logps`. If GRPO's loss is a sum of losses of single tokens, its gradient
+comes from `linear_token_loss`, in one pass over the logits. TRL's own code computes the value of
+the loss and every metric from these log-probabilities.
 """
 
 from collections.abc import Callable
@@ -25,16 +25,16 @@ LOSSES_OF_TOKENS = {"grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"}
 
 
 class TokenLoss:
-    """A GRPOTrainer's loss, as a sum over the tokens under its completion mask.
+    """A GRPOTrainer's loss as a sum over the tokens of its completion mask.
 
-    The formulas of TRL's `_compute_loss`, for importance ratios of tokens; without the auxiliary
-    loss of experts, which does not depend on the head.
+    The formulas are those of TRL's `_compute_loss` for token-level importance ratios, without the
+    auxiliary loss of experts, which does not depend on the head.
     """
 
     def __init__(self, trainer: Any, inputs: dict[str, Tensor]) -> None:
         self.trainer = trainer
         self.shown = inputs["completion_mask"].bool()
-        """[B, T] tokens that meet the head, N of them; all tensors below are [N]."""
+        """[B, T] bool, True for the N tokens that have logits; all tensors below are [N]."""
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         advantages = inputs["advantages"]
         advantages = advantages[:, None] if advantages.ndim == 1 else advantages
@@ -51,13 +51,14 @@ class TokenLoss:
         accumulated = trainer.current_gradient_accumulation_steps
         self.entropy_count = mask.sum().clamp(min=1.0) * accumulated
         self.result: Tensor | None = None
-        """The sum, once the head has been met."""
+        """The loss, from the model's forward pass on."""
 
     def of_tokens(self, values: Tensor | None) -> Any:
+        """Values that broadcast to [B, T], for the N tokens."""
         return None if values is None else values.expand(self.shown.shape)[self.shown]
 
     def __call__(self, logps: Tensor, entropy: Tensor, rows: Tensor) -> Tensor:
-        """A TokenLoss of codistill_kernels: [R] each."""
+        """Losses [R] of the tokens `rows`, for `linear_token_loss`; all inputs are [R]."""
         old_logps = logps.detach() if self.old_logps is None else self.old_logps[rows]
         ratio = (logps - old_logps).exp()
         losses = self.surrogates(ratio, logps, self.advantages[rows])
@@ -69,11 +70,12 @@ class TokenLoss:
             kl = kl * ratio if self.trainer.args.use_bias_correction_kl else kl
             losses = losses + self.trainer.beta * kl
         losses = losses / self.counts[rows]
-        if self.entropy_coef:  # a gradient of the entropy, even of 0, costs
+        if self.entropy_coef:  # a gradient of the entropy takes time even if it is 0
             losses = losses - self.entropy_coef * entropy / self.entropy_count
         return torch.where(self.mask[rows], losses, 0.0)
 
     def surrogates(self, ratio: Tensor, logps: Tensor, advantages: Tensor) -> Tensor:
+        """The part of the losses that depends on the ratio, before weights and penalties."""
         trainer, settings = self.trainer, self.trainer.args
         if trainer.loss_type == "cispo":
             return -ratio.clamp(max=trainer.epsilon_high).detach() * advantages * logps
@@ -86,7 +88,7 @@ class TokenLoss:
         return -torch.min(bounded * advantages, clipped * advantages)
 
     def fits(self, hidden_states: Tensor) -> bool:
-        """Whether these [N, H] are the tokens it is about."""
+        """Whether these hidden states [N, H] can be those of its tokens."""
         return (
             self.result is None
             and len(hidden_states) == len(self.mask)
@@ -96,7 +98,8 @@ class TokenLoss:
 
 
 def is_loss_of_tokens(trainer: Any) -> bool:
-    """Whether one token's gradient, in training, depends on nothing but the counts of others."""
+    """Whether the trainer is training and its loss is a sum of losses of single tokens. The number
+    of tokens may be a divisor."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
     from trl import GRPOTrainer
 
@@ -114,7 +117,7 @@ def is_loss_of_tokens(trainer: Any) -> bool:
 
 
 def counts_of_tokens(trainer: Any, mask: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """[B, 1] or [1, 1]: what a token's loss is divided by."""
+    """[B, 1] or [1, 1]: the divisor of each token's loss."""
     sequences, accumulated = len(mask), trainer.current_gradient_accumulation_steps
     lengths = mask.sum(dim=1, keepdim=True).clamp(min=1.0)
     if trainer.loss_type in ("grpo", "sapo"):
@@ -125,14 +128,14 @@ def counts_of_tokens(trainer: Any, mask: Tensor, inputs: dict[str, Tensor]) -> T
         counts = torch.full_like(lengths, sequences * trainer.max_completion_length)
     elif trainer.loss_type == "luspo":
         counts = torch.full_like(lengths, sequences)
-    else:  # cispo, dapo: of the generation batch, of which a window is `accumulated` parts
+    else:  # cispo, dapo: the count is for a generation batch, which is several optimizer steps
         counts = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
         counts = counts / trainer.args.steps_per_generation
     return (counts * accumulated).view(-1, 1)
 
 
 def entropy_coef(trainer: Any) -> float:
-    """That of this step."""
+    """Weight of the entropy bonus in this step; 0 without a bonus."""
     if not trainer._entropy_bonus_enabled:
         return 0.0
     is_adaptive = trainer.use_adaptive_entropy
@@ -143,13 +146,14 @@ def entropy_coef(trainer: Any) -> float:
 
 # --- the head ----------------------------------------------------------------------------------
 
-OUTPUTS = {"log_probs", "entropy"}  # of TRL's fused head, those that `linear_logps` has
+OUTPUTS = {"log_probs", "entropy"}  # the outputs of TRL's fused head that `linear_logps` has
 WAITING: ContextVar[TokenLoss | None] = ContextVar("WAITING", default=None)
-"""The loss that the next forward pass is for."""
+"""The loss whose forward pass comes next."""
 
 
 class FusedHead:
-    """In the place of TRL's `_ChunkedLogProbFunction`, which serves whatever this does not."""
+    """Takes the place of TRL's `_ChunkedLogProbFunction`, and calls it for outputs that the kernels
+    do not have."""
 
     def __init__(self, original: Any) -> None:
         self.original = original
@@ -166,7 +170,7 @@ class FusedHead:
         logit_scale: float,
         outputs: tuple[str, ...],
     ) -> tuple[Tensor | None, ...]:
-        """logps, entropy [N], and None for each other output."""
+        """Log-probabilities and entropies [N], and None for each of the other outputs."""
         if not OUTPUTS.issuperset(outputs) or logit_scale <= 0:
             options = (temperature, chunk_size, softcap, logit_scale, outputs)
             return self.original.apply(hidden_states, weight, bias, token_ids, *options)
@@ -191,9 +195,9 @@ class FusedHead:
 
 
 class Connected(torch.autograd.Function):
-    """Numbers of a loss that has its gradient already: they send it none.
+    """Log-probabilities and entropies that send no gradient back: the loss has it already.
 
-    What watches a model's outputs (DDP, FSDP2) finds its parameters behind them all the same.
+    They still have a graph, through which DDP and FSDP2 find the model's parameters.
     """
 
     @staticmethod
@@ -206,7 +210,7 @@ class Connected(torch.autograd.Function):
 
 
 def gather_in_backward(logps: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Under ZeRO-3 the head is whole only in TRL's context: enter it around the backward pass."""
+    """Under ZeRO-3 the head is whole only within TRL's context: enter it for the backward pass."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
     from trl.trainer import utils
 
@@ -227,22 +231,23 @@ def gather_in_backward(logps: Tensor, weight: Tensor, bias: Tensor | None) -> No
 def patch_trl() -> ExitStack:
     """Make TRL's trainers compute log-probabilities, and GRPO its gradient, by these kernels.
 
-    GRPO: one pass over the logits for loss types grpo, bnpo, dr_grpo, dapo, cispo, sapo and luspo
-    with importance ratios of tokens, delta, KL with and without bias correction, entropy bonus,
-    importance sampling correction and tool masks. For the rest (ratios of sequences, vespo,
-    top-entropy quantile, off-policy mask, DeepSpeed ZeRO-3) and every other trainer, TRL's loss
-    from `linear_logps`. Outputs of the fused head that `linear_logps` has not (SFT's is_top1,
-    DPO's mean_logits and log_sum_sq_probs), and a logit scale <= 0, are TRL's own.
+    GRPO takes one pass over the logits for loss types grpo, bnpo, dr_grpo, dapo, cispo, sapo and
+    luspo with token-level importance ratios; delta, KL with and without bias correction, entropy
+    bonus, importance sampling correction and tool masks are included. In all other cases
+    (sequence-level ratios, vespo, top-entropy quantile, off-policy mask, DeepSpeed ZeRO-3) and in
+    every other trainer, TRL computes its loss from the log-probabilities of `linear_logps`. TRL's
+    own head serves outputs that `linear_logps` does not have (SFT's is_top1, DPO's mean_logits and
+    log_sum_sq_probs) and a logit scale <= 0.
 
     Returns:
-        The patch: leave its `with` block, or `.close()` it, and TRL is as it was. Where TRL is
-        patched already, one that does nothing.
+        The patch. Leaving its `with` block or calling its `.close()` restores TRL. If TRL is
+        patched already, the returned patch does nothing.
 
     Raises:
-        ImportError: TRL is not installed, or not 1.16, whose names it replaces.
+        ImportError: TRL is not installed, or is not 1.16, whose names it replaces.
 
-    Autocast chooses the dtype of the head's operands, as in TRL; logits are fp32 sums that are
-    never rounded. Only completion tokens meet the head, on a CPU too.
+    As in TRL, autocast chooses the dtype of the head's operands; logits are fp32 sums that are
+    never rounded. Only completion tokens get logits, on a CPU too.
     """
     require_version("trl", "1.16")
     from trl import GRPOTrainer
@@ -258,12 +263,13 @@ def patch_trl() -> ExitStack:
 
 
 def takes_valid_tokens(original: Callable[[torch.device], bool]) -> Callable[[torch.device], bool]:
-    """Where TRL's fused head takes valid tokens alone; elsewhere it takes prompts and padding."""
+    """TRL's `_use_triton`, which decides whether the fused head gets valid tokens alone or also
+    prompts and padding: True on a CPU too."""
     return lambda device: device.type == "cpu" or original(device)
 
 
 def with_token_loss(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """GRPOTrainer._compute_loss: its value, metrics and state by TRL, the head's gradient ours."""
+    """GRPOTrainer._compute_loss with TRL's value, metrics and state, and our gradient."""
 
     @wraps(original)
     def compute_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:

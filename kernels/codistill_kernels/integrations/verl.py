@@ -1,6 +1,6 @@
 """verl's functions by these kernels: its fused head and its registered policy losses.
 
-`linear_cross_entropy` is also what SkyRL, slime and AReaL took over from verl. Signatures are those
+SkyRL, slime and AReaL have taken over `linear_cross_entropy` from verl. Signatures are those
 of verl in August 2026; nothing of verl is imported.
 """
 
@@ -43,13 +43,13 @@ def linear_cross_entropy(
     Args:
         hidden: [..., H], fp32, bf16, fp16 or fp64; its N tokens are taken flat. Differentiable.
         weight: [V, H]; with `group` this process's shard of the vocabulary. Differentiable.
-        labels: N integers in any shape and integer dtype, over the whole vocabulary. Unlike verl,
-            which asks for ids alone, -100 gives 0, entropy 0 and no gradient.
-        temperature: > 0; a number, or [N] of one per token, which verl's function does not take.
+        labels: N integers in any shape and integer dtype, over the whole vocabulary. A label of
+            -100, which verl does not allow, gives 0, entropy 0 and no gradient.
+        temperature: > 0; a number, or [N] for one per token, which verl's function does not take.
         reduction: "none", "sum" or "mean" (over all N) of the log-probabilities.
         group: tensor-parallel processes, in rank order, with the same hidden states and labels. As
-            in verl, each gets the gradient of `hidden` through its own rows alone: the caller sums
-            it, as the backward pass of Megatron's gather does.
+            in verl, each process gets the gradient of `hidden` through its own rows alone, and the
+            caller sums it, as the backward pass of Megatron's gather does.
 
     Returns:
         (logprobs, entropy): fp32, nats (fp64 for fp64 hidden states), [N] each, or a scalar and [N]
@@ -73,9 +73,9 @@ def linear_cross_entropy(
 
 
 class FusedLinearForPPO(nn.Module):
-    """verl.utils.experimental.torch_functional.FusedLinearForPPO: the same, tokens in their shape.
+    """verl.utils.experimental.torch_functional.FusedLinearForPPO: results have the tokens' shape.
 
-    chunk_size is taken and not used: memory is bounded by the kernels' workspace.
+    chunk_size is accepted and ignored: the kernels' workspace bounds the memory.
     """
 
     def __init__(self, chunk_size: int = 512) -> None:
@@ -115,11 +115,11 @@ def get_policy_loss_fn(name: str) -> Callable[..., tuple[Tensor, dict[str, float
         config=None, rollout_is_weights=None) -> (loss, metrics), tensors [B, T], config verl's
         ActorConfig. Its settings mean what they mean in verl, defaults included: dual clip 3 in
         vanilla, log-ratios within 20 nats (gspo: 10), sequence means in gspo, sapo and geo_mean
-        whatever loss_agg_mode says, dp_size and global counts of config.global_batch_info. What is
-        behind the mask counts for nothing, NaN included; no token at all is loss 0.
+        whatever loss_agg_mode says, dp_size and global counts of config.global_batch_info. Masked
+        values have no effect, not even NaN; without an unmasked token the loss is 0.
 
-        metrics: actor/pg_clipfrac, actor/pg_clipfrac_lower and actor/ppo_kl, as numbers. They are
-        verl's but for two: in geo_mean and dppo, clipfrac counts tokens whose gradient is cut, and
+        metrics: actor/pg_clipfrac, actor/pg_clipfrac_lower and actor/ppo_kl, as numbers. They equal
+        verl's except in geo_mean and dppo, where clipfrac counts tokens whose gradient is cut and
         clipfrac_lower is 0.
 
     Raises:
@@ -130,8 +130,8 @@ def get_policy_loss_fn(name: str) -> Callable[..., tuple[Tensor, dict[str, float
 
 
 def loss_settings(name: str, config: Any) -> PolicyLoss:
-    """The PolicyLoss that verl's loss `name` is, with the settings of its ActorConfig; gspo's is of
-    the ratio of whole sequences, dro's without the penalty."""
+    """The PolicyLoss that equals verl's loss `name` with the settings of its ActorConfig. For gspo
+    the caller replaces the ratio by the sequence's, for dro it adds the penalty."""
     low, high = (
         config.clip_ratio if value is None else value
         for value in (config.clip_ratio_low, config.clip_ratio_high)
@@ -169,7 +169,7 @@ def aggregation(
     global_batch_size: int | None = None,
     loss_scale_factor: int | None = None,
 ) -> tuple[Tensor, float | Tensor]:
-    """verl's agg_loss as a factor [B, 1] of each token and what their sum is divided by.
+    """verl's agg_loss as a factor [B, 1] for each token and the divisor of their sum.
 
     mask [B, T] bool. dp_size undoes the mean that data parallelism takes of gradients.
     """
@@ -210,7 +210,7 @@ def _policy_loss(
     info: Mapping[str, Any] = config.global_batch_info
     factor, normalizer = aggregation(mode, mask, **info)
     if name == "gspo":
-        # Tokens of a sequence share the value of its ratio, each with a gradient of its own.
+        # The tokens of a sequence share its ratio, but each has a gradient of its own.
         old = log_prob.detach() - sequence_means(log_ratio, mask)[:, None]
     if name == "geo_mean":
         factor, normalizer = 1 / counts(mask), len(mask)
@@ -237,6 +237,7 @@ def metrics_of(
     advantages: Tensor,
     mask: Tensor,
 ) -> dict[str, float]:
+    """verl's metrics of a loss; see `get_policy_loss_fn`."""
     if name == "gpg":
         return {}
     ppo_kl = {"actor/ppo_kl": masked_mean(-log_ratio, mask).item()}
@@ -245,7 +246,7 @@ def metrics_of(
     clipped = statistics["clip_fraction_low"] + statistics["clip_fraction_high"]
     far = torch.zeros_like(clipped)
     if loss.dual_clip is not None:
-        # Counted by itself: verl's clipfrac is that of the two bounds near 1.
+        # The dual clip is counted apart: verl's clipfrac is that of the two bounds near 1.
         far = masked_mean((advantages < 0) & (log_ratio > math.log(loss.dual_clip)), mask)
         bounds = (1 - loss.epsilon_low, 1 + loss.epsilon_high)
         clipped = clipped_share(log_ratio.exp(), advantages, mask, bounds)
