@@ -48,8 +48,8 @@ SINGLE = {
     "pair_gradients_kernel": (10, 0),
 }
 # The passes that training spends its time on: (kernel, writes, flags), and their most instructions
-# per logit. At 19 of a pass that only reads, at 29 of one that writes bf16 besides, an H200 would wait
-# for instructions, and no longer for memory.
+# per logit. At 19 for a pass that only reads, at 29 for one that writes bf16 besides, an H200 would
+# wait for instructions, and no longer for memory.
 MAIN = {
     ("segment_states_kernel", "bf16", "KEEP"): 21,
     ("segment_states_kernel", "bf16", "HAS_ENTROPY KEEP"): 24,

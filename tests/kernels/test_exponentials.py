@@ -128,7 +128,7 @@ def test_peaked_rows_keep_their_gradient(way, size, dtype):
 @needs_triton
 @pytest.mark.parametrize("largest", [41.5888309, 41.588834, 85.9501, 42.0, -2.7725887, 500.0])
 def test_segments_apart_by_one_power_of_two(way, largest):
-    """Logits where offsets change, near 60, 124 and -4 log(2) nats; dW of tokens 50 nats below."""
+    """Logits near 60, 124 and -4 log(2) nats, where offsets change; dW of tokens 50 nats below."""
     logits = torch.linspace(-3, 3, 1100) + largest - 50
     logits[7], logits[600], logits[1050] = largest, largest - 1, largest - 2
     ids = torch.tensor([7, 600, 1050, 3])
