@@ -41,11 +41,13 @@ def divergence_gradients(
     workspace_mib: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values [N], 0 where masked, and the gradients of their sum, each value times its coefficient;
-    an empty tensor for each that is not needed. Rows of coefficient 0 are left out."""
+    """Divergences [N], 0 where masked, and the gradients of their sum, each times its coefficient.
+
+    Rows of coefficient 0 are left out. An empty tensor stands for each gradient that is not needed.
+    """
     chosen = _backends.choose(backend, student_hidden.device, student_hidden.dtype)
     kept = mask if coefficients is None else mask & (coefficients != 0)
-    values, *gradients = divergences_by_chunks(
+    values, gradients = divergences_by_chunks(
         ModelInputs(
             student_hidden, Head(student_weight, student_bias, student_temperature, softcaps[0])
         ),
@@ -59,7 +61,7 @@ def divergence_gradients(
         coefficients,
         needs,
         chosen,
-        # By default for the logits of two models.
+        # The default is for the logits of two models.
         workspace_bytes(workspace_mib, student_hidden.device, 2 * vocab_size),
     )
     dx, dw, db = (values.new_empty(0) if g is None else g for g in gradients)
@@ -100,9 +102,10 @@ def _(
 
 
 class Divergences(torch.autograd.Function):
-    """Values [N]; their gradient comes from logits that the backward pass makes again.
+    """Divergences [N], whose gradients come from logits that the backward pass computes again.
 
-    Takes the arguments of `divergence_gradients` without coefficients and needs."""
+    Takes the arguments of `divergence_gradients` without coefficients and needs.
+    """
 
     @staticmethod
     def forward(ctx, *arguments):

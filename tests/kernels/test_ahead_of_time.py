@@ -46,9 +46,9 @@ SINGLE = {
     "pair_sums_kernel": (7, 3),
     "pair_gradients_kernel": (10, 0),
 }
-# The passes that training spends its time on: (kernel, writes, flags), and the most instructions a
-# logit. At 19 of a pass that only reads, at 29 of one that writes bf16 besides, an H200 would wait
-# for instructions, and no longer for memory.
+# The passes that training spends its time on: (kernel, writes, flags), and their most instructions
+# per logit. At 19 for a pass that only reads, at 29 for one that writes bf16 besides, an H200 would
+# wait for instructions, and no longer for memory.
 MAIN = {
     ("segment_states_kernel", "bf16", "KEEP"): 21,
     ("segment_states_kernel", "bf16", "HAS_ENTROPY KEEP"): 24,
@@ -84,7 +84,7 @@ def test_nothing_spills_and_all_fit(compiled):
 
 
 def test_rows_move_in_accesses_of_16_bytes(compiled):
-    """All bytes that a thread must move, and nothing but single numbers otherwise."""
+    """All bytes of rows that a thread must move; other accesses are of single numbers."""
     for row in compiled:
         if row.kernel == "merge_states_kernel":  # a few numbers per row: there is no row of logits
             continue

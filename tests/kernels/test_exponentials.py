@@ -128,7 +128,7 @@ def test_peaked_rows_keep_their_gradient(way, size, dtype):
 @needs_triton
 @pytest.mark.parametrize("largest", [41.5888309, 41.588834, 85.9501, 42.0, -2.7725887, 500.0])
 def test_segments_apart_by_one_power_of_two(way, largest):
-    """About where offsets change: 60, 124 and -4 log(2) nats. And dW of tokens 50 nats below."""
+    """Logits near 60, 124 and -4 log(2) nats, where offsets change; dW of tokens 50 nats below."""
     logits = torch.linspace(-3, 3, 1100) + largest - 50
     logits[7], logits[600], logits[1050] = largest, largest - 1, largest - 2
     ids = torch.tensor([7, 600, 1050, 3])
@@ -142,7 +142,7 @@ def test_segments_apart_by_one_power_of_two(way, largest):
 @needs_triton
 @pytest.mark.parametrize("base", [30.0, 1000.0, -1000.0])
 def test_logits_far_from_zero(way, base):
-    """All of a row: their gradients sum to 0, and what is left of it counts base times."""
+    """All logits of a row: their gradients sum to 0, and an error of that sum counts base times."""
     x, weight, ids, upstream = make_case()
     x[:, 0], weight[:, 0] = 1.0, base
     check_triton((x, weight, ids, upstream))
@@ -150,7 +150,7 @@ def test_logits_far_from_zero(way, base):
 
 @needs_triton
 def test_after_a_backward_pass_that_failed(way, monkeypatch):
-    """It has used the exponentials up."""
+    """A pass that fails has used the exponentials up: the next one computes logits again."""
     x, weight, ids, upstream = make_case()
     expected = gradients(linear_logps, x, weight, ids, upstream, backend="triton")
     leaves = [t.clone().requires_grad_() for t in (x, weight)]
@@ -193,7 +193,7 @@ def test_banned_columns_and_a_bias(way):
 @needs_triton
 @pytest.mark.parametrize("share", [1.0, 0.0], ids=["gathered", "all, others 0"])
 def test_rows_without_a_gradient_do_not_reach_it(way, share, monkeypatch):
-    """Neither ignored ones nor those whose upstream gradient is 0, whatever they hold."""
+    """Neither ignored rows nor rows whose upstream gradient is 0 do, whatever they hold."""
     monkeypatch.setattr(slab_sizes, "GATHERED_SHARE", share)
     x, weight, ids, upstream = make_case()
     ids[::4], upstream[1::4] = -100, 0.0

@@ -121,7 +121,7 @@ def test_peaked_rows(products, no_second_time):
 
 
 def test_rows_without_a_gradient_are_left_out(no_second_time):
-    """Bits of the others as if there were no such rows; what those hold does not matter."""
+    """The others have the same bits as without such rows; what those hold does not matter."""
     x, weight, ids = make_case(rows=150)
     upstream = torch.randn(150, generator=seeded(1))
     rows = torch.arange(150)[torch.arange(150) % 3 != 0]
@@ -162,7 +162,7 @@ def test_second_backward_pass_computes_the_logits_again():
 
 
 def test_small_upstream_gradient_keeps_its_digits():
-    """By powers of two the same bits; without a common factor 2^-100 x would leave bf16's range."""
+    """A power of two changes no digit; without a common factor 2^-100 x leaves bf16's range."""
     x, weight, ids = make_case()
     upstream = torch.randn(70, generator=seeded(1))
     _, dx, dw = gradients(x, weight, ids, upstream)

@@ -176,7 +176,7 @@ def test_ignored_rows_are_zero_whatever_they_hold(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [slice(100, 101), slice(0, 1021)], ids=["a column", "all"])
 def test_nan_is_never_hidden(backend, bad):
-    """All of 64 columns: a tile in which no comparison finds a maximum."""
+    """With NaN in all of 64 columns no comparison finds a maximum in that tile."""
     for rows in (bad, slice(64, 128)):
         case = make_case()
         case.lm_head_weight[rows] = torch.nan
@@ -338,7 +338,7 @@ def test_mistakes_are_named(change, name):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_beyond_the_vocabulary_have_no_gradient(backend):
-    """Whatever they hold; a few of them, and more than a panel of the C++ backend."""
+    """Whatever they hold, one row or more rows than a panel of the C++ backend."""
     for vocab_size in (1020, 300):
         case = make_case(vocab_size=vocab_size, bias=torch.zeros(1021))
         case.lm_head_weight[vocab_size:], case.options["bias"][vocab_size:] = torch.nan, torch.nan
@@ -349,7 +349,7 @@ def test_rows_beyond_the_vocabulary_have_no_gradient(backend):
 
 
 def test_gradient_of_the_whole_head_is_not_copied():
-    """It goes to the weight as it is; through a slice it would be copied into zeros."""
+    """The gradient goes to the weight as it is; through a slice it would be copied into zeros."""
     case = make_case()
     x, weight = case.leaves().values()
     _, (node, _), *_ = linear_logps(x, weight, case.token_ids).grad_fn.next_functions

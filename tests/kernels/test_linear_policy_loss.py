@@ -274,8 +274,8 @@ def test_compiles_as_one_graph_and_passes_opcheck():
         for backend in BACKENDS:
             options = (None, "clip", settings, 509, 1, "", needs, backend)
             torch.library.opcheck(op, (*arguments, *options))
-            # Of 2**22 vocabulary rows 64 tokens fit, not 80: two passes. Gradients are not rounded
-            # before they are scaled.
+            # With 2**22 vocabulary rows the logits of 64 tokens fit, not of 80: two passes.
+            # Gradients are not rounded before they are scaled.
             halves = (t.to(DTYPES[-1]) for t in arguments[:2])
             options = (None, "clip", settings, 2**22, 1, "", needs, backend)
             torch.library.opcheck(op, (*halves, *arguments[2:], *options))

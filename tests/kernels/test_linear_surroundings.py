@@ -243,7 +243,7 @@ def token(x, weight, ids, backend):
 @pytest.mark.parametrize("way", ["chunks", "columns"])
 @pytest.mark.parametrize("function", [policy, token])
 def test_higher_and_other_derivatives_are_refused(function, way, backend, monkeypatch):
-    """Never 0 instead: gradient penalties, Hessian products, forward mode, vmap."""
+    """Gradient penalties, Hessian products, forward mode, vmap are refused, never 0."""
     kind = planning.chunks_for(torch.empty(0), 1, backend)
     monkeypatch.setattr(kind, "plan", lambda *_: Plan(way, 4))
     x, weight, ids = make_case()

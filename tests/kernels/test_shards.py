@@ -242,7 +242,7 @@ def test_replicated_dtensor_has_the_gradient_of_all_tokens(tmp_path):
 
 
 def steps_of_an_optimizer(rank: int, folder: str) -> None:
-    """AdamW on a replicated head, two micro-batches a step, against all tokens in one process."""
+    """AdamW on a replicated head, two micro-batches per step, against all tokens in one process."""
     mesh = join(rank, folder)
     cases = [make_case(40, seed) for seed in range(8)]
     whole = torch.nn.Parameter(cases[0][1].clone())

@@ -27,7 +27,7 @@ def test_gradient_never_overwrites_exponentials_that_are_not_read_yet(rows, hidd
 
 @pytest.mark.skipif(INTERPRETED, reason="slabs are small there")
 def test_plans():
-    """By the workspace: everything, chunks of at least 2048 tokens, or nothing is kept."""
+    """The workspace decides: everything, chunks of at least 2048 tokens, or nothing is kept."""
     gib, shape = 2**30, (151936, torch.bfloat16)
     assert slab_sizes.plan(8192, *shape, int(2.5 * gib)) == Plan("kept", 8192)
     assert slab_sizes.plan(16384, *shape, int(2.5 * gib)) == Plan("chunks", 8192)

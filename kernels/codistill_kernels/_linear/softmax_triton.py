@@ -133,7 +133,7 @@ def segment_states_kernel(
     row, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     cols = segment * SEGMENT + tl.arange(0, SEGMENT)
     logits_ptr += row * stride_n
-    bias_ptr += first_column // 16 * 16  # changes nothing but lets Triton see 16-byte accesses
+    bias_ptr += first_column // 16 * 16  # first_column, so that Triton knows it as aligned
     temperature = tl.load(temperature_ptr + row)
     target_column = tl.load(token_ids_ptr + row).to(tl.int32) - first_column
     raw = load_raw(logits_ptr, bias_ptr, cols, columns, HAS_BIAS)
@@ -254,7 +254,7 @@ def logit_gradients_kernel(
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * SEGMENT + tl.arange(0, SEGMENT)
     logits_ptr += row * stride_n
-    bias_ptr += first_column // 16 * 16  # changes nothing but lets Triton see 16-byte accesses
+    bias_ptr += first_column // 16 * 16  # first_column, so that Triton knows it as aligned
     temperature = tl.load(temperature_ptr + row)
     c0 = divide(tl.load(coefficients_ptr + row), temperature)
     c1 = divide(tl.load(coefficients_ptr + num_rows + row), temperature)

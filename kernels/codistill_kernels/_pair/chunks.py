@@ -21,7 +21,8 @@ from codistill_kernels._pair.inputs import ModelInputs
 
 # Vocabulary rows of a product; a CPU converts as many rows of a bf16 head. Chosen, untested.
 COLUMNS = 4096
-Gradients3 = tuple[Tensor | None, Tensor | None, Tensor | None]
+Results = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Gradients of the student's hidden states, weight and bias, None where not needed."""
 
 
 class Logits:
@@ -120,8 +121,7 @@ class PairChunks:
             self.gradients.add(rows, raw)
         return values
 
-    def results(self) -> Gradients3:
-        """Gradients of hidden states, weight and bias, None where not needed."""
+    def results(self) -> Results:
         return self.gradients.dx, self.gradients.dw, self.gradients.db
 
 
@@ -136,11 +136,11 @@ def divergences_by_chunks(
     needs: Sequence[bool],
     backend: str,
     workspace: int,
-) -> tuple[Tensor, *Gradients3]:
+) -> tuple[Tensor, Results]:
     """Divergences [N] of `rows`, 0 elsewhere, and the gradients of their sum.
 
     coefficients: [N] factors of the divergences in the sum; None: 1. workspace: bytes that the
-    logits of both models may take. A gradient is None where it is not needed.
+    logits of both models may take.
     """
     values = torch.zeros_like(student.head.temperature)
     most = max(64, workspace // (2 * values.itemsize * padded_columns(vocab)))
@@ -161,4 +161,4 @@ def divergences_by_chunks(
     for part in parts:
         of_part = None if coefficients is None else coefficients[part]
         values[part] = chunks.divergences(part, kind, jsd_weight, of_part)
-    return values, *chunks.results()
+    return values, chunks.results()
