@@ -232,13 +232,11 @@ def shard(policy: Policy, *, dtype: torch.dtype, head_dtype: torch.dtype) -> Pol
 
     Gradients are summed over the processes, not averaged: the losses divide by a global count.
     """
-
-    def precision(param_dtype: torch.dtype) -> MixedPrecisionPolicy:
-        return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-
     for layer in policy.lm.base_model.layers:
-        fully_shard(layer, mp_policy=precision(dtype))
-    fully_shard(policy, mp_policy=precision(head_dtype))
+        fully_shard(layer, mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
+    # Inputs stay as they are: those of `policy_loss` are log-probabilities and counts.
+    whole = MixedPrecisionPolicy(head_dtype, torch.float32, cast_forward_inputs=False)
+    fully_shard(policy, mp_policy=whole)
     for method in ("sample", "head_inputs", "policy_loss"):
         register_fsdp_forward_method(policy, method)
     for module in policy.modules():
