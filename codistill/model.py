@@ -232,8 +232,11 @@ def shard(policy: Policy, *, dtype: torch.dtype, head_dtype: torch.dtype) -> Pol
 
     Gradients are summed over the processes, not averaged: the losses divide by a global count.
     """
-    for layer in policy.lm.base_model.layers:
-        fully_shard(layer, mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
+    layers = policy.lm.base_model.layers
+    for layer in layers:
+        # A norm in float32 of bfloat16 would round again, or be refused: it depends on the model.
+        leaves = head_dtype if layer is layers[-1] else None
+        fully_shard(layer, mp_policy=MixedPrecisionPolicy(dtype, torch.float32, leaves))
     # Inputs stay as they are: those of `policy_loss` are log-probabilities and counts.
     whole = MixedPrecisionPolicy(head_dtype, torch.float32, cast_forward_inputs=False)
     fully_shard(policy, mp_policy=whole)
