@@ -304,15 +304,32 @@ def gap_to_definition(policy: Policy) -> float:
     model's own forward pass, with its own attention and head, says of each alone."""
     rows, device = [[0, 1, 2], [1, 0]], next(policy.parameters()).device
     batch = TokenBatch.build(Ragged.of(rows), Ragged.of(rows), [0, 1], device)
-    packed = policy(batch, 1.0)
-    policy.lm.set_attn_implementation("eager")
     alone = []
-    for row in rows:
-        ids = torch.tensor([row + row], device=device)
-        logits = policy.lm(input_ids=ids).logits[0, len(row) - 1 : -1, : policy.vocab_size].float()
-        alone.append(logits.log_softmax(dim=1).gather(1, ids[:, len(row) :].T)[:, 0])
-    policy.use_attention(policy.attention)
+    with short_windows(policy.lm):
+        packed = policy(batch, 1.0)
+        policy.lm.set_attn_implementation("eager")
+        for row in rows:
+            ids = torch.tensor([row + row], device=device)
+            logits = policy.lm(input_ids=ids).logits[0, len(row) - 1 : -1, : policy.vocab_size]
+            logps = logits.float().log_softmax(dim=1)
+            alone.append(logps.gather(1, ids[:, len(row) :].T)[:, 0])
+        policy.use_attention(policy.attention)
     return (packed - torch.cat(alone)).abs().max().item()
+
+
+@contextmanager
+def short_windows(lm: PreTrainedModel) -> Iterator[None]:
+    """Let sliding windows be of 2 tokens, so that a few tokens show a model that has one in its
+    mask alone, where packed attention does not see it."""
+    holders: list[Any] = [lm.config.get_text_config(), *lm.modules()]
+    windows = [(x, x.sliding_window) for x in holders if getattr(x, "sliding_window", None)]
+    for holder, _ in windows:
+        holder.sliding_window = 2
+    try:
+        yield
+    finally:
+        for holder, window in windows:
+            holder.sliding_window = window
 
 
 def freeze(policy: Policy) -> Policy:

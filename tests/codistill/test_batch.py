@@ -150,6 +150,22 @@ def test_sinks_are_refused():
         gap_to_definition(policy)
 
 
+def test_a_window_in_the_mask_alone_is_found():
+    """However long it is: PhiMoE tells its attention nothing of it."""
+    options = {"sliding_window": 4096, "num_local_experts": 2, "attention_dropout": 0.0}
+    policy = Policy(make_lm(transformers.PhimoeConfig, options), vocab_size=VOCAB)
+    assert gap_to_definition(policy) > 0.1
+    assert policy.lm.config.sliding_window == 4096
+    policy = Policy(
+        make_lm(transformers.PhimoeConfig, options | {"sliding_window": None}), vocab_size=VOCAB
+    )
+    assert gap_to_definition(policy) < 1e-5
+    mistral = Policy(
+        make_lm(transformers.MistralConfig, {"sliding_window": 4096}), vocab_size=VOCAB
+    )
+    assert gap_to_definition(mistral) < 1e-5
+
+
 def test_a_head_that_does_something_else_is_found(monkeypatch):
     """What no key of the configuration tells: logits times two."""
     lm = make_lm(*FAMILIES["llama"])
