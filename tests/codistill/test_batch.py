@@ -133,6 +133,21 @@ def test_packed_log_probabilities_are_the_models_own(family):
         assert (ours.grad - theirs.grad).abs().max() < 1e-4 * scale, name
 
 
+def test_no_heads_are_shared_under_a_mask(monkeypatch):
+    """On a GPU that would hold the scores of all pairs of tokens."""
+    calls = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(*args, **options):
+        calls.append((options["attn_mask"] is not None, options["enable_gqa"]))
+        return attention(*args, **options)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", recorded)
+    policy = Policy(make_lm(*FAMILIES["mistral with a window"]), vocab_size=VOCAB)
+    packed_logps(policy, [[1, 2], [3] * 40], [[3], [4] * 40], 1.0)
+    assert set(calls) == {(False, True), (True, False)}
+
+
 def test_sinks_are_refused():
     config = transformers.GptOssConfig(
         vocab_size=VOCAB,
