@@ -145,6 +145,10 @@ def attend(
         place = torch.arange(width, device=query.device)
         distance = place[:, None] - place
         mask = (distance >= 0) & (distance < (sliding_window or width))
+    if mask is not None and query.shape[1] != key.shape[1]:
+        # With a mask no fused kernel of a GPU shares heads: the scores would all be in memory.
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     if softcap is not None:
         assert mask is not None
         return softcapped(query, key, value, mask, scaling, softcap, dropout)
@@ -170,8 +174,6 @@ def softcapped(
     dropout: float,
 ) -> Tensor:
     """The same with bent scores (Gemma 2), which no fused kernel of torch computes."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = softcap * (query @ key.transpose(2, 3) * scale / softcap).tanh()
     shares = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1, dtype=torch.float32)

@@ -232,13 +232,14 @@ def shard(policy: Policy, *, dtype: torch.dtype, head_dtype: torch.dtype) -> Pol
 
     Gradients are summed over the processes, not averaged: the losses divide by a global count.
     """
-
-    def precision(param_dtype: torch.dtype) -> MixedPrecisionPolicy:
-        return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-
-    for layer in policy.lm.base_model.layers:
-        fully_shard(layer, mp_policy=precision(dtype))
-    fully_shard(policy, mp_policy=precision(head_dtype))
+    layers = policy.lm.base_model.layers
+    for layer in layers:
+        # A norm in float32 of bfloat16 would round again, or be refused: it depends on the model.
+        leaves = head_dtype if layer is layers[-1] else None
+        fully_shard(layer, mp_policy=MixedPrecisionPolicy(dtype, torch.float32, leaves))
+    # Inputs stay as they are: those of `policy_loss` are log-probabilities and counts.
+    whole = MixedPrecisionPolicy(head_dtype, torch.float32, cast_forward_inputs=False)
+    fully_shard(policy, mp_policy=whole)
     for method in ("sample", "head_inputs", "policy_loss"):
         register_fsdp_forward_method(policy, method)
     for module in policy.modules():
@@ -303,15 +304,32 @@ def gap_to_definition(policy: Policy) -> float:
     model's own forward pass, with its own attention and head, says of each alone."""
     rows, device = [[0, 1, 2], [1, 0]], next(policy.parameters()).device
     batch = TokenBatch.build(Ragged.of(rows), Ragged.of(rows), [0, 1], device)
-    packed = policy(batch, 1.0)
-    policy.lm.set_attn_implementation("eager")
     alone = []
-    for row in rows:
-        ids = torch.tensor([row + row], device=device)
-        logits = policy.lm(input_ids=ids).logits[0, len(row) - 1 : -1, : policy.vocab_size].float()
-        alone.append(logits.log_softmax(dim=1).gather(1, ids[:, len(row) :].T)[:, 0])
-    policy.use_attention(policy.attention)
+    with short_windows(policy.lm):
+        packed = policy(batch, 1.0)
+        policy.lm.set_attn_implementation("eager")
+        for row in rows:
+            ids = torch.tensor([row + row], device=device)
+            logits = policy.lm(input_ids=ids).logits[0, len(row) - 1 : -1, : policy.vocab_size]
+            logps = logits.float().log_softmax(dim=1)
+            alone.append(logps.gather(1, ids[:, len(row) :].T)[:, 0])
+        policy.use_attention(policy.attention)
     return (packed - torch.cat(alone)).abs().max().item()
+
+
+@contextmanager
+def short_windows(lm: PreTrainedModel) -> Iterator[None]:
+    """Let sliding windows be of 2 tokens, so that a few tokens show a model that has one in its
+    mask alone, where packed attention does not see it."""
+    holders: list[Any] = [lm.config.get_text_config(), *lm.modules()]
+    windows = [(x, x.sliding_window) for x in holders if getattr(x, "sliding_window", None)]
+    for holder, _ in windows:
+        holder.sliding_window = 2
+    try:
+        yield
+    finally:
+        for holder, window in windows:
+            holder.sliding_window = window
 
 
 def freeze(policy: Policy) -> Policy:

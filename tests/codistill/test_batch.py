@@ -133,6 +133,37 @@ def test_packed_log_probabilities_are_the_models_own(family):
         assert (ours.grad - theirs.grad).abs().max() < 1e-4 * scale, name
 
 
+def test_no_heads_are_shared_under_a_mask(monkeypatch):
+    """On a GPU that would hold the scores of all pairs of tokens."""
+    calls = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(*args, **options):
+        calls.append((options["attn_mask"] is not None, options["enable_gqa"]))
+        return attention(*args, **options)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", recorded)
+    policy = Policy(make_lm(*FAMILIES["mistral with a window"]), vocab_size=VOCAB)
+    packed_logps(policy, [[1, 2], [3] * 40], [[3], [4] * 40], 1.0)
+    assert set(calls) == {(False, True), (True, False)}
+
+
+def test_a_window_in_the_mask_alone_is_found():
+    """However long it is: PhiMoE tells its attention nothing of it."""
+    options = {"sliding_window": 4096, "num_local_experts": 2, "attention_dropout": 0.0}
+    policy = Policy(make_lm(transformers.PhimoeConfig, options), vocab_size=VOCAB)
+    assert gap_to_definition(policy) > 0.1
+    assert policy.lm.config.sliding_window == 4096
+    policy = Policy(
+        make_lm(transformers.PhimoeConfig, options | {"sliding_window": None}), vocab_size=VOCAB
+    )
+    assert gap_to_definition(policy) < 1e-5
+    mistral = Policy(
+        make_lm(transformers.MistralConfig, {"sliding_window": 4096}), vocab_size=VOCAB
+    )
+    assert gap_to_definition(mistral) < 1e-5
+
+
 def test_a_head_that_does_something_else_is_found():
     """What no key of the configuration tells: logits times two."""
     lm = make_lm(*FAMILIES["llama"])

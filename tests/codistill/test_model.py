@@ -6,9 +6,10 @@ import pytest
 import torch
 import transformers
 
+from codistill.batch import Ragged, TokenBatch
 from codistill.config import ConfigError
 from codistill.config.schema import TrainingConfig
-from codistill.model import end_token_ids, load_policy
+from codistill.model import end_token_ids, load_policy, prepare
 
 SIZES = dict(vocab_size=24, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
 HEADS = dict(num_attention_heads=2, num_key_value_heads=2)
@@ -54,6 +55,35 @@ def test_a_head_in_float32(models, process_group):
         "norm": torch.float32,
     }
     assert policy.lm.lm_head.weight.dtype == torch.float32
+
+
+def test_hidden_states_have_the_dtype_of_the_head(process_group):
+    """Gemma's norms return the dtype they are given."""
+    sizes = SIZES | HEADS | {"head_dim": 16, "pad_token_id": 0}
+    lm = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes))
+    policy = prepare(lm, TrainingConfig(head_dtype="float32"), 18, torch.device("cpu"))
+    rows = Ragged.of([[3, 4]])
+    batch = TokenBatch.build(rows, rows, [0], torch.device("cpu"))
+    hidden_states, head = policy.head_inputs(batch)
+    assert hidden_states.dtype == head["lm_head_weight"].dtype == torch.float32
+
+
+def test_terms_of_the_loss_are_not_rounded_to_bfloat16(models, process_group):
+    """1003 would be 1004, and a log-probability of -5 off by 0.01."""
+    path, cpu = str(models["large"]), torch.device("cpu")
+    policy = load_policy("large.path", path, TrainingConfig(), 18, cpu)
+    prompts, completions = Ragged.of([[3, 4], [5]]), Ragged.of([[2] * 9, [5, 1, 7]])
+    batch = TokenBatch.build(prompts, completions, [0, 1], cpu)
+    loss, statistics = policy.policy_loss(
+        batch,
+        0.9,
+        old_logps=policy(batch, 0.9).detach(),
+        advantages=torch.tensor([1.001, -1.0]),
+        mask=torch.ones(12, dtype=torch.bool),
+        normalizer=torch.tensor(1003.0, dtype=torch.float64),
+    )
+    assert statistics["ratio_max"].item() == pytest.approx(1, abs=1e-6)
+    assert loss.item() == pytest.approx(-(9 * 1.001 - 3) / 1003, rel=1e-5)
 
 
 @pytest.mark.parametrize(
