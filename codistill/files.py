@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "unexpected pos")
 """What libraries that raise no OSError say; the last is torch's writer of tensors."""
 
@@ -71,7 +71,7 @@ def sha256(path: Path) -> str:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an exception says that the disk is full, or a quota used up."""
+    """Whether an exception says that the disk is full, a quota used up or a file too large."""
     if isinstance(error, OSError) and error.errno in FULL:
         return True
     return any(text in str(error) for text in FULL_TEXTS)

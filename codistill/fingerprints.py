@@ -22,10 +22,10 @@ PIECES, PIECE_BYTES = 64, 4096  # 1/4 MiB of each file of weights, however large
 
 
 def fingerprints(config: Config) -> Fingerprints:
-    """Of the problems and of every model that is loaded.
+    """What the files of problems and of all models that are loaded hold now.
 
     Problems: sha256 of the file, or of each file in the folder. Models: `sampled` of the weights
-    and sha256 of every other file; of a model from the Hub the commit.
+    and sha256 of every other file; a model from the Hub is known by its commit.
     """
     prints = {
         "data.train": of_data(config.data.train),
@@ -42,6 +42,7 @@ def of_data(path: Path) -> dict[str, str]:
 
 
 def of_model(path: str) -> dict[str, str]:
+    """The files of a model's folder that training depends on, or the commit of a Hub name."""
     folder = Path(path)
     if not folder.is_dir():
         cached = try_to_load_from_cache(path, "config.json")

@@ -50,8 +50,8 @@ def run(config: Config) -> int:
             if not is_disk_full(error):
                 raise
             distributed.complain(
-                f"stopped: no space is left on the disk of {config.output_dir / config.name}; the "
-                "checkpoints in it are whole: make space, and the same command goes on"
+                f"stopped: no space is left on the disk of {config.output_dir / config.name}, or a "
+                "quota is used up; its checkpoints are whole: make space and start it again"
             )
             return 1
         finally:
