@@ -13,7 +13,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -42,27 +42,22 @@ def run_lock(config: Config) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+")
+        acquire(file, folder)
     except OSError as error:
-        if files.is_disk_full(error):
-            raise
         raise ConfigError(
             f"output_dir = {str(config.output_dir)!r}: expected a folder to write to: {error}"
         ) from error
     with file:
-        acquire(file.fileno(), folder)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
         yield
 
 
-def acquire(number: int, folder: Path) -> None:
-    """Lock the open file of this number; it is free again when the process ends, however it does.
+def acquire(file: TextIO, folder: Path) -> None:
+    """Lock the open file, and write into it who has it; the lock ends with the process.
 
     Raises ConfigError where another process has it.
     """
     try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         holder = (folder / LOCK).read_text(errors="replace") or "another process"
         raise ConfigError(
@@ -73,6 +68,9 @@ def acquire(number: int, folder: Path) -> None:
             "%s: its file system has no locks (%s): see to it that no run is started twice",
             *(folder, error.strerror),
         )
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
 
 
 class RunDirectory:
