@@ -1,59 +1,224 @@
 """Checkpoints of a run: checkpoints/step_<k>/, sharded, readable by any number of processes.
 
 Data order and sampling are functions of seed and step, so only weights, optimizer states, positions
-in the learning-rate schedule and the number of the step are saved.
+in the learning-rate schedule and the number of the step are saved. The last file that is written
+into a checkpoint holds the checksums of all others, in the format of the command sha256sum.
 """
 
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 
-from codistill import distributed
+from codistill import distributed, files
+from codistill.config import ConfigError
+from codistill.unpickling import PlainPlanner, check_metadata
 
 if TYPE_CHECKING:
     from codistill.learner import Learner
 
 STEP = re.compile(r"step_(\d+)")
+METADATA, SUMS = ".metadata", "sha256sums"
+
+
+class Found(NamedTuple):
+    """What `find` has found."""
+
+    step: int | None
+    """The step of the last good checkpoint; None if there are no checkpoints at all."""
+    passed_over: list[str]
+    """One line for each later entry that is no good checkpoint: which and why."""
 
 
 def latest(folder: Path) -> int | None:
-    """Number of the last complete checkpoint under `folder`."""
+    """The step of the last checkpoint under `folder` that has all its files; None without any.
+
+    Contents are not read: `find` does.
+
+    Raises:
+        ConfigError: there are checkpoints, and none has all its files.
+    """
+    flaws = {step: flaw(folder / f"step_{step}") for step in steps_named(folder)}
+    complete = [step for step, reason in flaws.items() if reason is None]
+    if flaws and not complete:
+        raise none_is_good(folder, [f"step_{step} {reason}" for step, reason in flaws.items()])
+    return max(complete, default=None)
+
+
+def find(folder: Path) -> Found:
+    """The last checkpoint under `folder` whose files are as they were written.
+
+    Later entries, which are no good checkpoints, are renamed to damaged_<k>. Collective: each
+    process reads its share of the files.
+
+    Raises:
+        ConfigError: there are checkpoints, and none is good; nothing was changed.
+    """
+    reasons: dict[int, str] = {}
+    for step in agreed(steps_named(folder)):
+        reason = damage(folder / f"step_{step}")
+        if reason is None:
+            if distributed.is_first():
+                put_aside(folder, list(reasons))
+            lines = [
+                f"passed over {folder}/step_{bad}, which {why}; it is damaged_{bad} now"
+                for bad, why in reasons.items()
+            ]
+            return Found(step, lines)
+        reasons[step] = reason
+    if reasons:
+        raise none_is_good(folder, [f"step_{step} {reason}" for step, reason in reasons.items()])
+    return Found(None, [])
+
+
+def none_is_good(folder: Path, reasons: list[str]) -> ConfigError:
+    """What is said when nothing of a run can be gone on from, though there are checkpoints."""
+    return ConfigError(
+        f"{folder}: expected a good checkpoint to go on from: {'; '.join(reasons)}. Nothing was "
+        "changed; give another name, or move this folder away, to start anew"
+    )
+
+
+def steps_named(folder: Path) -> list[int]:
+    """Numbers k of the entries step_<k>, whatever they are, from the last to the first."""
     found = [STEP.fullmatch(path.name) for path in folder.glob("step_*")]
-    return max((int(match[1]) for match in found if match), default=None)
+    return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
-def save(folder: Path, step: int, learners: "list[Learner]") -> None:
-    """Write step_<k>, which is complete once it has this name, and remove older checkpoints.
+def flaw(path: Path) -> str | None:
+    """Why a checkpoint cannot be whole, as far as names of files tell; None if it may be."""
+    if not path.is_dir():
+        return "is no folder"
+    if not (path / SUMS).is_file():
+        return f"has no {SUMS}"
+    sums = read_sums(path)
+    if METADATA not in sums:
+        return f"has a {SUMS} that was cut off"
+    lost = sorted(name for name in sums if not (path / name).is_file())
+    return f"lacks {', '.join(lost)}" if lost else None
+
+
+def damage(path: Path) -> str | None:
+    """Why a checkpoint is not as it was written; None if it is. Collective."""
+    reason = agreed(flaw(path))
+    if reason is not None:
+        return reason
+    sums = agreed(read_sums(path))
+    found = checksums(path, list(sums))
+    wrong = sorted(name for name in sums if found[name] != sums[name])
+    if wrong:
+        return f"has another checksum than when it was written: {', '.join(wrong)}"
+    return agreed(check_metadata(path / METADATA))
+
+
+def checksums(folder: Path, names: list[str]) -> dict[str, str]:
+    """The sha256 of each file, "unreadable" where reading fails.
+
+    Collective: each process reads its share.
+    """
+    mine = {}
+    for name in names[dist.get_rank() :: dist.get_world_size()]:
+        try:
+            mine[name] = files.sha256(folder / name)
+        except OSError:
+            mine[name] = "unreadable"
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """File name -> sha256, from the lines "sha256  name"."""
+    lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    return {name: value for value, _, name in (line.partition("  ") for line in lines)}
+
+
+def agreed(value: Any) -> Any:
+    """The first process's value, on all processes. Collective."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def put_aside(folder: Path, steps: list[int]) -> None:
+    """Rename entries, so that a checkpoint of the same step can be written."""
+    for step in steps:
+        aside = folder / f"damaged_{step}"
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        (folder / f"step_{step}").replace(aside)
+
+
+def save(folder: Path, step: int, learners: "list[Learner]", *, keep: int) -> None:
+    """Write step_<k>, which is whole once it has this name, then remove all but the last `keep`.
 
     Collective: every process must call.
+
+    Raises:
+        OSError, RuntimeError: it could not be written; `files.is_disk_full` knows one reason. The
+            checkpoints before are as they were.
     """
-    unfinished, finished = folder / f"unfinished_{step}", folder / f"step_{step}"
+    unfinished = folder / f"unfinished_{step}"
     if distributed.is_first():
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove_unfinished(folder)
     dist.barrier()
-    dcp.save({learner.name: state(learner) for learner in learners}, checkpoint_id=unfinished)
-    dist.barrier()
+    try:
+        states = {learner.name: state(learner) for learner in learners}
+        dcp.save(states, checkpoint_id=unfinished)
+    except CheckpointException as error:  # of all processes, and no Exception
+        if distributed.is_first():
+            remove_unfinished(folder)
+        raise first_failure(error) from error
+    names = [path.name for path in unfinished.iterdir()]
+    sums = checksums(unfinished, agreed(names))
     if distributed.is_first():
-        unfinished.rename(finished)
-        for path in folder.glob("step_*"):
-            if path != finished:
-                shutil.rmtree(path)
+        write_sums(unfinished, sums)
+        files.finish_folder(unfinished, folder / f"step_{step}")
+        complete = [k for k in steps_named(folder) if flaw(folder / f"step_{k}") is None]
+        for old in complete[keep:]:
+            shutil.rmtree(folder / f"step_{old}")
     dist.barrier()
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what is left of checkpoints that were never finished."""
+    for path in folder.glob("unfinished_*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_sums(folder: Path, sums: dict[str, str]) -> None:
+    """Write the checksums; .metadata comes last, so a file that was cut off does not name it."""
+    names = sorted(sums, key=lambda name: (name == METADATA, name))
+    files.write_text(folder / SUMS, "".join(f"{sums[name]}  {name}\n" for name in names))
+
+
+def first_failure(error: CheckpointException) -> BaseException:
+    """What went wrong on the first of the processes where something did."""
+    return error.failures[min(error.failures)][0]
 
 
 def load(folder: Path, step: int, learners: "list[Learner]") -> None:
     """Bring the learners to where they were after `step`.
 
     Collective: every process must call. Their number may be another than when it was saved.
+
+    Raises:
+        ConfigError: the checkpoint holds other weights than the models have, or objects that are no
+            plain data.
     """
     states = {learner.name: state(learner) for learner in learners}
-    dcp.load(states, checkpoint_id=folder / f"step_{step}")
+    path = folder / f"step_{step}"
+    try:
+        dcp.load(states, checkpoint_id=path, planner=PlainPlanner())
+    except CheckpointException as error:
+        reason = str(first_failure(error)).splitlines()[0]
+        raise ConfigError(f"{path}: expected a checkpoint of these models: {reason}") from error
     for learner in learners:
         loaded = states[learner.name]
         set_state_dict(

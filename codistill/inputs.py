@@ -2,12 +2,15 @@
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from codistill import checkpoint, distributed
 from codistill.config import Config, ConfigError, load_config, require
 from codistill.config.changes import Changes, changes_between, may_change
 from codistill.data import Problem, load_problems, overlap
+from codistill.files import read_object, read_rows
+from codistill.fingerprints import INPUTS, Fingerprints, brief, changed, fingerprints
 from codistill.grading import Grader
 from codistill.losses import make_policy_loss
 from codistill.model import check_models, load_tokenizers
@@ -24,6 +27,8 @@ class Inputs:
     reward_functions: list[RewardFunction] = field(default_factory=list)
     changes: Changes = field(default_factory=dict)
     """Keys of the configuration that are not as before, where a run goes on."""
+    fingerprints: Fingerprints = field(default_factory=dict)
+    """What tells the files of problems and models from others."""
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -49,10 +54,11 @@ def load_inputs(config: Config) -> Inputs:
         "for a second round",
     )
     functions = load_functions(config.reward.functions, problems[0].columns)
-    changes = changes_of_run(config, len(problems))
+    prints = fingerprints(config)
+    changes = changes_of_run(config, len(problems), prints)
     if distributed.is_first():
         check_problems(config, problems, held_out)
-    return Inputs(tokenizer, problems, held_out, functions, changes)
+    return Inputs(tokenizer, problems, held_out, functions, changes, prints)
 
 
 def check_problems(config: Config, problems: list[Problem], held_out: list[Problem]) -> None:
@@ -72,16 +78,20 @@ def make_grader(config: Config) -> Grader:
     return Grader(timeout=config.reward.timeout, processes=distributed.helpers())
 
 
-def changes_of_run(config: Config, num_problems: int) -> Changes:
+def changes_of_run(config: Config, num_problems: int, prints: Fingerprints) -> Changes:
     """The keys that are not as before, if there is a checkpoint to go on from.
 
+    prints: what the files of problems and models are now. Their paths may change, their contents
+    may not, those of data.eval excepted.
+
     Raises:
-        ConfigError: a key has changed that the numbers of a step depend on, or the run has gone
-            beyond its new end.
+        ConfigError: a key or a file has changed that the numbers of a step depend on, the run has
+            gone beyond its new end, or its checkpoints are gone or incomplete.
     """
     folder = config.output_dir / config.name
     done = checkpoint.latest(folder / "checkpoints")
     if done is None:
+        check_nothing_is_lost(config, folder)
         return {}
     path = folder / "config.yaml"
     try:
@@ -91,15 +101,62 @@ def changes_of_run(config: Config, num_problems: int) -> Changes:
             f"name = {config.name!r}: expected another name, {path} is of another version: {error}"
         ) from error
     changes = changes_between(before, config)
+    stored = stored_prints(folder)
     fixed = [
         f"{key} = {new!r}: expected {old!r}"
         for key, (old, new) in changes.items()
-        if not may_change(key)
+        if not (may_change(key) or key in stored)
     ]
     if fixed:
         raise ConfigError(f"{'; '.join(fixed)} as in {path}, to go on with that run, or a new name")
+    changes |= changes_of_files(config, stored, prints)
     total = config.total_steps(num_problems)
     key = "training.steps" if config.training.steps else "training.epochs"
     value = config.training.steps or config.training.epochs
     require(total >= done, key, value, f"at least the {done} steps that are done in {folder}")
+    return changes
+
+
+def check_nothing_is_lost(config: Config, folder: Path) -> None:
+    """Raise ConfigError for a run that must have had checkpoints, and has none: to start anew would
+    erase its metrics."""
+    done = max((row["step"] for row in read_rows(folder / "metrics.jsonl")), default=0)
+    require(
+        done < config.checkpoint.every,
+        "name",
+        config.name,
+        f"the checkpoints of the {done} steps in {folder}/metrics.jsonl, there are none; to start "
+        "anew give another name, or move that file away",
+    )
+
+
+def stored_prints(folder: Path) -> Fingerprints:
+    """What the files of the run were when it began; nothing where that is not known."""
+    stored = read_object(folder / INPUTS)
+    if not stored:
+        logging.getLogger(__name__).warning(
+            "%s: cannot be read: whether problems and models are those of the start is not known",
+            folder / INPUTS,
+        )
+    return stored
+
+
+def changes_of_files(config: Config, stored: Fingerprints, prints: Fingerprints) -> Changes:
+    """The held-out problems, if they are others than before.
+
+    Raises:
+        ConfigError: the training problems or a model are others.
+    """
+    changes: Changes = {}
+    for key in stored.keys() & prints.keys():
+        names = changed(stored[key], prints[key])
+        if not names:
+            continue
+        if key != "data.eval":
+            section, _, name = key.partition(".")
+            raise ConfigError(
+                f"{key} = {str(getattr(getattr(config, section), name))!r}: expected what the run "
+                f"began with, changed since: {', '.join(names)}; a new name starts anew"
+            )
+        changes[f"contents of {key}"] = (brief(stored[key]), brief(prints[key]))
     return changes

@@ -1,7 +1,7 @@
 """A run, from its configuration to its files: check, load, train, stop, sum up."""
 
-import json
 import logging
+import shutil
 import signal
 import warnings
 from collections.abc import Callable
@@ -15,11 +15,12 @@ from rich.console import Console
 from codistill import checkpoint, distributed
 from codistill.config import Config
 from codistill.engine import SyncError
+from codistill.files import finish_folder, is_disk_full, read_object
 from codistill.inputs import load_inputs, make_grader
 from codistill.model import export, quiet_transformers
 from codistill.output import report
 from codistill.output.console import Progress, print_summary
-from codistill.output.run_directory import RunDirectory
+from codistill.output.run_directory import RunDirectory, run_lock
 from codistill.reward_functions import RewardError
 from codistill.trainer import Trainer
 
@@ -36,14 +37,22 @@ def run(config: Config) -> int:
     quiet_libraries()
     inputs = load_inputs(config)
     console = Console(quiet=not distributed.is_first())
-    device = distributed.start()
-    console.print("loading models and engine ...")
-    with make_grader(config) as grader:
+    with run_lock(config), make_grader(config) as grader:
+        device = distributed.start()
+        console.print("loading models and engine ...")
         trainer = Trainer(config, inputs, device, grader)
         try:
             return Loop(trainer, console).run()
         except (SyncError, RewardError, FloatingPointError) as error:
             distributed.complain(f"stopped: {error}")
+            return 1
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            distributed.complain(
+                f"stopped: no space is left on the disk of {config.output_dir / config.name}, or a "
+                "quota is used up; its checkpoints are whole: make space and start it again"
+            )
             return 1
         finally:
             trainer.engine.close()
@@ -106,14 +115,21 @@ class Loop:
             self.save(step)
 
     def restore(self) -> int:
-        """Go on from the last checkpoint if there is one; the number of steps done."""
-        done = checkpoint.latest(self.checkpoints)
+        """Go on from the last good checkpoint if there is one; the number of steps done."""
+        found = checkpoint.find(self.checkpoints)
+        for line in found.passed_over:
+            self.console.print(line, soft_wrap=True)
+        done = found.step
         if done is not None:
             checkpoint.load(self.checkpoints, done, self.learners)
             self.trainer.sync()
             self.console.print(f"going on after step {done}{self.changes_text()}", soft_wrap=True)
-        self.on_first(lambda directory: directory.keep_until(-1 if done is None else done))
+        self.on_first(lambda directory: self.start(directory, -1 if done is None else done))
         return done or 0
+
+    def start(self, directory: RunDirectory, done: int) -> None:
+        for line in directory.start(done, self.trainer.inputs.fingerprints):
+            self.console.print(line, soft_wrap=True)
 
     def changes_text(self) -> str:
         """What is said of keys that are not as before; nothing if all are."""
@@ -129,17 +145,26 @@ class Loop:
 
     def save(self, step: int) -> None:
         if checkpoint.latest(self.checkpoints) != step:
-            checkpoint.save(self.checkpoints, step, self.learners)
+            keep = self.trainer.config.checkpoint.keep
+            checkpoint.save(self.checkpoints, step, self.learners, keep=keep)
 
     def export(self, step: int) -> None:
+        """Write the models, under export/step_<k> once they are all there."""
+        folder, first = self.folder / "export", distributed.is_first()
+        unfinished = folder / f"unfinished_{step}"
+        if first:
+            shutil.rmtree(unfinished, ignore_errors=True)
         for learner in self.learners:
-            path = self.folder / "export" / f"step_{step}" / learner.name
-            export(
-                learner.policy, self.trainer.inputs.tokenizer, path, write=distributed.is_first()
-            )
+            path = unfinished / learner.name
+            export(learner.policy, self.trainer.inputs.tokenizer, path, write=first)
+        if first:
+            finish_folder(unfinished, folder / f"step_{step}")
 
     def finish(self, directory: RunDirectory) -> None:
-        summary = report.summarize(self.folder, problems=len(self.trainer.inputs.held_out))
+        trainer = self.trainer
+        summary = report.summarize(
+            self.folder, steps=trainer.total_steps, problems=len(trainer.inputs.held_out)
+        )
         directory.write_summary(summary)
         report.plot(self.folder)
         print_summary(self.console, summary, self.folder)
@@ -160,7 +185,7 @@ class Loop:
 
 def is_finished(summary: Path, total_steps: int) -> bool:
     """Whether an earlier start of this run has reached its last step and written everything."""
-    return summary.is_file() and json.loads(summary.read_text())["steps"] == total_steps
+    return read_object(summary).get("steps") == total_steps
 
 
 def quiet_libraries() -> None:

@@ -124,7 +124,10 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: int = Field(50, gt=0, description="steps between checkpoints; only the last is kept")
+    every: int = Field(50, gt=0, description="steps between checkpoints")
+    keep: int = Field(
+        2, ge=2, description="how many checkpoints are kept, the last: one may be damaged"
+    )
 
 
 class Config(BaseSettings):

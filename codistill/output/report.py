@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from codistill.output.run_directory import read_rows
+from codistill import files
+from codistill.files import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,18 +50,20 @@ PANELS = {
 }
 
 
-def summarize(folder: Path, *, problems: int) -> dict[str, Any]:
+def summarize(folder: Path, *, steps: int, problems: int) -> dict[str, Any]:
     """Accuracy before and after training of each model that learned, and what the run cost.
 
     After: the mean over the last EVALUATIONS_AVERAGED evaluations that measured the model; the
-    first evaluation, before training, is never one of them.
+    evaluation before the first step is never one of them, and without it there is no accuracy.
+    steps, problems: how many steps were trained, how many problems are held out.
     """
-    metrics = read_rows(folder / "metrics.jsonl")
-    first, *later = read_rows(folder / "evaluations.jsonl")
+    evaluations = read_rows(folder / "evaluations.jsonl")
+    first: dict[str, Any] = next((row for row in evaluations if row["step"] == 0), {})
+    later = [row for row in evaluations if row["step"] > 0]
     summary: dict[str, Any] = {
-        "steps": metrics[-1]["step"],
+        "steps": steps,
         "problems": problems,
-        "seconds": sum(row["time/step"] for row in metrics),
+        "seconds": sum(row.get("time/step") or 0 for row in read_rows(folder / "metrics.jsonl")),
     }
     for name in ("small", "large"):
         last = [row[name] for row in later[-EVALUATIONS_AVERAGED:] if name in row]
@@ -86,14 +89,14 @@ def plot(folder: Path) -> Path:
             draw_evaluations(axis, evaluations)
         finish_panel(axis, title)
     path = folder / "curves.png"
-    figure.savefig(path, dpi=110)
+    files.write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=110))
     pyplot.close(figure)
     return path
 
 
-def draw_line(axis: "Axes", line: Line, metrics: list[dict[str, float]]) -> None:
-    """The numbers of each step faintly, and their moving average."""
-    rows = [row for row in metrics if line.key in row]
+def draw_line(axis: "Axes", line: Line, metrics: list[dict[str, Any]]) -> None:
+    """The numbers of each step faintly, and their moving average; None stands for no number."""
+    rows = [row for row in metrics if row.get(line.key) is not None]
     if not rows:
         return
     steps, values = ([row[key] for row in rows] for key in ("step", line.key))

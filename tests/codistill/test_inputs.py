@@ -1,23 +1,35 @@
 """With which configurations a run goes on that has a checkpoint."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from tiny import merged
 
+from codistill import checkpoint, inputs
 from codistill.config import Config, ConfigError
-from codistill.inputs import changes_of_run
+from codistill.config.changes import Changes
+from codistill.fingerprints import INPUTS, fingerprints
 
 
 @pytest.fixture
 def folder(settings) -> Path:
     """What a run of three steps leaves that matters here."""
     folder = Path(settings["output_dir"]) / settings["name"]
-    (folder / "checkpoints" / "step_3").mkdir(parents=True)
-    content = Config(**settings).model_dump(mode="json")
-    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    step = folder / "checkpoints" / "step_3"
+    step.mkdir(parents=True)
+    (step / checkpoint.METADATA).touch()
+    checkpoint.write_sums(step, {checkpoint.METADATA: ""})
+    config = Config(**settings)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    (folder / INPUTS).write_text(json.dumps(fingerprints(config)))
     return folder
+
+
+def changes_of_run(config: Config, num_problems: int) -> Changes:
+    return inputs.changes_of_run(config, num_problems, fingerprints(config))
 
 
 @pytest.mark.parametrize(
@@ -85,5 +97,55 @@ def test_keys_that_this_version_has_not_are_named(settings, folder):
 
 
 def test_a_run_without_a_checkpoint_starts_anew(settings, folder):
-    (folder / "checkpoints" / "step_3").rmdir()
+    shutil.rmtree(folder / "checkpoints" / "step_3")
     assert changes_of_run(Config(**merged(settings, {"seed": 1})), 8) == {}
+
+
+def test_checkpoints_that_are_gone_or_incomplete_are_said(settings, folder):
+    (folder / "checkpoints" / "step_3" / checkpoint.METADATA).unlink()
+    with pytest.raises(ConfigError, match="expected a good checkpoint .*: step_3 lacks .metadata"):
+        changes_of_run(Config(**settings), 8)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    with pytest.raises(ConfigError, match="name = 'tiny': expected the checkpoints of the 2 steps"):
+        changes_of_run(Config(**settings), 8)
+    settings["checkpoint"]["every"] = 3  # killed before the first was due
+    assert changes_of_run(Config(**settings), 8) == {}
+
+
+def test_files_may_move_and_not_change(settings, folder, models, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(models["large"], moved / "large")
+    shutil.copy(tmp_path / "problems.jsonl", moved / "train.jsonl")
+    paths = {"train": str(moved / "train.jsonl")}
+    config = Config(**merged(settings, {"data": paths, "large": {"path": str(moved / "large")}}))
+    assert set(changes_of_run(config, 8)) == {"data.train", "large.path"}
+
+    lines = (moved / "train.jsonl").read_text().splitlines(keepends=True)
+    (moved / "train.jsonl").write_text("".join(reversed(lines)))
+    with pytest.raises(ConfigError, match=r"^data.train = '.*began with, changed since: contents"):
+        changes_of_run(config, 8)
+    (moved / "train.jsonl").write_text("".join(lines))
+
+    weights = bytearray((moved / "large" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1  # same names, same shapes, another number
+    (moved / "large" / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ConfigError, match=r"^large.path = '.*changed since: model.safetensors; a"):
+        changes_of_run(config, 8)
+
+
+def test_held_out_problems_may_change_and_are_said(settings, folder, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"problem": "4+4", "answer": "8"}\n')
+    changes = changes_of_run(Config(**merged(settings, {"data": {"eval": str(other)}})), 8)
+    assert set(changes) == {"data.eval", "contents of data.eval"}
+
+
+def test_without_fingerprints_paths_must_stay(settings, folder, tmp_path, caplog):
+    (folder / INPUTS).write_text('{"data.train": ')
+    assert changes_of_run(Config(**settings), 8) == {}
+    assert "inputs.json: cannot be read" in caplog.text
+    shutil.copy(tmp_path / "problems.jsonl", tmp_path / "other.jsonl")
+    changes = {"data": {"train": str(tmp_path / "other.jsonl")}}
+    with pytest.raises(ConfigError, match="^data.train = .*: expected "):
+        changes_of_run(Config(**merged(settings, changes)), 8)

@@ -79,11 +79,27 @@ def test_legends_stand_below_the_panels(title):
 def test_plot_and_summary(tmp_path):
     write_run(tmp_path, 200)
     assert plot(tmp_path).read_bytes().startswith(b"\x89PNG")
-    summary = summarize(tmp_path, problems=7)
+    summary = summarize(tmp_path, steps=200, problems=7)
     assert summary == {
         "steps": 200,
         "problems": 7,
         "seconds": 400.0,
         "small": {"before": 0.0, "after": pytest.approx(0.9)},
         "large": {"before": 0.5, "after": 0.5},
+    }
+
+
+def test_numbers_that_are_missing_are_left_out(tmp_path):
+    """null stands for what was not finite; the evaluation before the first step may be lost."""
+    write_run(tmp_path, 40)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows[3]["grad_norm/small"] = None
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    evaluations = (tmp_path / "evaluations.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "evaluations.jsonl").write_text("".join(evaluations[1:]))
+    assert plot(tmp_path).is_file()
+    assert summarize(tmp_path, steps=40, problems=7) == {
+        "steps": 40,
+        "problems": 7,
+        "seconds": 78.0,
     }

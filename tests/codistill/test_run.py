@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from codistill.config import Config
+from codistill.output.run_directory import run_lock
 from codistill.run import is_finished
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +107,35 @@ def test_run_goes_on_with_more_steps(settings, train, tmp_path):
     assert (stored["training"]["steps"], stored["evaluation"]["every"]) == (5, 1)
     assert json.loads((folder / "summary.json").read_text())["steps"] == 5
     assert (folder / "export" / "step_5" / "large" / "model.safetensors").is_file()
+
+
+def test_a_full_disk_and_a_second_run_end_in_one_line(settings, train):
+    settings["training"]["steps"] = 1
+    assert train(settings).returncode == 0
+    folder = Path(settings["output_dir"]) / "tiny"
+    settings["training"]["steps"] = 2
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # fits all files but checkpoints
+    try:
+        full = train(settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    _, line = full.stderr.splitlines()  # after what is said of the problems
+    assert full.returncode == 1
+    assert line.startswith(f"train.py: stopped: no space is left on the disk of {folder}, or a ")
+    assert os.listdir(folder / "checkpoints") == ["step_1"]
+    with run_lock(Config(**settings)):
+        second = train(settings)
+    _, line = second.stderr.splitlines()
+    assert second.returncode == 2
+    assert line.startswith(f"train.py: {folder}: expected a run that is not running: process ")
+    (folder / "checkpoints" / "step_99").mkdir()
+    done = train(settings)
+    assert done.returncode == 0, done.stderr
+    assert "passed over" in done.stdout and "going on after step 1" in done.stdout
+    assert [row["step"] for row in rows(settings)] == [1, 2]
+    assert sorted(os.listdir(folder / "checkpoints")) == ["damaged_99", "step_1", "step_2"]
+    assert sorted(os.listdir(folder / "export")) == ["step_1", "step_2"]
 
 
 def test_run_with_vllm_on_two_processes(settings, train, models):
