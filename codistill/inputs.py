@@ -48,7 +48,7 @@ def load_inputs(config: Config) -> Inputs:
         f"1 with the {len(problems)} problems of data.train: fewer than prompts_per_step are left "
         "for a second round",
     )
-    functions = load_functions(config.reward.functions, problems[0].columns)
+    functions = load_functions(config.reward, problems[0].columns)
     changes = changes_of_run(config, len(problems))
     if distributed.is_first():
         check_problems(config, problems, held_out)

@@ -2,49 +2,61 @@
 
 import json
 import logging
-import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from codistill import checkpoint, distributed
+from codistill import checkpoint, distributed, failures
 from codistill.config import Config
-from codistill.engine import SyncError
+from codistill.failures import Failure, RunError, phase
 from codistill.inputs import load_inputs, make_grader
 from codistill.model import export, quiet_transformers
 from codistill.output import report
 from codistill.output.console import Progress, print_summary
 from codistill.output.run_directory import RunDirectory
-from codistill.reward_functions import RewardError
+from codistill.stopping import STOPPED, StopSignals
 from codistill.trainer import Trainer
 
-STOPPED = 128 + signal.SIGTERM
-"""Exit code of a run that a signal stopped and that can go on."""
 
-
-def run(config: Config) -> int:
+def run(config: Config, signals: StopSignals) -> int:
     """Train to the last step, or until a signal; the exit code.
 
     Raises:
         ConfigError: a setting or an input is missing or wrong; no model was loaded.
     """
     quiet_libraries()
-    inputs = load_inputs(config)
+    folder = config.output_dir / config.name
+    try:
+        failures.forget(folder)
+        code = train(config, signals)
+    except (RunError, FloatingPointError) as error:
+        distributed.complain(f"stopped: {error}")
+        code = 1
+    except Failure as failure:
+        failures.report(failure, folder)
+        code = 1
+    signals.ignore()
+    return code
+
+
+def train(config: Config, signals: StopSignals) -> int:
+    """What `run` does, without what it says of errors."""
     console = Console(quiet=not distributed.is_first())
-    device = distributed.start()
-    console.print("loading models and engine ...")
-    with make_grader(config) as grader:
-        trainer = Trainer(config, inputs, device, grader)
+    with phase("loading"):
+        inputs = load_inputs(config)
+        device = distributed.start(config.distributed.timeout)
+        console.print("loading models and engine ...")
+        grader = make_grader(config)
+    with grader:
+        with phase("loading"):
+            trainer = Trainer(config, inputs, device, grader)
         try:
-            return Loop(trainer, console).run()
-        except (SyncError, RewardError, FloatingPointError) as error:
-            distributed.complain(f"stopped: {error}")
-            return 1
+            with phase("training"):
+                return Loop(trainer, console, signals).run()
         finally:
             trainer.engine.close()
             if dist.is_initialized():  # vLLM takes the group down with itself
@@ -54,16 +66,14 @@ def run(config: Config) -> int:
 class Loop:
     """Steps, evaluations, checkpoints and files of one trainer."""
 
-    def __init__(self, trainer: Trainer, console: Console) -> None:
-        self.trainer, self.console = trainer, console
+    def __init__(self, trainer: Trainer, console: Console, signals: StopSignals) -> None:
+        signals.wait_for_step()
+        self.trainer, self.console, self.signals = trainer, console, signals
         self.learners = list(trainer.learners.values())
         self.directory = RunDirectory(trainer.config) if distributed.is_first() else None
         folder = trainer.config.output_dir / trainer.config.name
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         self.finished = is_finished(folder / "summary.json", trainer.total_steps)
-        self.signalled = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
 
     def run(self) -> int:
         """Train from the last checkpoint on; the exit code."""
@@ -78,6 +88,9 @@ class Loop:
             self.console.print(f"not used by algorithm {trainer.config.algorithm}: {unused}")
         if done == 0:
             self.evaluate(0)
+            if self.stop_wanted():
+                self.console.print("stopped before the first step; the same command starts again")
+                return STOPPED
         progress = Progress(self.console, total_steps=total, first_step=done + 1)
         with progress.show():
             for step in range(done + 1, total + 1):
@@ -109,8 +122,10 @@ class Loop:
         """Go on from the last checkpoint if there is one; the number of steps done."""
         done = checkpoint.latest(self.checkpoints)
         if done is not None:
-            checkpoint.load(self.checkpoints, done, self.learners)
-            self.trainer.sync()
+            with phase("checkpoint"):
+                checkpoint.load(self.checkpoints, done, self.learners)
+            with phase("sync"):
+                self.trainer.engine.sync()
             self.console.print(f"going on after step {done}{self.changes_text()}", soft_wrap=True)
         self.on_first(lambda directory: directory.keep_until(-1 if done is None else done))
         return done or 0
@@ -122,21 +137,23 @@ class Loop:
         return f" with other settings: {', '.join(parts)}" if parts else ""
 
     def evaluate(self, step: int) -> None:
-        accuracy = self.trainer.evaluate(step)
+        with phase("evaluate"):
+            accuracy = self.trainer.evaluate(step)
         self.on_first(lambda directory: directory.add_evaluation(accuracy))
         text = ", ".join(f"{name} {accuracy[name]:.1%}" for name in accuracy if name != "step")
         self.console.print(f"held-out accuracy after step {step}: {text}", highlight=False)
 
     def save(self, step: int) -> None:
         if checkpoint.latest(self.checkpoints) != step:
-            checkpoint.save(self.checkpoints, step, self.learners)
+            with phase("checkpoint"):
+                checkpoint.save(self.checkpoints, step, self.learners)
 
     def export(self, step: int) -> None:
         for learner in self.learners:
             path = self.folder / "export" / f"step_{step}" / learner.name
-            export(
-                learner.policy, self.trainer.inputs.tokenizer, path, write=distributed.is_first()
-            )
+            with phase("export"):
+                tokenizer = self.trainer.inputs.tokenizer
+                export(learner.policy, tokenizer, path, write=distributed.is_first())
 
     def finish(self, directory: RunDirectory) -> None:
         summary = report.summarize(self.folder, problems=len(self.trainer.inputs.held_out))
@@ -148,14 +165,9 @@ class Loop:
         if self.directory is not None:
             write(self.directory)
 
-    def on_signal(self, number: int, frame: object) -> None:
-        self.signalled = True
-
     def stop_wanted(self) -> bool:
         """Whether any process got a signal: then all stop after the same step."""
-        flag = torch.tensor(float(self.signalled), device=self.trainer.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+        return distributed.totals([int(self.signals.received)]) != [0]
 
 
 def is_finished(summary: Path, total_steps: int) -> bool:

@@ -127,6 +127,15 @@ class CheckpointConfig(Section):
     every: int = Field(50, gt=0, description="steps between checkpoints; only the last is kept")
 
 
+class DistributedConfig(Section):
+    timeout: float = Field(
+        600.0,
+        ge=1,
+        le=1e6,
+        description="the run ends when a process has waited this long for another one (seconds)",
+    )
+
+
 class Config(BaseSettings):
     """CoDistill-GRPO: train a large and a small model at the same time.
 
@@ -160,6 +169,7 @@ class Config(BaseSettings):
     training: TrainingConfig = Field(TrainingConfig(), description="length and memory of the run")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="held-out accuracy")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="saved to go on from")
+    distributed: DistributedConfig = Field(DistributedConfig(), description="several processes")
 
     @classmethod
     def settings_customise_sources(  # type: ignore[override]

@@ -27,7 +27,7 @@ def logp_gap(engine, policy, temperature: float) -> float:
 
 
 def check_engine(rank: int, kind: str, path: str) -> None:
-    distributed.start()
+    distributed.start(timeout=60)
     spec = EngineSpec(path, VOCAB, (END,), 20, torch.float32, CPU, kv_cache_gib=0.1)
     engine = make_engine(kind, spec)
     assert engine.name == kind

@@ -16,6 +16,7 @@ from codistill.config import Config, ConfigError, load_config
 from codistill.config.data import RewardConfig
 from codistill.reward_functions import RewardError, RewardFunction, load_functions
 from codistill.run import run
+from codistill.stopping import StopSignals
 
 MODULE = """
 import os
@@ -59,7 +60,7 @@ def module(tmp_path, monkeypatch) -> Path:
 
 
 def call(function, *, completions: int = 3) -> list:
-    reward = RewardFunction("my.reward", 1.0, function)
+    reward = RewardFunction("my.reward", 1.0, function, timeout=9)
     ids = [[5] * (length + 1) for length in range(completions)]
     texts = [str(length) for length in range(completions)]
     return reward(["p"] * completions, texts, ids, [ROW] * completions)
@@ -91,7 +92,7 @@ def test_a_function_cannot_change_what_training_goes_on_with():
         return [0.0]
 
     ids = [[1, 2]]
-    RewardFunction("my.reward", 1.0, reward)(["p"], ["c"], ids, [ROW])
+    RewardFunction("my.reward", 1.0, reward, timeout=9)(["p"], ["c"], ids, [ROW])
     assert ids == [[1, 2]]
 
 
@@ -127,7 +128,8 @@ def test_modules_of_the_current_folder_are_found(tmp_path, monkeypatch):
     (tmp_path / "rewards_here.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [path for path in os.sys.path if path])
-    brevity, easy = load_functions({"rewards_here.brevity": 0.5, "rewards_here.easy": 2}, ROW)
+    functions = {"rewards_here.brevity": 0.5, "rewards_here.easy": 2}
+    brevity, easy = load_functions(RewardConfig(functions=functions), ROW)
     assert (brevity.name, brevity.weight, easy.name, easy.weight) == ("brevity", 0.5, "easy", 2)
     assert easy(["p"], ["c"], [[1]], [ROW]) == [1.0]
 
@@ -152,7 +154,7 @@ def test_modules_of_the_current_folder_are_found(tmp_path, monkeypatch):
 def test_a_wrong_import_path_stops_before_models_load(settings, module, path, expected):
     settings["reward"]["functions"] = {path: 1.0}
     with pytest.raises(ConfigError) as error:
-        run(Config(**settings))
+        run(Config(**settings), StopSignals())
     assert str(error.value).startswith(f"reward.functions = {path!r}: expected {expected}")
 
 
@@ -219,7 +221,7 @@ def test_an_error_on_one_process_ends_all_with_code_1(with_levels, module, train
     done = train(with_levels, processes=2)
     assert done.returncode == 1
     line = "reward function my_rewards.breaks raised ZeroDivisionError: division by zero"
-    assert f"train.py: stopped: {line} (my_rewards.py, line 16)" in done.stderr
+    assert f"train.py: stopped: rank 1: {line} (my_rewards.py, line 16)" in done.stderr
     # Said by the first process, though it was the other whose function failed; no traceback beside.
     assert done.stderr.count("ZeroDivisionError") == 1
 
