@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     import torch
 
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
+
 
 def start(timeout: float) -> "torch.device":
     """Join the process group; the device of this process.
 
-    A process alone opens no port: its group has a store in memory. Where torchrun has started it,
-    the group meets at the address that torchrun gives.
+    A process alone has a store in memory, and gloo's port of its own is open on the loopback
+    interface only. Where torchrun has started it, the group meets at the address torchrun gives.
 
     timeout: seconds that an operation waits for the other processes.
     """
@@ -25,6 +27,7 @@ def start(timeout: float) -> "torch.device":
     group: dict[str, Any] = {"timeout": timedelta(seconds=timeout)}
     if "RANK" not in os.environ:  # python train.py, without torchrun
         os.environ.update(alone)  # vLLM reads them
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
         group |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     device = torch.device("cpu")
     if torch.cuda.is_available():

@@ -75,7 +75,8 @@ class RewardFunction:
                     **columns,
                 )
         except BaseException as error:  # the user's code may raise anything, SystemExit included
-            frame = traceback.extract_tb(error.__traceback__)[-1]
+            frames = traceback.extract_tb(error.__traceback__)
+            frame = ([f for f in frames if f.filename != __file__] or frames)[-1]
             where = f"{os.path.basename(frame.filename)}, line {frame.lineno}"
             raise self.failed(f"raised {type(error).__name__}: {error} ({where})") from error
         try:

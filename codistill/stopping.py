@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NoReturn, Self
 
@@ -45,9 +46,12 @@ class StopSignals:
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        for number in STOPS:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, lambda number, frame: None)
+        numbers = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        resource_tracker.ensure_running()  # a helper of the graders, which inherits what is ignored
+        for number in numbers:
+            signal.signal(number, lambda number, frame: None)
         threading.Thread(target=signals.watch, args=(read_end,), daemon=True).start()
         return signals
 

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from codistill import distributed
 from codistill.config.schema import TrainingConfig
-from codistill.engine import EngineSpec, Sampling, make_engine
+from codistill.engine import EngineError, EngineSpec, HFEngine, Sampling, VLLMEngine, make_engine
 from codistill.model import load_policy
 
 VOCAB, END = 18, 1
@@ -71,3 +71,43 @@ def test_engine_samples_what_it_says_and_syncs(models, kind, model):
     if kind == "vllm":
         pytest.importorskip("vllm", reason="vLLM cannot be installed on this machine")
     spawn(check_engine, kind, str(models[model]), processes=1)
+
+
+@pytest.mark.parametrize("method", ["generate", "sync"])
+def test_an_engine_that_fails_once_starts_again_and_changes_nothing(
+    make_trainer, monkeypatch, caplog, method
+):
+    expected = [make_trainer().step(1)[0]]
+    trainer = make_trainer()
+    broken = trainer.engine.engine
+
+    def fail(*arguments):
+        if method == "sync":
+            next(arguments[0])  # a part of the weights has been taken
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(broken, method, fail)
+    found = [trainer.step(1)[0]]
+    assert trainer.engine.engine is not broken
+    text = f"engine hf failed in {method} on rank 0: no memory; starting it again"
+    assert caplog.messages == [text]
+    for one, other in zip(expected, found, strict=True):
+        assert one["loss/small"] == other["loss/small"]
+    step, again = make_trainer(), trainer
+    step.step(1)
+    assert step.step(2)[0]["loss/small"] == again.step(2)[0]["loss/small"]
+    monkeypatch.setattr(trainer.engine.engine, method, fail)
+    with pytest.raises(EngineError, match=f"engine hf failed in {method} on rank 0: no memory"):
+        trainer.step(3)
+
+
+def test_vllm_is_not_started_again(make_trainer, monkeypatch):
+    class Broken(HFEngine):
+        name = VLLMEngine.name
+
+        def generate(self, prompts, seeds, sampling):
+            raise RuntimeError("no memory")
+
+    monkeypatch.setattr("codistill.engine.HFEngine", Broken)
+    with pytest.raises(EngineError, match="engine vllm failed in generate on rank 0: no memory"):
+        make_trainer().step(1)

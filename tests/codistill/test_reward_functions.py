@@ -5,7 +5,9 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet
@@ -122,6 +124,33 @@ def test_an_exception_is_reported_with_its_place():
     line = reward.__code__.co_firstlineno + 1
     place = f"raised KeyError: 'nothing' (test_reward_functions.py, line {line})"
     assert str(error.value) == f"reward function my.reward {place}"
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt()])
+def test_a_function_cannot_end_the_run_without_a_message(error):
+    def reward(**_):
+        raise error
+
+    with pytest.raises(RewardError, match=f"my.reward raised {type(error).__name__}: "):
+        call(reward)
+
+
+def test_a_function_may_take_its_time_and_no_more():
+    def reward(**_):
+        try:
+            time.sleep(20)
+        except Exception:
+            time.sleep(20)
+
+    before = signal.getsignal(signal.SIGALRM)
+    slow = RewardFunction("my.reward", 1.0, reward, timeout=0.1)
+    with pytest.raises(RewardError) as raised:
+        slow(["p"], ["c"], [[1]], [ROW])
+    text = "reward function my.reward raised OutOfTime: it may take 0.1 s (reward.function_timeout)"
+    line = reward.__code__.co_firstlineno + 2
+    assert str(raised.value) == f"{text} (test_reward_functions.py, line {line})"
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_modules_of_the_current_folder_are_found(tmp_path, monkeypatch):
