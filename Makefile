@@ -1,5 +1,6 @@
 # make demo    train two small models with CoDistill-GRPO on real vLLM rollouts
 # make test    the whole test suite
+# make faults  the tests that disturb a run: signals to it, processes that die or hang
 # make lint    ruff and mypy
 # make bench   time, memory and error of the kernels against every peer; phases of a training step
 # make docs    the documentation's site, build/docs/index.html
@@ -10,14 +11,20 @@ BIN := .venv/bin
 # One process on a GPU, two on a CPU.
 PROCESSES ?= $(if $(shell command -v nvidia-smi),1,2)
 
-.PHONY: demo test lint bench docs clean
+# A signal lets the run finish its step and save: torchrun waits for that and passes SIGUSR1 on, too.
+TORCHRUN := $(BIN)/torchrun --shutdown-timeout 600 --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1
+
+.PHONY: demo test faults lint bench docs clean
 
 demo: .venv/installed
 	WORLD_SIZE=$(PROCESSES) $(BIN)/python -m codistill doctor --config configs/demo.yaml $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(PROCESSES) train.py --config configs/demo.yaml $(ARGS)
+	OMP_NUM_THREADS=1 $(TORCHRUN) --nproc-per-node $(PROCESSES) train.py --config configs/demo.yaml $(ARGS)
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: .venv/installed
+	$(BIN)/python -m pytest -m "long or not long" tests/codistill/test_signals.py tests/codistill/test_failures.py $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

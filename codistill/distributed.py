@@ -2,32 +2,49 @@
 
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import torch
 
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
-def start() -> "torch.device":
-    """Join the process group; the device of this process."""
+
+def start(timeout: float) -> "torch.device":
+    """Join the process group; the device of this process.
+
+    A process alone has a store in memory, and gloo's port of its own is open on the loopback
+    interface only. Where torchrun has started it, the group meets at the address torchrun gives.
+
+    timeout: seconds that an operation waits for the other processes.
+    """
     import torch  # not above: --help and mistakes in the configuration do not wait for it
     import torch.distributed as dist
 
     alone = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    group: dict[str, Any] = {"timeout": timedelta(seconds=timeout)}
     if "RANK" not in os.environ:  # python train.py, without torchrun
-        os.environ.update(alone)
+        os.environ.update(alone)  # vLLM reads them
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
+        group |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **group)
     return device
 
 
 def world_size() -> int:
     """How many processes torchrun started; known before they have joined."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """The number of this process, from 0; known before it has joined."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def helpers() -> int:
@@ -46,15 +63,41 @@ def largest(number: float, device: "torch.device") -> float:
     return found.item()
 
 
+def totals(numbers: list[int]) -> list[int]:
+    """The sum of each number over all processes. Collective."""
+    import torch
+    import torch.distributed as dist
+
+    found = torch.tensor(numbers, dtype=torch.int64)
+    dist.all_reduce(found)
+    return found.tolist()
+
+
+def first_error(error: Exception | None) -> str | None:
+    """What the first process that has an error says of it, "rank 1: ..."; None if there is none.
+
+    Collective: a process that stops alone leaves the others waiting.
+    """
+    import torch.distributed as dist
+
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if error is None else str(error) or repr(error))
+    found = ((number, text) for number, text in enumerate(messages) if text is not None)
+    return next((f"rank {number}: {text}" for number, text in found), None)
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes files and prints."""
-    return os.environ.get("RANK", "0") == "0"
+    return rank() == 0
 
 
-def complain(message: str) -> None:
-    """Print one line on stderr, from the first process alone: the command's name and a message."""
-    if is_first():
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+def complain(message: str, *, first_only: bool = True) -> None:
+    """Print one line on stderr, the command's name and a message, from the first process alone or
+    from this one, whichever it is."""
+    if is_first() or not first_only:
+        # In one piece: other processes write to the same place.
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {message}\n")
+        sys.stderr.flush()
 
 
 def leave(code: int) -> NoReturn:

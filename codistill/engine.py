@@ -6,8 +6,9 @@ tokenizer's tokens and return the log-probability of each sampled token under ju
 """
 
 import importlib.util
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -15,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from codistill import distributed
 from codistill.config.schema import EngineKind
+from codistill.failures import RunError
 from codistill.model import Policy, load_causal_lm
 
 
@@ -40,11 +43,17 @@ class Sampling:
     max_tokens: int
 
 
-class SyncError(RuntimeError):
+class SyncError(RunError):
     """Engine and trainer disagree on the probability of what the engine wrote."""
 
 
-class Engine(Protocol):
+class EngineError(RunError):
+    """An engine failed, and was not or could not be started again."""
+
+
+class Sampler(Protocol):
+    """What writes completions."""
+
     name: str
 
     def generate(
@@ -54,6 +63,10 @@ class Engine(Protocol):
 
         seeds: one per prompt. Same weights, prompts and seeds give the same completions.
         """
+
+
+class Engine(Sampler, Protocol):
+    """A `Sampler` that takes weights."""
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take all weights of the model, Hugging Face names. Consumes the iterator to its end."""
@@ -91,6 +104,79 @@ def make_engine(kind: EngineKind, spec: EngineSpec) -> Engine:
             return VLLMEngine(spec)
         case "hf":
             return HFEngine(spec)
+
+
+class RestartingEngine:
+    """An engine that is started again, once, with the trainer's weights, when it raises an error.
+
+    Only the engine hf is: vLLM in the trainer's process leaves process groups and memory behind
+    that a second start stumbles over. Its error, or a second one, ends the run on all processes.
+
+    weights: gives the trainer's weights. Collective, as are `generate` and `sync`.
+    """
+
+    def __init__(
+        self,
+        kind: EngineKind,
+        spec: EngineSpec,
+        weights: Callable[[], Iterable[tuple[str, Tensor]]],
+    ) -> None:
+        self.kind, self.spec, self.weights = kind, spec, weights
+        self.engine = make_engine(kind, spec)
+        self.name = self.engine.name
+        self.may_restart = self.name == "hf"
+
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling
+    ) -> list[Completion]:
+        """See `Sampler`.
+
+        Raises:
+            EngineError: on all processes, if the engine of one of them failed.
+        """
+        error, completions = None, None
+        try:
+            completions = self.engine.generate(prompts, seeds, sampling)
+        except Exception as failure:  # an engine may raise anything
+            error = failure
+        if self.restarted(error, "generate"):
+            return self.generate(prompts, seeds, sampling)
+        assert completions is not None
+        return completions
+
+    def sync(self) -> None:
+        """Take the trainer's weights.
+
+        Raises:
+            EngineError: on all processes, if the engine of one of them failed.
+        """
+        error, weights = None, iter(self.weights())
+        try:
+            self.engine.sync(weights)
+        except Exception as failure:
+            error = failure
+            for _ in weights:  # the other processes gather the rest together with this one
+                pass
+        self.restarted(error, "sync")
+
+    def restarted(self, error: Exception | None, what: str) -> bool:
+        """Whether any process has an error, so that all of them have started their engines again.
+        Collective."""
+        message = distributed.first_error(error)
+        if message is None:
+            return False
+        text = f"engine {self.name} failed in {what} on {message}"
+        if not self.may_restart:
+            raise EngineError(text) from error
+        logging.getLogger(__name__).warning("%s; starting it again", text)
+        self.may_restart = False
+        self.engine.close()
+        self.engine = make_engine(self.kind, self.spec)
+        self.sync()
+        return True
+
+    def close(self) -> None:
+        self.engine.close()
 
 
 NEVER = -100.0  # the lowest logit bias that vLLM takes: a probability of about 1e-43

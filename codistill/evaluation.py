@@ -3,18 +3,18 @@
 import logging
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
+from codistill import distributed
 from codistill.data import Problem
-from codistill.engine import Engine, Sampling, prompt_seeds
+from codistill.engine import Sampler, Sampling, prompt_seeds
 from codistill.grading import Grader
 
 EVALUATION_STREAM = 2**31  # in place of a step number: evaluations draw none of a step's seeds
 
 
 def evaluate(
-    engine: Engine,
+    engine: Sampler,
     grader: Grader,
     tokenizer: Any,
     problems: list[Problem],
@@ -22,7 +22,6 @@ def evaluate(
     temperature: float,
     max_tokens: int,
     seed: int,
-    device: torch.device,
 ) -> float:
     """Share of `problems` answered right, one completion each, work shared by all processes."""
     indices = range(dist.get_rank(), len(problems), dist.get_world_size())
@@ -34,11 +33,8 @@ def evaluate(
     )
     texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
     grades = grader.grade(texts, [problem.answers for problem in share])
-    counts = torch.tensor(
-        [sum(grades.correct), grades.failures, grades.timeouts], dtype=torch.float64, device=device
-    )
-    dist.all_reduce(counts)
-    correct, failures, timeouts = map(int, counts.tolist())
+    numbers = [sum(grades.correct), grades.failures, grades.timeouts]
+    correct, failures, timeouts = distributed.totals(numbers)
     if failures or timeouts:
         logging.getLogger(__name__).warning(
             "grading failed on %d and timed out on %d of %d held-out completions: counted as wrong",

@@ -6,18 +6,21 @@ Grading happens in processes that import this module and no torch.
 import logging
 import math
 import multiprocessing
+import os
 import re
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, TimeoutError
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
-from pebble import ProcessPool
+from pebble import ProcessExpired, ProcessPool
 
 from codistill.config.base import ConfigError
+from codistill.stopping import STOPS
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
@@ -122,16 +125,28 @@ class Grades:
     """How many completions ran into the time limit."""
 
 
+class GradingError(RuntimeError):
+    """Completions could not be graded, for a reason that is none of theirs."""
+
+
 class Grader:
     """`is_correct` in processes of its own, because sympy can hang on what a model writes.
+
+    Grading has no side effects: where its processes are killed, new ones do it again.
 
     timeout: seconds that a completion may take; after that its process is killed and replaced.
     """
 
+    attempts = 4
+    """How often the same completions are graded at most; chosen, untested."""
+
     def __init__(self, *, timeout: float, processes: int = 1) -> None:
-        self.timeout = timeout
-        self.pool = ProcessPool(
-            max_workers=processes,
+        self.timeout, self.processes = timeout, processes
+        self.pool = self.make_pool()
+
+    def make_pool(self) -> ProcessPool:
+        return ProcessPool(
+            max_workers=self.processes,
             context=multiprocessing.get_context("spawn"),
             initializer=prepare_process,
         )
@@ -140,33 +155,75 @@ class Grader:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
         self.pool.stop()
         self.pool.join()
 
-    def schedule(self, function: Callable, *arguments: Any) -> Future:
-        """Call function(*arguments) in a process of the pool, within the time limit."""
-        task = (self.timeout, function, *arguments)
-        return self.pool.schedule(with_alarm, args=task, timeout=self.timeout)
+    def call(self, function: Callable, arguments: Sequence[tuple]) -> list[Any]:
+        """function(*item) for each item of `arguments`, in processes, within the time limit.
+
+        Returns: what the function returned or the exception that it raised, TimeoutError included.
+
+        Raises:
+            GradingError: the processes were killed again and again.
+        """
+        outcomes: dict[int, Any] = {}
+        for attempt in range(1, self.attempts + 1):
+            rest = [number for number in range(len(arguments)) if number not in outcomes]
+            found = self.attempt(function, {number: arguments[number] for number in rest})
+            if attempt == self.attempts:  # a process that died each time failed on its item
+                outcomes |= found
+            else:
+                outcomes |= {n: o for n, o in found.items() if not isinstance(o, ProcessExpired)}
+            if len(outcomes) == len(arguments):
+                return [outcomes[number] for number in range(len(arguments))]
+            # An error, because only those are printed by every process of a run.
+            logging.getLogger(__name__).error(
+                "a grading process was killed: new ones grade %d completions again",
+                len(arguments) - len(outcomes),
+            )
+            self.stop()
+            self.pool = self.make_pool()
+        raise GradingError(f"the grading processes were killed {self.attempts} times in a row")
+
+    def attempt(self, function: Callable, items: dict[int, tuple]) -> dict[int, Any]:
+        """What `call` returns, by number of the item; without those that a broken pool lost."""
+        tasks: dict[int, Future] = {}
+        outcomes: dict[int, Any] = {}
+        try:
+            for number, item in items.items():
+                call = (self.timeout, function, *item)
+                tasks[number] = self.pool.schedule(with_alarm, args=call, timeout=self.timeout)
+        except RuntimeError:  # how pebble says that a process died while none was at work
+            return outcomes
+        for number, task in tasks.items():
+            try:
+                outcomes[number] = task.result()
+            except BrokenProcessPool:
+                continue
+            except ProcessExpired as error:
+                by_alarm = error.exitcode == -signal.SIGALRM
+                outcomes[number] = TimeoutError() if by_alarm else error
+            except Exception as error:  # math-verify may raise anything on what a model writes
+                outcomes[number] = error
+        return outcomes
 
     def grade(self, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> Grades:
-        """Grade each text against its gold answers, any of which is right."""
-        assert len(texts) == len(answers)
-        tasks = [
-            self.schedule(is_correct, text, tuple(gold))
-            for text, gold in zip(texts, answers, strict=True)
-        ]
-        correct, failures, timeouts = [], 0, 0
-        for task in tasks:
-            try:
-                correct.append(task.result())
-            except TimeoutError:
-                timeouts += 1
-                correct.append(False)
-            except Exception as error:  # math-verify may raise anything on what a model writes
-                failures += 1
-                correct.append(False)
-                logging.getLogger(__name__).debug("grading failed: %r", error)
-        return Grades(correct, failures, timeouts)
+        """Grade each text against its gold answers, any of which is right.
+
+        Raises:
+            GradingError: the processes were killed again and again.
+        """
+        pairs = [(text, tuple(gold)) for text, gold in zip(texts, answers, strict=True)]
+        outcomes = self.call(is_correct, pairs)
+        errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+        for error in errors:
+            logging.getLogger(__name__).debug("grading failed: %r", error)
+        timeouts = sum(isinstance(error, TimeoutError) for error in errors)
+        correct = [outcome is True for outcome in outcomes]
+        return Grades(correct, failures=len(errors) - timeouts, timeouts=timeouts)
 
     def check_golds(self, key: str, path: Path, golds: Sequence[Sequence[str]]) -> None:
         """Refuse gold answers that no completion can be graded against; warn of mere text.
@@ -182,16 +239,15 @@ class Grader:
             for answer in answers:
                 if not NUMBER.fullmatch(answer):
                     rows.setdefault(answer, number)
-        tasks = {answer: self.schedule(is_only_text, answer) for answer in rows}
         texts = []
-        for answer, task in tasks.items():
-            try:
-                if task.result():
-                    texts.append(answer)
-            except Exception as error:  # from math-verify, sympy or the time limit
+        outcomes = self.call(is_only_text, [(answer,) for answer in rows])
+        for answer, outcome in zip(rows, outcomes, strict=True):
+            if isinstance(outcome, Exception):  # from math-verify, sympy or the time limit
                 where = f"expected an answer in row {rows[answer]} that math-verify can read"
-                reason = f"{answer!r}: {type(error).__name__}: {error}"
-                raise ConfigError(f"{key} = {str(path)!r}: {where}, found {reason}") from error
+                reason = f"{answer!r}: {type(outcome).__name__}: {outcome}"
+                raise ConfigError(f"{key} = {str(path)!r}: {where}, found {reason}") from outcome
+            if outcome:
+                texts.append(answer)
         if texts:
             logging.getLogger(__name__).warning(
                 "%s: to math-verify %d answers are mere text: only the same text is right "
@@ -211,10 +267,17 @@ def with_alarm(timeout: float, function: Callable, *arguments: Any) -> Any:
 
 
 def prepare_process() -> None:
-    """Prepare a process of the pool: load math-verify before the first time limit runs, and ignore
-    Ctrl-C, which reaches every process of a terminal while the run still finishes its step.
+    """Prepare a process of the pool: leave the group of the processes that a terminal, torchrun or
+    a scheduler sends its signals to, because a run that is told to stop still finishes its step;
+    load math-verify before the first time limit runs.
+
+    A process whose parent has died ends by itself: it reads the end of its pipe, or the alarm of
+    its time limit goes off.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setsid()
+    for number in STOPS:
+        if number != signal.SIGTERM:  # by which the pool ends its processes
+            signal.signal(number, signal.SIG_IGN)
     import math_verify  # noqa: F401
 
     # math-verify warns on every call that its own time limit is off.

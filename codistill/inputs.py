@@ -53,7 +53,7 @@ def load_inputs(config: Config) -> Inputs:
         f"1 with the {len(problems)} problems of data.train: fewer than prompts_per_step are left "
         "for a second round",
     )
-    functions = load_functions(config.reward.functions, problems[0].columns)
+    functions = load_functions(config.reward, problems[0].columns)
     prints = fingerprints(config)
     changes = changes_of_run(config, len(problems), prints)
     if distributed.is_first():

@@ -12,20 +12,28 @@ import importlib
 import inspect
 import math
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from codistill.config.base import ConfigError
+from codistill.config.data import RewardConfig
+from codistill.failures import RunError
 
 OWN_ARGUMENTS = ("prompts", "completions", "completion_ids", "prompt", "completion")
 """Columns of these names are not passed on, because arguments have these names."""
 
 
-class RewardError(RuntimeError):
+class RewardError(RunError):
     """A reward function failed, or returned something that is no reward."""
+
+
+class OutOfTime(BaseException):
+    """A reward function took too long. No Exception, so that no function handles it as its own."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class RewardFunction:
     path: str
     weight: float
     function: Callable[..., Any]
+    timeout: float
+    """Seconds that a call may take."""
 
     @property
     def name(self) -> str:
@@ -52,18 +62,21 @@ class RewardFunction:
         rows: the row of the training data that each completion belongs to.
 
         Raises:
-            RewardError: the function raised, or did not return a number or None per completion.
+            RewardError: the function raised, took too long or tried to end the process, or did not
+                return a number or None per completion.
         """
         columns = {name: [row[name] for row in rows] for name in columns_of(rows[0])}
         try:
-            values = self.function(  # gets copies, as training goes on with the originals
-                prompts=list(prompts),
-                completions=list(completions),
-                completion_ids=[list(ids) for ids in completion_ids],
-                **columns,
-            )
-        except Exception as error:  # the user's code may raise anything
-            frame = traceback.extract_tb(error.__traceback__)[-1]
+            with time_limit(self.timeout):
+                values = self.function(  # gets copies, as training goes on with the originals
+                    prompts=list(prompts),
+                    completions=list(completions),
+                    completion_ids=[list(ids) for ids in completion_ids],
+                    **columns,
+                )
+        except BaseException as error:  # the user's code may raise anything, SystemExit included
+            frames = traceback.extract_tb(error.__traceback__)
+            frame = ([f for f in frames if f.filename != __file__] or frames)[-1]
             where = f"{os.path.basename(frame.filename)}, line {frame.lineno}"
             raise self.failed(f"raised {type(error).__name__}: {error} ({where})") from error
         try:
@@ -81,11 +94,28 @@ class RewardFunction:
         return RewardError(f"reward function {self.path} {how}")
 
 
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise OutOfTime in the block when it takes longer. In the main thread only, and only where
+    Python code runs: a call into C is not interrupted."""
+
+    def expire(number: int, frame: object) -> None:
+        raise OutOfTime(f"it may take {seconds:g} s (reward.function_timeout)")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def columns_of(row: dict[str, Any]) -> list[str]:
     return [name for name in row if name not in OWN_ARGUMENTS]
 
 
-def load_functions(functions: dict[str, float], row: dict[str, Any]) -> list[RewardFunction]:
+def load_functions(config: RewardConfig, row: dict[str, Any]) -> list[RewardFunction]:
     """Import the functions of `reward.functions`; modules in the current folder are found too.
 
     row: any row of the training data, whose columns will be arguments.
@@ -93,11 +123,11 @@ def load_functions(functions: dict[str, float], row: dict[str, Any]) -> list[Rew
     Raises:
         ConfigError: no such function, or it does not take the arguments it will be given.
     """
-    if functions and os.getcwd() not in sys.path:
+    if config.functions and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     return [
-        RewardFunction(path, weight, load_function(path, columns_of(row)))
-        for path, weight in functions.items()
+        RewardFunction(path, weight, load_function(path, columns_of(row)), config.function_timeout)
+        for path, weight in config.functions.items()
     ]
 
 
@@ -105,7 +135,7 @@ def load_function(path: str, columns: Iterable[str]) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
     try:
         function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # importing runs the user's module, which may raise anything
+    except BaseException as error:  # importing runs the user's module, which may raise anything
         message = f"{type(error).__name__}: {error}"
         raise wrong(path, f"the import path of a function; {message}") from error
     if not callable(function) or inspect.iscoroutinefunction(function):

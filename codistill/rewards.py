@@ -1,14 +1,15 @@
 """The reward r of Eq. 6 for the rollouts of a step: accuracy, format, the user's functions."""
 
+import logging
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from codistill import distributed
 from codistill.config.data import RewardConfig
 from codistill.data import Problem
-from codistill.grading import Grader, format_reward
+from codistill.grading import Grader, Grades, format_reward
 from codistill.output.metrics import StepMetrics
 from codistill.reward_functions import RewardError, RewardFunction
 
@@ -45,10 +46,12 @@ class RolloutRewards:
         """The terms of r for this process's rollouts. Collective: every process must call.
 
         Raises:
-            RewardError: a reward function failed on one of the processes; all of them raise it.
+            RewardError: a reward function failed on one of the processes, or all gradings failed on
+                all of them; all raise it.
         """
         with metrics.timer("time/grade"):
             grades = self.grader.grade(texts, [problem.answers for problem in problems])
+            self.check_grades(grades)
             form = [format_reward(text) if self.config.format else 0.0 for text in texts]
             functions = self.call_functions(problems, texts, token_ids, metrics)
         terms = RewardTerms(floats(grades.correct), floats(form), functions)
@@ -57,6 +60,16 @@ class RolloutRewards:
         metrics.total("grade/failures", grades.failures)
         metrics.total("grade/timeouts", grades.timeouts)
         return terms
+
+    def check_grades(self, grades: Grades) -> None:
+        """Say that some gradings failed, or stop if all did: then every answer would be wrong."""
+        numbers = [grades.failures, grades.timeouts, len(grades.correct)]
+        failures, timeouts, count = distributed.totals(numbers)
+        text = f"grading failed on {failures} and timed out on {timeouts} of {count} rollouts"
+        if 0 < count == failures + timeouts:
+            raise RewardError(f"{text} (reward.timeout = {self.config.timeout:g} s)")
+        if failures or timeouts:
+            logging.getLogger(__name__).warning("%s: counted as wrong", text)
 
     def call_functions(
         self,
@@ -73,7 +86,9 @@ class RolloutRewards:
                 values = function(prompts, texts, token_ids, rows)
             except RewardError as failure:
                 error = failure
-            stop_together(error)
+            message = distributed.first_error(error)
+            if message is not None:
+                raise RewardError(message) from error
             known = [value for value in values if value is not None]
             metrics.mean(f"reward/{function.name}", sum(known), len(known))
             terms[function.name] = function.weight * floats([v or 0.0 for v in values])
@@ -82,13 +97,3 @@ class RolloutRewards:
 
 def floats(values: list) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)
-
-
-def stop_together(error: RewardError | None) -> None:
-    """Raise on every process the first error that any has: a process that stops alone leaves the
-    others waiting."""
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, None if error is None else str(error))
-    message = next((message for message in errors if message is not None), None)
-    if message is not None:
-        raise RewardError(message) from error

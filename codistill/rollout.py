@@ -15,7 +15,7 @@ from codistill import distributed
 from codistill.batch import Ragged, TokenBatch, pack
 from codistill.config import Config
 from codistill.data import Problem, draw, redraw
-from codistill.engine import Completion, Engine, Sampling, prompt_seeds
+from codistill.engine import Completion, Sampler, Sampling, prompt_seeds
 from codistill.grading import Grader
 from codistill.hints import hint_length, hint_uniforms, write_hints
 from codistill.inputs import Inputs
@@ -156,7 +156,7 @@ class Generation:
         self,
         config: Config,
         inputs: Inputs,
-        engine: Engine,
+        engine: Sampler,
         grader: Grader,
         hinter: Policy | None,
         end_token_ids: tuple[int, ...],

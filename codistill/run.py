@@ -2,58 +2,67 @@
 
 import logging
 import shutil
-import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from codistill import checkpoint, distributed
+from codistill import checkpoint, distributed, failures
 from codistill.config import Config
-from codistill.engine import SyncError
+from codistill.failures import Failure, RunError, phase
 from codistill.files import finish_folder, is_disk_full, read_object
 from codistill.inputs import load_inputs, make_grader
 from codistill.model import export, quiet_transformers
 from codistill.output import report
 from codistill.output.console import Progress, print_summary
 from codistill.output.run_directory import RunDirectory, run_lock
-from codistill.reward_functions import RewardError
+from codistill.stopping import STOPPED, StopSignals
 from codistill.trainer import Trainer
 
-STOPPED = 128 + signal.SIGTERM
-"""Exit code of a run that a signal stopped and that can go on."""
 
-
-def run(config: Config) -> int:
+def run(config: Config, signals: StopSignals) -> int:
     """Train to the last step, or until a signal; the exit code.
 
     Raises:
         ConfigError: a setting or an input is missing or wrong; no model was loaded.
     """
     quiet_libraries()
-    inputs = load_inputs(config)
-    console = Console(quiet=not distributed.is_first())
-    with run_lock(config), make_grader(config) as grader:
-        device = distributed.start()
-        console.print("loading models and engine ...")
-        trainer = Trainer(config, inputs, device, grader)
-        try:
-            return Loop(trainer, console).run()
-        except (SyncError, RewardError, FloatingPointError) as error:
-            distributed.complain(f"stopped: {error}")
-            return 1
-        except Exception as error:
-            if not is_disk_full(error):
-                raise
+    folder = config.output_dir / config.name
+    try:
+        failures.forget(folder)
+        code = train(config, signals)
+    except (RunError, FloatingPointError) as error:
+        distributed.complain(f"stopped: {error}")
+        code = 1
+    except Failure as failure:
+        if failure.__cause__ is not None and is_disk_full(failure.__cause__):
             distributed.complain(
-                f"stopped: no space is left on the disk of {config.output_dir / config.name}, or a "
-                "quota is used up; its checkpoints are whole: make space and start it again"
+                f"stopped: no space is left on the disk of {folder}, or a quota is used up; its "
+                "checkpoints are whole: make space and start it again"
             )
-            return 1
+        else:
+            failures.report(failure, folder)
+        code = 1
+    signals.ignore()
+    return code
+
+
+def train(config: Config, signals: StopSignals) -> int:
+    """What `run` does, without what it says of errors."""
+    console = Console(quiet=not distributed.is_first())
+    with phase("loading"):
+        inputs = load_inputs(config)
+    with run_lock(config), make_grader(config) as grader:
+        with phase("loading"):
+            device = distributed.start(config.distributed.timeout)
+            console.print("loading models and engine ...")
+            trainer = Trainer(config, inputs, device, grader)
+        try:
+            with phase("training"):
+                return Loop(trainer, console, signals).run()
         finally:
             trainer.engine.close()
             if dist.is_initialized():  # vLLM takes the group down with itself
@@ -63,16 +72,14 @@ def run(config: Config) -> int:
 class Loop:
     """Steps, evaluations, checkpoints and files of one trainer."""
 
-    def __init__(self, trainer: Trainer, console: Console) -> None:
-        self.trainer, self.console = trainer, console
+    def __init__(self, trainer: Trainer, console: Console, signals: StopSignals) -> None:
+        signals.wait_for_step()
+        self.trainer, self.console, self.signals = trainer, console, signals
         self.learners = list(trainer.learners.values())
         self.directory = RunDirectory(trainer.config) if distributed.is_first() else None
         folder = trainer.config.output_dir / trainer.config.name
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         self.finished = is_finished(folder / "summary.json", trainer.total_steps)
-        self.signalled = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
 
     def run(self) -> int:
         """Train from the last checkpoint on; the exit code."""
@@ -87,6 +94,9 @@ class Loop:
             self.console.print(f"not used by algorithm {trainer.config.algorithm}: {unused}")
         if done == 0:
             self.evaluate(0)
+            if self.stop_wanted():
+                self.console.print("stopped before the first step; the same command starts again")
+                return STOPPED
         progress = Progress(self.console, total_steps=total, first_step=done + 1)
         with progress.show():
             for step in range(done + 1, total + 1):
@@ -121,8 +131,10 @@ class Loop:
             self.console.print(line, soft_wrap=True)
         done = found.step
         if done is not None:
-            checkpoint.load(self.checkpoints, done, self.learners)
-            self.trainer.sync()
+            with phase("checkpoint"):
+                checkpoint.load(self.checkpoints, done, self.learners)
+            with phase("sync"):
+                self.trainer.engine.sync()
             self.console.print(f"going on after step {done}{self.changes_text()}", soft_wrap=True)
         self.on_first(lambda directory: self.start(directory, -1 if done is None else done))
         return done or 0
@@ -138,7 +150,8 @@ class Loop:
         return f" with other settings: {', '.join(parts)}" if parts else ""
 
     def evaluate(self, step: int) -> None:
-        accuracy = self.trainer.evaluate(step)
+        with phase("evaluate"):
+            accuracy = self.trainer.evaluate(step)
         self.on_first(lambda directory: directory.add_evaluation(accuracy))
         text = ", ".join(f"{name} {accuracy[name]:.1%}" for name in accuracy if name != "step")
         self.console.print(f"held-out accuracy after step {step}: {text}", highlight=False)
@@ -146,7 +159,8 @@ class Loop:
     def save(self, step: int) -> None:
         if checkpoint.latest(self.checkpoints) != step:
             keep = self.trainer.config.checkpoint.keep
-            checkpoint.save(self.checkpoints, step, self.learners, keep=keep)
+            with phase("checkpoint"):
+                checkpoint.save(self.checkpoints, step, self.learners, keep=keep)
 
     def export(self, step: int) -> None:
         """Write the models, under export/step_<k> once they are all there."""
@@ -156,9 +170,11 @@ class Loop:
             shutil.rmtree(unfinished, ignore_errors=True)
         for learner in self.learners:
             path = unfinished / learner.name
-            export(learner.policy, self.trainer.inputs.tokenizer, path, write=first)
+            with phase("export"):
+                export(learner.policy, self.trainer.inputs.tokenizer, path, write=first)
         if first:
-            finish_folder(unfinished, folder / f"step_{step}")
+            with phase("export"):
+                finish_folder(unfinished, folder / f"step_{step}")
 
     def finish(self, directory: RunDirectory) -> None:
         trainer = self.trainer
@@ -173,14 +189,9 @@ class Loop:
         if self.directory is not None:
             write(self.directory)
 
-    def on_signal(self, number: int, frame: object) -> None:
-        self.signalled = True
-
     def stop_wanted(self) -> bool:
         """Whether any process got a signal: then all stop after the same step."""
-        flag = torch.tensor(float(self.signalled), device=self.trainer.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+        return distributed.totals([int(self.signals.received)]) != [0]
 
 
 def is_finished(summary: Path, total_steps: int) -> bool:

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 -m codistill.train --config configs/demo.yaml --training.steps 20
 
 In a checkout `train.py` is the same command. Exit codes: 0 done; 1 the run failed, with a message;
-2 a mistake in configuration or input; 143 stopped by SIGTERM or Ctrl-C after saving a checkpoint:
-the same command goes on from there.
+2 a mistake in configuration or input; 143 stopped by a signal (SIGTERM, Ctrl-C, SIGHUP, SIGUSR1)
+after saving a checkpoint: the same command goes on from there.
 """
 
 import os
@@ -12,6 +12,7 @@ import sys
 
 from codistill import distributed
 from codistill.config import ConfigError, load_config
+from codistill.stopping import StopSignals
 
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "VLLM_LOGGING_LEVEL": "ERROR"}
 """Read when torch and vLLM are imported: their warnings are not about the run."""
@@ -21,12 +22,13 @@ def main() -> int:
     """Run what the command line asks for; the exit code, unless a run ends the process itself."""
     for name, level in QUIET.items():
         os.environ.setdefault(name, level)
+    signals = StopSignals.listen()
     try:
         config = load_config(sys.argv[1:])
         config.check_processes(distributed.world_size())
         from codistill.run import run  # imports torch, which --help does not wait for
 
-        distributed.leave(run(config))
+        distributed.leave(run(config, signals))
     except ConfigError as error:
         distributed.complain(str(error))
         return 2

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from codistill.batch import TokenBatch
 from codistill.config import Config, require
-from codistill.engine import EngineSpec, HFEngine, make_engine
+from codistill.engine import EngineSpec, HFEngine, RestartingEngine
 from codistill.evaluation import evaluate
 from codistill.grading import Grader
 from codistill.inputs import Inputs
@@ -52,7 +52,11 @@ class Trainer:
         self.end_token_ids = end_token_ids(
             f"{config.writer}.path", config.model(config.writer).path, inputs.tokenizer
         )
-        self.engine = make_engine(config.rollout.engine, self.engine_spec(config.writer))
+        self.engine = RestartingEngine(
+            config.rollout.engine,
+            self.engine_spec(config.writer),
+            weights=lambda: self.policies[config.writer].full_weights(),
+        )
         self.learners = {name: self.make_learner(name) for name in config.trained}
         self.frozen = {
             name: freeze(self.load_policy(name))
@@ -109,7 +113,9 @@ class Trainer:
 
         Raises:
             SyncError: the engine's log-probabilities are not the trainer's; nothing was trained.
+            EngineError, RewardError: the engine, a reward function or the grading failed.
             FloatingPointError: a gradient is not finite.
+            Failure: any other error. It names the phase.
         """
         metrics = StepMetrics(self.device)
         with metrics.timer("time/step"):
@@ -126,7 +132,7 @@ class Trainer:
                 for name in self.learners:
                     self.update(name, step, rollouts, scored, metrics)
             with metrics.timer("time/sync"):
-                self.sync()
+                self.engine.sync()
         return self.finish(metrics.reduce()), rollouts, scored
 
     def score(self, step: int, rollouts: Rollouts, metrics: StepMetrics) -> Scored:
@@ -214,9 +220,6 @@ class Trainer:
         tokens = sum(batch.input_ids.numel() for batch in scored.batches)
         metrics.total(f"flops/{name}", learner.flops_per_token * tokens * learner.inner_epochs)
 
-    def sync(self) -> None:
-        self.engine.sync(self.policies[self.config.writer].full_weights())
-
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out accuracy of the writer and, at both ends of a run that trains it, of the large
         model."""
@@ -239,7 +242,6 @@ class Trainer:
             temperature=self.config.evaluation.temperature,
             max_tokens=self.config.rollout.max_completion_tokens,
             seed=self.config.seed,
-            device=self.device,
         )
 
     def finish(self, numbers: dict[str, float]) -> dict[str, float]:

@@ -4,8 +4,12 @@ from typing import Any
 
 from codistill.config.schema import Config
 
-MAY_CHANGE = ("output_dir", "training.steps", "training.epochs", "evaluation", "checkpoint")
-"""Keys and sections that say how long a run is and what it writes, not what a step computes."""
+MAY_CHANGE = (
+    *("output_dir", "training.steps", "training.epochs", "evaluation", "checkpoint"),
+    *("distributed", "reward.function_timeout"),
+)
+"""Keys and sections that say how long a run is, how long it waits and what it writes, not what a
+step computes."""
 
 Changes = dict[str, tuple[Any, Any]]
 """Dotted key -> its value before and its value now; None where there is no such key."""

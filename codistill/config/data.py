@@ -35,6 +35,13 @@ class RewardConfig(Section):
         "once (appendix B), as template r1 asks for; accuracy counts 1",
     )
     timeout: float = Field(5.0, gt=0, description="hard limit for grading one completion (seconds)")
+    function_timeout: float = Field(
+        300.0,
+        gt=0,
+        le=1e6,
+        description="limit for one call of a reward function of yours (seconds), less than "
+        "distributed.timeout; code in C that does not return to Python is not interrupted",
+    )
     functions: dict[str, float] = Field(
         {},
         description="your own rewards, added to r: import path of a function(prompts, completions, "

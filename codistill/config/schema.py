@@ -130,6 +130,15 @@ class CheckpointConfig(Section):
     )
 
 
+class DistributedConfig(Section):
+    timeout: float = Field(
+        600.0,
+        ge=1,
+        le=1e6,
+        description="the run ends when a process has waited this long for another one (seconds)",
+    )
+
+
 class Config(BaseSettings):
     """CoDistill-GRPO: train a large and a small model at the same time.
 
@@ -163,6 +172,7 @@ class Config(BaseSettings):
     training: TrainingConfig = Field(TrainingConfig(), description="length and memory of the run")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="held-out accuracy")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="saved to go on from")
+    distributed: DistributedConfig = Field(DistributedConfig(), description="several processes")
 
     @classmethod
     def settings_customise_sources(  # type: ignore[override]

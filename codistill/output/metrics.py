@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from codistill.failures import phase
+
 
 class StepMetrics:
     """Named numbers of one step. In a `mean` every value counts the same, on whichever process it
@@ -45,11 +47,15 @@ class StepMetrics:
         """Seconds that all blocks of this name, time/PHASE, take, on the slowest process.
 
         On a GPU also memory/PHASE, the most that was allocated in one of them (GiB).
+
+        Raises:
+            Failure: the block raised an error that is not foreseen; it names the phase.
         """
         start = time.perf_counter()
         self.record_memory()
         self.phases.append(name)
-        yield
+        with phase(name.removeprefix("time/")):
+            yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.add(self.maxima, name, time.perf_counter() - start)

@@ -14,6 +14,7 @@ from codistill.config import Config, ConfigError, load_config
 from codistill.config.load import field_keys
 from codistill.losses import make_policy_loss
 from codistill.run import run
+from codistill.stopping import StopSignals
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = {
@@ -285,7 +286,7 @@ def test_wrong_input_stops_the_run(settings, tmp_path, tokenizer, change, expect
     config = Config(**settings)
     with pytest.raises(ConfigError) as error:
         config.check_processes(1)
-        run(config)
+        run(config, StopSignals())
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
     assert not torch.distributed.is_initialized()  # nothing was loaded or started

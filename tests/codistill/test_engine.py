@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from codistill import distributed
 from codistill.config.schema import TrainingConfig
-from codistill.engine import EngineSpec, Sampling, make_engine
+from codistill.engine import EngineError, EngineSpec, HFEngine, Sampling, VLLMEngine, make_engine
 from codistill.model import load_policy
 
 VOCAB, END = 18, 1
@@ -27,7 +27,7 @@ def logp_gap(engine, policy, temperature: float) -> float:
 
 
 def check_engine(rank: int, kind: str, path: str) -> None:
-    distributed.start()
+    distributed.start(timeout=60)
     spec = EngineSpec(path, VOCAB, (END,), 20, torch.float32, CPU, kv_cache_gib=0.1)
     engine = make_engine(kind, spec)
     assert engine.name == kind
@@ -71,3 +71,37 @@ def test_engine_samples_what_it_says_and_syncs(models, kind, model):
     if kind == "vllm":
         pytest.importorskip("vllm", reason="vLLM cannot be installed on this machine")
     spawn(check_engine, kind, str(models[model]), processes=1)
+
+
+@pytest.mark.parametrize("method", ["generate", "sync"])
+def test_an_engine_that_fails_once_starts_again_and_changes_nothing(
+    make_trainer, monkeypatch, caplog, method
+):
+    def fail(*arguments):
+        if method == "sync":
+            next(arguments[0])  # a part of the weights has been taken
+        raise RuntimeError("no memory")
+
+    def loss(trainer, step: int) -> float:
+        return trainer.step(step)[0]["loss/small"]
+
+    whole, trainer = make_trainer(), make_trainer()
+    monkeypatch.setattr(trainer.engine.engine, method, fail)
+    assert [loss(trainer, step) for step in (1, 2)] == [loss(whole, step) for step in (1, 2)]
+    text = f"engine hf failed in {method} on rank 0: no memory"
+    assert [line for line in caplog.messages if "engine" in line] == [f"{text}; starting it again"]
+    monkeypatch.setattr(trainer.engine.engine, method, fail)
+    with pytest.raises(EngineError, match=f"^{text}$"):
+        trainer.step(3)
+
+
+def test_vllm_is_not_started_again(make_trainer, monkeypatch):
+    class Broken(HFEngine):
+        name = VLLMEngine.name
+
+        def generate(self, prompts, seeds, sampling):
+            raise RuntimeError("no memory")
+
+    monkeypatch.setattr("codistill.engine.HFEngine", Broken)
+    with pytest.raises(EngineError, match="engine vllm failed in generate on rank 0: no memory"):
+        make_trainer().step(1)

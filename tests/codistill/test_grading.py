@@ -1,14 +1,27 @@
 """Is an answer right, does a text have its form, and what the grader does when it cannot say."""
 
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from codistill.config import ConfigError
-from codistill.grading import Grader, Grades, format_reward, is_correct, is_only_text, with_alarm
+from codistill.failures import RunError
+from codistill.grading import (
+    Grader,
+    Grades,
+    GradingError,
+    format_reward,
+    is_correct,
+    is_only_text,
+    with_alarm,
+)
 
 ROOT = Path(__file__).parents[2]
 HANGS = "<answer>999999999^{999999999}</answer>"  # sympy computes the number
@@ -88,6 +101,47 @@ def test_grader_outlives_a_completion_that_hangs():
     assert (grades.correct, grades.failures, grades.timeouts) == ([False, True], 0, 1)
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_a_grading_process_that_is_killed_while_idle_is_replaced(caplog, number):
+    ours = {child.pid for child in multiprocessing.active_children()}
+    with Grader(timeout=9, processes=2) as grader:
+        assert grader.grade(["\\boxed{5}"], [["5"]]).correct == [True]
+        (one, _) = {child.pid for child in multiprocessing.active_children()} - ours
+        os.kill(one, number)
+        time.sleep(1)
+        grades = grader.grade(["\\boxed{5}", "\\boxed{6}"], [["5"], ["5"]])
+    assert (grades.correct, grades.failures, grades.timeouts) == ([True, False], 0, 0)
+    assert caplog.messages == ["a grading process was killed: new ones grade 2 completions again"]
+
+
+def test_a_grading_process_that_is_killed_at_work_does_it_again(caplog):
+    ours = {child.pid for child in multiprocessing.active_children()}
+
+    def kill() -> None:
+        time.sleep(1)
+        for child in multiprocessing.active_children():
+            if child.pid not in ours:
+                os.kill(child.pid, signal.SIGKILL)
+
+    with Grader(timeout=30) as grader:
+        grader.grade(["\\boxed{5}"], [["5"]])
+        killer = threading.Thread(target=kill)
+        killer.start()
+        assert grader.call(time.sleep, [(2,)]) == [None]
+        killer.join()
+    assert caplog.messages == ["a grading process was killed: new ones grade 1 completions again"]
+
+
+def test_what_kills_its_process_each_time_fails(monkeypatch, caplog):
+    monkeypatch.setattr(Grader, "attempts", 2)
+    with Grader(timeout=9) as grader:
+        (outcome,) = grader.call(os._exit, [(3,)])
+        assert isinstance(outcome, OSError) and len(caplog.messages) == 1
+        monkeypatch.setattr(grader, "attempt", lambda function, items: {})
+        with pytest.raises(GradingError, match="were killed 2 times in a row"):
+            grader.grade(["a"], [["1"]])
+
+
 def test_a_grading_process_ends_itself_where_nobody_is_left_to_end_it():
     assert with_alarm(9, max, 1, 2) == 2 and signal.alarm(0) == 0
     code = "from codistill.grading import with_alarm; with_alarm(0, pow, 9, 9**9)"
@@ -98,7 +152,9 @@ def test_a_grading_process_is_ready_before_the_time_runs():
     code = (
         "import signal, sys; from codistill.grading import prepare_process; prepare_process()\n"
         "assert 'math_verify' in sys.modules and 'torch' not in sys.modules\n"
-        "assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN"
+        "for number in (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):\n"
+        "    assert signal.getsignal(number) == signal.SIG_IGN\n"
+        "import os; assert os.getsid(0) == os.getpid()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
@@ -116,6 +172,26 @@ def test_gold_answers_that_cannot_be_graded_are_refused(grader, caplog):
         grader.check_golds("data.train", path, [["1"], ["2", "}"]])
     expected = "data.train = 'a.jsonl': expected an answer in row 2 that math-verify can read"
     assert str(error.value).startswith(expected) and "'}'" in str(error.value)
+
+
+def test_a_training_step_whose_gradings_all_fail_stops_the_run(make_trainer, caplog):
+    class FailingGrader:
+        failing = 12
+
+        def grade(self, texts, answers) -> Grades:
+            fine = len(texts) - 2 * self.failing
+            correct = [True] * fine + [False] * 2 * self.failing
+            return Grades(correct, failures=self.failing, timeouts=self.failing)
+
+    grader = FailingGrader()
+    trainer = make_trainer({}, grader)
+    text = "grading failed on 12 and timed out on 12 of 24 rollouts"
+    with pytest.raises(RunError, match=rf"^{text} \(reward.timeout = 5 s\)$"):
+        trainer.step(1)
+    grader.failing = 1
+    trainer.step(1)
+    text = "grading failed on 1 and timed out on 1 of 24 rollouts: counted as wrong"
+    assert caplog.messages.count(text) == 1
 
 
 def test_held_out_completions_that_cannot_be_graded_are_named(make_trainer, caplog):

@@ -217,9 +217,8 @@ class FakeEngine:
             tokens[-1] = END
         return Completion(tokens, (-random.random(len(tokens))).tolist(), length > longest)
 
-    def sync(self, weights):
-        for _ in weights:
-            pass
+    def sync(self):
+        pass
 
 
 def brevity(prompts, completions, completion_ids, **columns):

@@ -5,7 +5,9 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet
@@ -16,6 +18,7 @@ from codistill.config import Config, ConfigError, load_config
 from codistill.config.data import RewardConfig
 from codistill.reward_functions import RewardError, RewardFunction, load_functions
 from codistill.run import run
+from codistill.stopping import StopSignals
 
 MODULE = """
 import os
@@ -59,7 +62,7 @@ def module(tmp_path, monkeypatch) -> Path:
 
 
 def call(function, *, completions: int = 3) -> list:
-    reward = RewardFunction("my.reward", 1.0, function)
+    reward = RewardFunction("my.reward", 1.0, function, timeout=9)
     ids = [[5] * (length + 1) for length in range(completions)]
     texts = [str(length) for length in range(completions)]
     return reward(["p"] * completions, texts, ids, [ROW] * completions)
@@ -91,7 +94,7 @@ def test_a_function_cannot_change_what_training_goes_on_with():
         return [0.0]
 
     ids = [[1, 2]]
-    RewardFunction("my.reward", 1.0, reward)(["p"], ["c"], ids, [ROW])
+    RewardFunction("my.reward", 1.0, reward, timeout=9)(["p"], ["c"], ids, [ROW])
     assert ids == [[1, 2]]
 
 
@@ -123,11 +126,39 @@ def test_an_exception_is_reported_with_its_place():
     assert str(error.value) == f"reward function my.reward {place}"
 
 
+@pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt()])
+def test_a_function_cannot_end_the_run_without_a_message(error):
+    def reward(**_):
+        raise error
+
+    with pytest.raises(RewardError, match=f"my.reward raised {type(error).__name__}: "):
+        call(reward)
+
+
+def test_a_function_may_take_its_time_and_no_more():
+    def reward(**_):
+        try:
+            time.sleep(20)
+        except Exception:
+            time.sleep(20)
+
+    before = signal.getsignal(signal.SIGALRM)
+    slow = RewardFunction("my.reward", 1.0, reward, timeout=0.1)
+    with pytest.raises(RewardError) as raised:
+        slow(["p"], ["c"], [[1]], [ROW])
+    text = "reward function my.reward raised OutOfTime: it may take 0.1 s (reward.function_timeout)"
+    line = reward.__code__.co_firstlineno + 2
+    assert str(raised.value) == f"{text} (test_reward_functions.py, line {line})"
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
 def test_modules_of_the_current_folder_are_found(tmp_path, monkeypatch):
     (tmp_path / "rewards_here.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [path for path in os.sys.path if path])
-    brevity, easy = load_functions({"rewards_here.brevity": 0.5, "rewards_here.easy": 2}, ROW)
+    functions = {"rewards_here.brevity": 0.5, "rewards_here.easy": 2}
+    brevity, easy = load_functions(RewardConfig(functions=functions), ROW)
     assert (brevity.name, brevity.weight, easy.name, easy.weight) == ("brevity", 0.5, "easy", 2)
     assert easy(["p"], ["c"], [[1]], [ROW]) == [1.0]
 
@@ -152,7 +183,7 @@ def test_modules_of_the_current_folder_are_found(tmp_path, monkeypatch):
 def test_a_wrong_import_path_stops_before_models_load(settings, module, path, expected):
     settings["reward"]["functions"] = {path: 1.0}
     with pytest.raises(ConfigError) as error:
-        run(Config(**settings))
+        run(Config(**settings), StopSignals())
     assert str(error.value).startswith(f"reward.functions = {path!r}: expected {expected}")
 
 
@@ -219,7 +250,7 @@ def test_an_error_on_one_process_ends_all_with_code_1(with_levels, module, train
     done = train(with_levels, processes=2)
     assert done.returncode == 1
     line = "reward function my_rewards.breaks raised ZeroDivisionError: division by zero"
-    assert f"train.py: stopped: {line} (my_rewards.py, line 16)" in done.stderr
+    assert f"train.py: stopped: rank 1: {line} (my_rewards.py, line 16)" in done.stderr
     # Said by the first process, though it was the other whose function failed; no traceback beside.
     assert done.stderr.count("ZeroDivisionError") == 1
 

@@ -1,0 +1,105 @@
+"""Processes of a run that fail, end or hang: one line that says which and in what phase."""
+
+import os
+import signal
+
+import pytest
+from background import BackgroundRun
+
+from codistill.failures import Failure, RunError, log_path, phase, report
+
+
+def test_the_innermost_phase_is_named():
+    with pytest.raises(Failure, match="error in phase sync") as error:
+        with phase("training"), phase("sync"):
+            raise ValueError("no")
+    assert isinstance(error.value.__cause__, ValueError)
+    with pytest.raises(RunError), phase("sync"):
+        raise RunError("said as it is")
+
+
+def failure(error: Exception) -> Failure:
+    with pytest.raises(Failure) as found, phase("rollout"):
+        raise error
+    return found.value
+
+
+GLOO = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:1] Connection closed")
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "files", "expected"),
+    [
+        (1, ValueError("no\nmore"), {}, "rank 1 failed in phase rollout: ValueError: no"),
+        (0, GLOO, {1: "failed"}, None),  # rank 1 has said it
+        (0, GLOO, {1: "lost"}, "stopped in phase rollout: no answer from rank 2, which has ended"),
+        (1, GLOO, {0: "lost"}, None),  # rank 0 says it
+        (1, GLOO, {2: "lost"}, "stopped in phase rollout: no answer from rank 0, which has ended"),
+        (
+            0,
+            GLOO,
+            {1: "lost", 2: "lost"},
+            "stopped in phase rollout: rank 0 failed in phase",
+        ),
+    ],
+)
+def test_one_process_prints_the_line(tmp_path, monkeypatch, capsys, rank, error, files, expected):
+    monkeypatch.setattr("codistill.failures.PATIENCE", 0.0)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for other, kind in files.items():
+        log_path(tmp_path, other).write_text(f"{kind}\nTraceback")
+    report(failure(error), tmp_path)
+    assert "Traceback" in log_path(tmp_path, rank).read_text()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (expected is not None)
+    for line in lines:
+        assert f": {expected}" in line and f"errors_rank{rank}.log" in line
+
+
+def test_without_a_place_for_the_file_the_traceback_is_printed(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    report(failure(ValueError("no")), tmp_path / "file" / "run")
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=["SIGSTOP", "SIGKILL"])
+def test_a_rank_that_stops_or_dies_is_named(settings, tmp_path, number):
+    settings["training"]["steps"] = 500
+    settings["distributed"] = {"timeout": 8}
+    run = BackgroundRun(settings, tmp_path)
+    try:
+        run.wait_for("step 1/")
+        os.kill(run.ranks[1], number)
+        run.wait_for("no answer from rank 1, which has ended or hangs (traceback in ")
+        lines = [line for line in run.text.splitlines() if line.startswith("train.py: ")]
+        assert len(lines) == 1 and lines[0].startswith("train.py: stopped in phase ")
+        assert "gloo" not in run.text
+        assert "gloo" in log_path(run.folder, 0).read_text()
+    finally:
+        run.kill()
+
+
+@pytest.mark.long
+def test_a_process_alone_can_be_reached_from_this_machine_only(settings, tmp_path):
+    settings["training"]["steps"] = 500
+    run = BackgroundRun(settings, tmp_path, processes=1)
+    try:
+        run.wait_for("step 1/")
+        assert all(address.startswith("0100007F:") for address in listening(run.process.pid))
+    finally:
+        run.kill()
+
+
+def listening(pid: int) -> list[str]:
+    """Addresses at which a process listens (hexadecimal)."""
+    folder = f"/proc/{pid}/fd"
+    links = [os.readlink(f"{folder}/{name}") for name in os.listdir(folder)]
+    inodes = {link[8:-1] for link in links if link.startswith("socket:[")}
+    found = []
+    for table in ("tcp", "tcp6"):
+        with open(f"/proc/{pid}/net/{table}") as rows:
+            cells = [row.split() for row in rows][1:]
+        found += [cell[1] for cell in cells if cell[3] == "0A" and cell[9] in inodes]
+    return found
