@@ -10,7 +10,8 @@ from codistill.config.changes import Changes, changes_between, may_change
 from codistill.data import Problem, load_problems, overlap
 from codistill.grading import Grader
 from codistill.losses import make_policy_loss
-from codistill.model import check_models, load_tokenizers
+from codistill.model import check_trainable
+from codistill.pretrained import check_models, end_token_ids, load_tokenizers
 from codistill.reward_functions import RewardFunction, load_functions
 
 
@@ -35,8 +36,11 @@ def load_inputs(config: Config) -> Inputs:
     """
     for name in config.trained:
         make_policy_loss(config, name)
-    tokenizer = load_tokenizers(config)
     check_models(config)
+    tokenizer = load_tokenizers(config)
+    for name in config.loaded:
+        check_trainable(f"{name}.path", config.model(name).path, len(tokenizer))
+    end_token_ids(f"{config.writer}.path", config.model(config.writer).path, tokenizer)
     limit = config.rollout.max_prompt_tokens
     problems = load_problems("data.train", config.data, tokenizer, max_prompt_tokens=limit)
     held_out = load_problems("data.eval", config.data, tokenizer, max_prompt_tokens=limit)

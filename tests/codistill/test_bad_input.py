@@ -1,13 +1,22 @@
 """Bad input of every kind: each is refused in one line that says what is wrong, and quickly."""
 
+import json
 import os
+import shutil
+import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import torch
+import transformers
 import yaml
+from safetensors.torch import load_file, save_file
 from test_config import MINIMAL
 
 from codistill.config import Config, ConfigError, load_config
+from codistill.inputs import load_inputs
+from codistill.model import load_causal_lm
 
 
 def refused(text: str | bytes, tmp_path: Path, *arguments: str) -> str:
@@ -148,3 +157,126 @@ def test_a_tilde_is_the_home_directory(monkeypatch):
         Path("b.jsonl"),
     )
     assert (config.small.path, config.large.path) == ("/home/somebody/small", "b")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+
+
+def edit(folder: Path, name: str, **values) -> None:
+    """Change values of a JSON file."""
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def edit_weights(folder: Path, change) -> None:
+    """Change the dictionary of weights."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def narrow(weights: dict) -> None:
+    weights["model.layers.0.mlp.up_proj.weight"] = weights["model.norm.weight"][None].clone()
+
+
+def add_tokens(folder: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<{number}>" for number in range(30)])
+    tokenizer.save_pretrained(folder)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+WEIGHTS = "model.safetensors"
+REFUSED_MODELS = {
+    "no config": (lambda f: (f / "config.json").unlink(), "a model's folder, with config.json"),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), "an object in config.json"),
+    "config broken": (lambda f: (f / "config.json").write_text("{"), "JSON in config.json"),
+    "config a pointer": (
+        lambda f: (f / "config.json").write_text(POINTER),
+        "config.json is a Git LFS pointer",
+    ),
+    "unknown type": (
+        lambda f: edit(f, "config.json", model_type="mine", auto_map={"AutoConfig": "x.Y"}),
+        "a model that is understood",
+    ),
+    "no causal model": (lambda f: edit(f, "config.json", model_type="t5"), "a model that is"),
+    "impossible sizes": (lambda f: edit(f, "config.json", hidden_size="x"), "a model that is"),
+    "other shape": (
+        lambda f: edit_weights(f, narrow),
+        "model.layers.0.mlp.up_proj.weight of (128, 64) as in config.json; it is (1, 64)",
+    ),
+    "fewer rows than in config": (
+        lambda f: edit(f, "config.json", vocab_size=99),
+        "as in config.json; it is (40, 64)",
+    ),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), f"the weights {WEIGHTS}, which are not there"),
+    "empty weights": (
+        lambda f: (f / WEIGHTS).write_bytes(b""),
+        f"a whole safetensors file {WEIGHTS}",
+    ),
+    "cut weights": (lambda f: cut(f / WEIGHTS), f"a whole safetensors file {WEIGHTS}"),
+    "weights a pointer": (
+        lambda f: (f / WEIGHTS).write_text(POINTER),
+        f"{WEIGHTS} is a Git LFS pointer",
+    ),
+    "weights a pipe": (
+        lambda f: ((f / WEIGHTS).unlink(), os.mkfifo(f / WEIGHTS)),
+        f"the weights {WEIGHTS}, which are not there",
+    ),
+    "a shard missing": (
+        lambda f: (f / f"{WEIGHTS}.index.json").write_text(
+            '{"weight_map": {"a": "b.safetensors"}}'
+        ),
+        "the weights b.safetensors, which are not there",
+    ),
+    "index of nothing": (
+        lambda f: (f / f"{WEIGHTS}.index.json").write_text("{}"),
+        f"a weight_map of file names in {WEIGHTS}.index.json",
+    ),
+    "empty tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text("{}"),
+        "a model with a tokenizer",
+    ),
+    "more tokens than rows": (
+        add_tokens,
+        "a row for each of the tokenizer's 50 tokens; there are 40",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_MODELS)
+def test_wrong_model_is_named(settings, models, tmp_path, case):
+    change, expected = REFUSED_MODELS[case]
+    path = tmp_path / "model"
+    shutil.copytree(models["large"], path)
+    change(path)
+    # The only model of its run, or the first of two: the other must not be blamed.
+    settings["small"]["path"] = str(path)
+    if case == "more tokens than rows":
+        settings |= {"algorithm": "grpo"}
+    with pytest.raises(ConfigError) as error:
+        load_inputs(Config(**settings))
+    assert str(error.value).startswith(f"small.path = {str(path)!r}: expected ")
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_that_is_not_there_is_said_at_once(settings, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for path in ("demo/typo", "./typo", "typo", "a/b/c", "~/typo"):
+        settings["large"]["path"] = path
+        start = time.monotonic()
+        with pytest.raises(
+            ConfigError, match="large.path = .*typo|c': expected a folder that exists"
+        ):
+            load_inputs(Config(**settings))
+        assert time.monotonic() - start < 10
+
+
+def test_weights_that_are_missing_are_no_random_numbers(models, tmp_path):
+    shutil.copytree(models["large"], tmp_path / "model")
+    edit_weights(tmp_path / "model", lambda weights: weights.pop("model.norm.weight"))
+    with pytest.raises(ConfigError, match="expected all weights, 1 are missing: model.norm.weight"):
+        load_causal_lm(str(tmp_path / "model"), dtype=torch.float32)
