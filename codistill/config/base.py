@@ -25,6 +25,11 @@ def shown(value: object) -> str:
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 
+def printable(text: str) -> str:
+    """A key or a text of a file as a message shows it: on one line, no control characters."""
+    return shown(text)[1:-1]
+
+
 def expanded(path: str) -> str:
     """The path with the home directory for a leading `~`."""
     if not path or "\0" in path:

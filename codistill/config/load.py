@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import CliApp, SettingsError
 
-from codistill.config.base import ConfigError, section_of, shown
+from codistill.config.base import ConfigError, printable, section_of, shown
 from codistill.config.read_yaml import read_yaml
 from codistill.config.schema import Config
 
@@ -84,11 +84,6 @@ def explain_field(error: ValidationError) -> str:
     if first["type"] == "model_type":
         message = "expected a section, with keys of its own"
     return f"{printable(key)} = {shown(first['input'])}: {message[0].lower()}{message[1:]}"
-
-
-def printable(key: str) -> str:
-    """A key as a message shows it: on one line, without control characters."""
-    return shown(key)[1:-1]
 
 
 def describe(key: str) -> str:

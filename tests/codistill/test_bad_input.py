@@ -1,5 +1,7 @@
 """Bad input of every kind: each is refused in one line that says what is wrong, and quickly."""
 
+import copy
+import gzip
 import json
 import os
 import shutil
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import tokenizers
 import torch
 import transformers
 import yaml
@@ -15,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from test_config import MINIMAL
 
 from codistill.config import Config, ConfigError, load_config
+from codistill.config.data import DataConfig
+from codistill.data import load_problems
 from codistill.inputs import load_inputs
 from codistill.model import load_causal_lm
 
@@ -126,6 +131,7 @@ def test_no_number_is_infinite(tmp_path, key, value):
         ("reward.functions", "mine.f=nan"),
         ("reward.functions", "mine.f=1e300"),
         ("data.template", "{problem}" + "x" * 10**4),
+        ("data.template", "{problem}\ud800"),
         *(
             ("name", name)
             for name in ("", ".", "..", " ", "../../x", "/abs", "a/b", "a\nb", "\x1b")
@@ -280,3 +286,91 @@ def test_weights_that_are_missing_are_no_random_numbers(models, tmp_path):
     edit_weights(tmp_path / "model", lambda weights: weights.pop("model.norm.weight"))
     with pytest.raises(ConfigError, match="expected all weights, 1 are missing: model.norm.weight"):
         load_causal_lm(str(tmp_path / "model"), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", POINTER, "the file itself: it is a Git LFS pointer"),
+        ("a.parquet", POINTER, "the file itself: it is a Git LFS pointer"),
+        (
+            "a.jsonl",
+            '{"problem": "\\ud800", "answer": "1"}',
+            "a text without '\\ud800' as problem in",
+        ),
+        (
+            "a.jsonl",
+            '{"problem": "1\\u0000", "answer": "1"}',
+            "a text without '\\x00' as problem in",
+        ),
+        (
+            "a.jsonl",
+            '{"problem": "1", "answer": "1\\u0000"}',
+            "a text without '\\x00' as answer in",
+        ),
+        (
+            "a.jsonl",
+            '{"problem": "1", "answer": "\\udfff"}',
+            "a text without '\\udfff' as answer in",
+        ),
+        (
+            "a.jsonl",
+            '{"problem": " \\n", "answer": "1"}',
+            "a text or a list of messages as problem in",
+        ),
+        (
+            "a.jsonl",
+            '{"problem": "1", "answer": " "}',
+            "a text, a number or a list of them as answer",
+        ),
+        (
+            "a.jsonl",
+            '{"problem": "1", "answer": true}',
+            "a text, a number or a list of them as answer",
+        ),
+        (
+            "a.jsonl",
+            '{"problem": "1", "answer": NaN}',
+            "a text, a number or a list of them as answer",
+        ),
+        (
+            "a.jsonl",
+            '{"problem": "1", "answer": "1"}\n{"question": "1", "answer": "1"}',
+            "as problem in row 2, which has question, answer",
+        ),
+        ("a.jsonl", '{"a\\nb": "1", "c": "1"}', "found a\\nb, c"),
+        ("a.json", "[" * 100_000, "rows of few levels"),
+        ("a.jsonl", "\u00e9".encode("latin-1"), "'utf-8' codec can't decode byte 0xe9"),
+        ("a.jsonl", "{}".encode("utf-16"), "'utf-8' codec can't decode byte 0xff"),
+        ("a.jsonl.gz", b"no gzip", "Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(b"x" * 999)[:-12], "end-of-stream marker was reached"),
+        ("a.csv", 'problem,answer\n1,"2', "unexpected end of data"),
+        ("a.csv", "problem,answer\n1,2,3", "row 1 has more values than the first line has names"),
+        ("folder", "[1]", "expected rows of problems: list indices must be integers"),
+        ("folder", '{"_data_files": [{"filename": 3}]}', "expected rows of problems: unsupported"),
+        ("pipe.jsonl", None, "a file that exists"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_wrong_data(tmp_path, tokenizer, name, content, expected):
+    path = tmp_path / name
+    if content is None:
+        os.mkfifo(path)
+    else:
+        target = path if path.suffix else path / "state.json"
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(content if isinstance(content, bytes) else content.encode())
+    config = DataConfig(train=path, eval=path)
+    with pytest.raises(ConfigError) as error:
+        load_problems("data.train", config, tokenizer, max_prompt_tokens=99)
+    assert str(error.value).startswith(f"data.train = {str(path)!r}: expected ")
+    assert expected in str(error.value) and str(error.value).isprintable()
+
+
+def test_a_prompt_without_tokens(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"problem": "\\u200b", "answer": "1"}')
+    config = DataConfig(train=tmp_path / "a.jsonl", eval=tmp_path / "a.jsonl")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("\u200b", "")
+    with pytest.raises(ConfigError, match="expected a prompt of tokens in row 1, found none"):
+        load_problems("data.train", config, tokenizer, max_prompt_tokens=99)
