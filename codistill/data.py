@@ -1,7 +1,8 @@
 """Problems: read from a file, made into prompts, drawn in an order that seed and step fix."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -197,6 +198,16 @@ def draw(count: int, batch: int, step: int, seed: int) -> np.ndarray:
     order = np.concatenate([np.random.default_rng([seed, e]).permutation(count) for e in epochs])
     start = first - epochs[0] * count
     return order[start : start + batch]
+
+
+def counted(indices: Iterable[int]) -> list[tuple[int, int]]:
+    """Each index, and how often it has come before: 7, 3, 7 -> (7, 0), (3, 0), (7, 1)."""
+    before: Counter[int] = Counter()
+    draws = []
+    for index in indices:
+        draws.append((index, before[index]))
+        before[index] += 1
+    return draws
 
 
 def redraw(count: int, batch: int, step: int, seed: int) -> Iterator[np.ndarray]:

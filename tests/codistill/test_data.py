@@ -15,7 +15,7 @@ import pytest
 
 from codistill.config import ConfigError
 from codistill.config.data import DataConfig
-from codistill.data import contradictions, draw, gold_answers, load_problems, overlap
+from codistill.data import contradictions, counted, draw, gold_answers, load_problems, overlap
 from codistill.engine import cut_at_end, prompt_seeds
 
 
@@ -33,9 +33,14 @@ def test_draw_is_a_function_of_its_arguments_across_the_border_of_epochs():
 
 
 def test_seeds_depend_on_the_problem_not_on_its_place():
-    seeds = prompt_seeds(1, 5, [3, 8])
-    assert prompt_seeds(1, 5, [8]) == seeds[1:]
-    assert len({*seeds, *prompt_seeds(1, 6, [3, 8]), *prompt_seeds(2, 5, [3, 8])}) == 6
+    draws = [(3, 0), (8, 0), (3, 1)]
+    seeds = prompt_seeds(1, 5, draws)
+    assert prompt_seeds(1, 5, [(8, 0)]) == seeds[1:2]
+    assert len({*seeds, *prompt_seeds(1, 6, draws), *prompt_seeds(2, 5, draws)}) == 9
+
+
+def test_draws_are_counted():
+    assert counted([7, 3, 7, 7, 3]) == [(7, 0), (3, 0), (7, 1), (7, 2), (3, 1)]
 
 
 @pytest.mark.parametrize(
