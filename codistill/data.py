@@ -105,19 +105,24 @@ def problem_of(name: str, value: Any, template: str) -> str | list[Message]:
     Raises:
         ValueError: it is neither, or blank.
     """
-    if isinstance(value, list) and value:
-        turns = [turn if isinstance(turn, dict) else {} for turn in value]
-        messages = [{"role": turn.get("role"), "content": turn.get("content")} for turn in turns]
-        if all(isinstance(text, str) for turn in messages for text in turn.values()):
-            if template != CHAT:
-                raise ValueError(f"expected data.template = 'chat' for the messages of {name}")
-            for turn in messages:
-                check_text(name, turn["content"])
-            return messages
+    if isinstance(value, list) and value and all(map(is_message, value)):
+        if template != CHAT:
+            raise ValueError(f"expected data.template = 'chat' for the messages of {name}")
+        messages = [{"role": turn["role"], "content": turn["content"]} for turn in value]
+        for turn in messages:
+            check_text(name, turn["content"])
+        return messages
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"expected a text or a list of messages as {name}")
     check_text(name, value)
     return value
+
+
+def is_message(turn: Any) -> bool:
+    """Whether this is a turn of a conversation."""
+    return isinstance(turn, dict) and all(
+        isinstance(turn.get(key), str) for key in ("role", "content")
+    )
 
 
 def answers_of(name: str, row: dict[str, Any]) -> tuple[str, ...]:

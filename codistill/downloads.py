@@ -49,9 +49,10 @@ def weight_files(key: str, folder: Path) -> list[str]:
     """Names of the files that hold the weights."""
     if (folder / INDEX).is_file():
         files = read_object(key, folder, INDEX).get("weight_map")
-        valid = isinstance(files, dict) and all(isinstance(n, str) for n in files.values())
+        names = files.values() if isinstance(files, dict) else [None]
+        valid = all(isinstance(name, str) for name in names)
         require(valid, key, str(folder), f"a weight_map of file names in {INDEX}")
-        return sorted(set(files.values()))
+        return sorted(set(names))
     pickled = any(folder.glob("*.bin")) and not (folder / SINGLE).is_file()
     expected = (
         f"{SINGLE}; a .bin file is a pickle, which can run code when it is read, and is refused"
