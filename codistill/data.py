@@ -1,25 +1,26 @@
 """Problems: read from a file, made into prompts, drawn in an order that seed and step fix."""
 
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.ipc
-import pyarrow.parquet
 
 from codistill.config import ConfigError, require
+from codistill.config.base import printable
 from codistill.config.data import DataConfig
 from codistill.grading import last_boxed
-from codistill.templates import CHAT, encode, render
+from codistill.rows import read_rows
+from codistill.templates import CHAT, Message, broken_character, encode, render
 
 PROBLEM_FIELDS = ("problem", "question", "prompt")
-ANSWER_FIELDS = ("answer", "final_answer", "solution")
+VERL_ANSWER = "reward_model.ground_truth"
+ANSWER_FIELDS = ("final_answer", "ground_truth", VERL_ANSWER, "answer", "solution")
+"""From the most to the least specific: an `answer` beside a `final_answer` is a long text."""
 
 REDRAW_STREAM = 2**34  # larger than the number of any epoch, whose random streams are others
 
@@ -47,60 +48,121 @@ def load_problems(
     """The problems of the file under this key of the configuration.
 
     Raises:
-        ConfigError: the file is missing, cannot be read or has no row, a field of a row is missing
-            or empty, or a prompt is too long.
+        ConfigError: the file is missing, cannot be read or has no row, a field of a row is missing,
+            empty or no text, or a prompt is empty or too long.
     """
     path = {"data.train": config.train, "data.eval": config.eval}[key]
     rows = read_rows(key, path)
     require(bool(rows), key, str(path), "at least one problem, found none")
     names = list(dict.fromkeys(name for row in rows for name in row))
-    fields = [
-        next((f for f in known if f in names), "") for known in (PROBLEM_FIELDS, ANSWER_FIELDS)
-    ]
-    require(
-        all(fields),
-        key,
-        str(path),
-        f"rows with {' or '.join(PROBLEM_FIELDS)} and {' or '.join(ANSWER_FIELDS)}, "
-        f"found {', '.join(names)}",
-    )
+    problem_field, answer_field = chosen_fields(key, path, rows, names)
     if config.template == CHAT and not tokenizer.chat_template:
         raise ConfigError(
             "data.template = 'chat': expected a tokenizer with a chat template, small.path has none"
         )
     problems = []
     for number, row in enumerate(rows, start=1):
-        problem, answers = row.get(fields[0]), gold_answers(fields[1], row.get(fields[1]))
-        if not isinstance(problem, str) or not problem or not answers:
-            wrong = fields[1] if isinstance(problem, str) and problem else fields[0]
-            raise ConfigError(f"{key} = {str(path)!r}: {expected(wrong)} in row {number}")
-        prompt = render(config.template, problem, tokenizer)
+        try:
+            content = problem_of(problem_field, row.get(problem_field), config.template)
+            answers = answers_of(answer_field, row)
+            prompt = render(config.template, content, tokenizer)
+        except ValueError as error:
+            found = f"row {number}, which has {printable(', '.join(map(str, row)))}"
+            raise ConfigError(f"{key} = {str(path)!r}: {error} in {found}") from error
         prompt_ids = encode(prompt, tokenizer)
+        require(bool(prompt_ids), key, str(path), f"a prompt of tokens in row {number}, found none")
         if len(prompt_ids) > max_prompt_tokens:
             raise ConfigError(
                 f"rollout.max_prompt_tokens = {max_prompt_tokens}: expected at least "
                 f"{len(prompt_ids)}, the length of the prompt in row {number} of {path}"
             )
+        text = content if isinstance(content, str) else content[-1]["content"]
         columns = dict.fromkeys(names) | row
-        problems.append(Problem(problem, answers, prompt, prompt_ids, columns))
+        problems.append(Problem(text, answers, prompt, prompt_ids, columns))
     return problems
 
 
-def expected(name: str) -> str:
-    """What a field of this name should hold."""
-    if name in PROBLEM_FIELDS:
-        return f"expected a text as {name}"
-    if name == "solution":
-        return "expected a solution with a \\boxed{} answer"
-    return f"expected a text, a number or a list of them as {name}"
+def chosen_fields(
+    key: str, path: Path, rows: list[dict[str, Any]], names: list[str]
+) -> tuple[str, str]:
+    """The fields that hold problem and answer: the first of those known that the file has."""
+    found = {*names} | ({VERL_ANSWER} if any(map(verl_answer, rows)) else set())
+    known = (PROBLEM_FIELDS, ANSWER_FIELDS)
+    problem, answer = (next((f for f in fields if f in found), "") for fields in known)
+    require(
+        bool(problem and answer),
+        key,
+        str(path),
+        f"rows with {' or '.join(PROBLEM_FIELDS)} and {' or '.join(ANSWER_FIELDS)}, "
+        f"found {printable(', '.join(map(str, names)))}",
+    )
+    return problem, answer
+
+
+def problem_of(name: str, value: Any, template: str) -> str | list[Message]:
+    """The problem in field `name`: a text, or messages for the chat template.
+
+    Raises:
+        ValueError: it is neither, or blank.
+    """
+    if isinstance(value, list) and value and all(map(is_message, value)):
+        if template != CHAT:
+            raise ValueError(f"expected data.template = 'chat' for the messages of {name}")
+        messages = [{"role": turn["role"], "content": turn["content"]} for turn in value]
+        for turn in messages:
+            check_text(name, turn["content"])
+        return messages
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"expected a text or a list of messages as {name}")
+    check_text(name, value)
+    return value
+
+
+def is_message(turn: Any) -> bool:
+    """Whether this is a turn of a conversation."""
+    return isinstance(turn, dict) and all(
+        isinstance(turn.get(key), str) for key in ("role", "content")
+    )
+
+
+def answers_of(name: str, row: dict[str, Any]) -> tuple[str, ...]:
+    """The gold answers in field `name`.
+
+    Raises:
+        ValueError: there is none, or one of them cannot be used.
+    """
+    answers = gold_answers(name, verl_answer(row) if name == VERL_ANSWER else row.get(name))
+    if not answers and name == "solution":
+        raise ValueError("expected a solution with a \\boxed{} answer")
+    if not answers:
+        raise ValueError(f"expected a text, a number or a list of them as {name}")
+    for answer in answers:
+        check_text(name, answer)
+    return answers
+
+
+def verl_answer(row: dict[str, Any]) -> Any:
+    """`reward_model.ground_truth` of verl's files; None where there is none."""
+    nested = row.get("reward_model")
+    return nested.get("ground_truth") if isinstance(nested, dict) else None
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise ValueError for characters that no text has: NUL, or half of a surrogate pair."""
+    broken = broken_character(text)
+    if broken is not None:
+        raise ValueError(f"expected a text without {broken!r} as {name}")
 
 
 def gold_answers(name: str, value: Any) -> tuple[str, ...]:
-    """The answers in field `name`; none if one of them cannot be used."""
+    """The answers in field `name`; none if one of them cannot be used.
+
+    Where a text has `####`, as in GSM8K, what comes before is how the answer was found.
+    """
     if name == "solution":
         value = last_boxed(value) if isinstance(value, str) else None
     values = value if isinstance(value, list) else [value]
-    texts = [answer_text(value) for value in values]
+    texts = [answer_text(value).rpartition("####")[2].strip() for value in values]
     return tuple(texts) if all(texts) else ()
 
 
@@ -109,76 +171,25 @@ def answer_text(value: Any) -> str:
     "" if it is no answer."""
     if isinstance(value, str):
         return value.strip()
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, float | Decimal) or not math.isfinite(value):
         return ""
     return str(int(value)) if value == int(value) else f"{Decimal(str(value)):f}"
 
 
-def read_rows(key: str, path: Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl, .json or .parquet file or of a folder that `Dataset.save_to_disk` wrote.
-
-    Raises:
-        ConfigError: the file is missing or cannot be read.
-    """
-    readers = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
-    kinds = "a .jsonl, .json or .parquet file, or a folder that datasets saved"
-    require(path.suffix in readers or path.is_dir(), key, str(path), kinds)
-    require(path.exists(), key, str(path), "a file that exists")
-    reader = read_arrow if path.is_dir() else readers[path.suffix]
-    try:
-        rows = reader(path)
-        for number, row in enumerate(rows, start=1):
-            if not isinstance(row, dict):
-                raise ValueError(f"row {number} is no object with fields")
-        return rows
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        message = " ".join(str(error).split())
-        raise ConfigError(f"{key} = {str(path)!r}: expected rows of problems: {message}") from error
-
-
-def read_jsonl(path: Path) -> list:
-    """The rows of a file with one JSON object per line."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from error
-    return rows
-
-
-def read_json(path: Path) -> list:
-    """The rows of a file with a list of objects, or with one object per line as in .jsonl: such
-    files are often named .json too."""
-    text = path.read_text(encoding="utf-8")
-    return json.loads(text) if text.lstrip().startswith("[") else read_jsonl(path)
-
-
-def read_parquet(path: Path) -> list:
-    return pyarrow.parquet.read_table(path).to_pylist()
-
-
-def read_arrow(folder: Path) -> list:
-    """The rows of a folder that `Dataset.save_to_disk` wrote."""
-    if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-        names = ", ".join(str(folder / split) for split in splits)
-        raise ValueError(f"this folder holds several sets, give one of {names}")
-    if not (folder / "state.json").is_file():
-        raise ValueError("this folder has no state.json, so datasets did not save it")
-    rows: list = []
-    for part in json.loads((folder / "state.json").read_text())["_data_files"]:
-        with pa.memory_map(str(folder / part["filename"])) as source:
-            rows += pyarrow.ipc.open_stream(source).read_all().to_pylist()
-    return rows
-
-
 def overlap(problems: Sequence[Problem], held_out: Sequence[Problem]) -> int:
     """How many held-out problems are training problems too, white space aside."""
     known = {" ".join(problem.problem.split()) for problem in problems}
     return sum(" ".join(problem.problem.split()) in known for problem in held_out)
+
+
+def contradictions(problems: Sequence[Problem]) -> int:
+    """How many problems occur more than once, with different answers."""
+    answers: dict[str, set[tuple[str, ...]]] = {}
+    for problem in problems:
+        answers.setdefault(problem.prompt, set()).add(problem.answers)
+    return sum(len(found) > 1 for found in answers.values())
 
 
 def draw(count: int, batch: int, step: int, seed: int) -> np.ndarray:
@@ -192,6 +203,16 @@ def draw(count: int, batch: int, step: int, seed: int) -> np.ndarray:
     order = np.concatenate([np.random.default_rng([seed, e]).permutation(count) for e in epochs])
     start = first - epochs[0] * count
     return order[start : start + batch]
+
+
+def counted(indices: Iterable[int]) -> list[tuple[int, int]]:
+    """Each index, and how often it has come before: 7, 3, 7 -> (7, 0), (3, 0), (7, 1)."""
+    before: Counter[int] = Counter()
+    draws = []
+    for index in indices:
+        draws.append((index, before[index]))
+        before[index] += 1
+    return draws
 
 
 def redraw(count: int, batch: int, step: int, seed: int) -> Iterator[np.ndarray]:

@@ -317,6 +317,9 @@ def cut_at_end(tokens: list[int], end_token_ids: tuple[int, ...]) -> tuple[list[
     return tokens, True
 
 
-def prompt_seeds(seed: int, step: int, indices: Iterable[int]) -> list[int]:
-    """One seed per prompt, fixed by what is drawn alone: not by rank or place in the batch."""
-    return [int(np.random.default_rng([seed, step, i]).integers(2**48)) for i in indices]
+def prompt_seeds(seed: int, step: int, draws: Iterable[tuple[int, int]]) -> list[int]:
+    """One seed per prompt, fixed by what is drawn alone: not by rank or place in the batch.
+
+    draws: the index of each problem, and how often the step has drawn it before.
+    """
+    return [int(np.random.default_rng([seed, step, *draw]).integers(2**48)) for draw in draws]

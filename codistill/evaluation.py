@@ -28,7 +28,7 @@ def evaluate(
     share = [problems[i] for i in indices]
     completions = engine.generate(
         [problem.prompt_ids for problem in share],
-        prompt_seeds(seed, EVALUATION_STREAM, indices),
+        prompt_seeds(seed, EVALUATION_STREAM, [(i, 0) for i in indices]),
         Sampling(num_generations=1, temperature=temperature, max_tokens=max_tokens),
     )
     texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]

@@ -41,12 +41,17 @@ def write_hints(
     return hints
 
 
-def hint_uniforms(seed: int, step: int, indices: Sequence[int], count: int, tokens: int):
-    """[len(indices) * count, tokens]: fixed by problem and place in its group, not by process."""
+def hint_uniforms(
+    seed: int, step: int, draws: Sequence[tuple[int, int]], count: int, tokens: int
+) -> np.ndarray:
+    """[len(draws) * count, tokens]: fixed by problem and place in its group, not by process.
+
+    draws: the index of each problem, and how often the step has drawn it before.
+    """
     return np.stack(
         [
             np.random.default_rng([seed, HINT_STREAM + step, index, member]).random(tokens)
-            for index in indices
-            for member in range(count)
+            for index, before in draws
+            for member in range(before * count, (before + 1) * count)
         ]
     )

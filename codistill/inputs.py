@@ -8,13 +8,15 @@ from typing import Any
 from codistill import checkpoint, distributed
 from codistill.config import Config, ConfigError, load_config, require
 from codistill.config.changes import Changes, changes_between, may_change
-from codistill.data import Problem, load_problems, overlap
+from codistill.data import Problem, contradictions, load_problems, overlap
 from codistill.files import read_object, read_rows
 from codistill.fingerprints import INPUTS, Fingerprints, brief, changed, fingerprints
 from codistill.grading import Grader
 from codistill.losses import make_policy_loss
-from codistill.model import check_models, load_tokenizers
+from codistill.model import check_trainable
+from codistill.pretrained import check_models, end_token_ids, load_tokenizers
 from codistill.reward_functions import RewardFunction, load_functions
+from codistill.templates import CHAT, DATE, asks_for_the_date
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,11 @@ def load_inputs(config: Config) -> Inputs:
     """
     for name in config.trained:
         make_policy_loss(config, name)
-    tokenizer = load_tokenizers(config)
     check_models(config)
+    tokenizer = load_tokenizers(config)
+    for name in config.loaded:
+        check_trainable(f"{name}.path", config.model(name).path, len(tokenizer))
+    end_token_ids(f"{config.writer}.path", config.model(config.writer).path, tokenizer)
     limit = config.rollout.max_prompt_tokens
     problems = load_problems("data.train", config.data, tokenizer, max_prompt_tokens=limit)
     held_out = load_problems("data.eval", config.data, tokenizer, max_prompt_tokens=limit)
@@ -58,16 +63,23 @@ def load_inputs(config: Config) -> Inputs:
     changes = changes_of_run(config, len(problems), prints)
     if distributed.is_first():
         check_problems(config, problems, held_out)
+        if config.data.template == CHAT and asks_for_the_date(tokenizer):
+            message = "data.template: the date that the chat template asks for is always %s"
+            logging.getLogger(__name__).info(message, DATE)
     return Inputs(tokenizer, problems, held_out, functions, changes, prints)
 
 
 def check_problems(config: Config, problems: list[Problem], held_out: list[Problem]) -> None:
-    """Raise ConfigError for an answer that cannot be graded; warn of problems in both sets."""
+    """Raise ConfigError for an answer that cannot be graded; warn of what may be a mistake."""
     with make_grader(config) as grader:
         grader.check_golds("data.train", config.data.train, [p.answers for p in problems])
         grader.check_golds("data.eval", config.data.eval, [p.answers for p in held_out])
+    logger = logging.getLogger(__name__)
+    for key, found in (("data.train", problems), ("data.eval", held_out)):
+        if count := contradictions(found):
+            logger.warning("%s: %d problems occur again with another answer", key, count)
     if common := overlap(problems, held_out):
-        logging.getLogger(__name__).warning(
+        logger.warning(
             "data.eval: %d of %d problems are in data.train too: they are not held out",
             *(common, len(held_out)),
         )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import assert_never
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -36,6 +37,7 @@ class Learner:
         """total_steps: of the run, each with `inner_epochs` optimizer steps."""
         self.name, self.policy, self.loss = name, policy, loss
         self.inner_epochs = inner_epochs
+        self.skipped_in_a_row = 0
         self.flops_per_token = training_flops(policy.lm)
         self.max_grad_norm = config.max_grad_norm
         self.optimizer = torch.optim.AdamW(
@@ -90,17 +92,19 @@ class Learner:
     def step(self, metrics: StepMetrics) -> None:
         """Clip the gradient, change the weights, drop the gradient.
 
-        Raises:
-            FloatingPointError: the gradient is not finite. The weights are as before.
+        A gradient that is not finite is dropped alone: weights, optimizer state and schedule stay
+        as they are, and `skipped_in_a_row` counts it.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient of the {self.name} model is {norm.item()}")
-        metrics.maximum(f"grad_norm/{self.name}", norm)
+        is_finite = bool(torch.isfinite(norm))  # on all processes alike
         metrics.maximum(f"learning_rate/{self.name}", self.schedule.get_last_lr()[0])
-        self.optimizer.step()
-        self.schedule.step()
+        metrics.total(f"skipped/{self.name}", (not is_finite) / dist.get_world_size())
+        if is_finite:
+            metrics.maximum(f"grad_norm/{self.name}", norm)
+            self.optimizer.step()
+            self.schedule.step()
+        self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
         self.optimizer.zero_grad()
 
     def record(self, stats: dict[str, Tensor], metrics: StepMetrics) -> None:

@@ -1,4 +1,4 @@
-"""Models and tokenizers. The only importer of transformers.
+"""Models that are loaded; `codistill.pretrained` is about those that are not yet.
 
 A `Policy` is a causal language model whose forward pass ends in log-probabilities, not in logits.
 `shard` spreads its weights over the processes with FSDP2.
@@ -24,8 +24,6 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,10 +31,12 @@ from transformers.utils import is_flash_attn_2_available
 
 from codistill.attention import packed_attention
 from codistill.batch import Ragged, TokenBatch
-from codistill.config import Config, ConfigError, require
+from codistill.config import ConfigError, require
 from codistill.config.schema import TrainingConfig
+from codistill.downloads import check_model_folder
+from codistill.pretrained import first_line
 from codistill_kernels import linear_logps, linear_policy_loss
-from codistill_kernels.integrations.transformers import linear_head, scaling
+from codistill_kernels.integrations.transformers import linear_head
 
 AttentionName = Literal["sdpa", "flash"]
 IMPLEMENTATIONS = {"sdpa": "codistill_packed", "flash": "flash_attention_2"}
@@ -250,8 +250,50 @@ def shard(policy: Policy, *, dtype: torch.dtype, head_dtype: torch.dtype) -> Pol
 
 
 def load_causal_lm(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
-    """From safetensors only: other formats are pickles, which may run code."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    """From safetensors only: other formats are pickles, which may run code.
+
+    Raises:
+        ConfigError: the weights cannot be read, or some are missing and would be random numbers.
+    """
+    try:
+        lm, found = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"path = {path!r}: {first_line(error)}") from error
+    missing = sorted(found["missing_keys"])
+    expected = f"all weights, {len(missing)} are missing: {', '.join(missing[:3])}"
+    require(not missing, "path", path, expected)
+    return lm
+
+
+def check_trainable(key: str, path: str, num_tokens: int) -> None:
+    """Raise ConfigError under configuration key `key` unless the model, as its config.json has it,
+    can be trained, has the shapes of its weights, and a row for each of the tokens.
+
+    Nothing is computed and no weight is loaded.
+    """
+    try:
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        Policy(lm, vocab_size=num_tokens)
+    except Exception as error:  # transformers computes with what the file says
+        expected = f"a model that can be trained; {first_line(error)}"
+        raise ConfigError(f"{key} = {path!r}: expected {expected}") from error
+    rows = len(linear_head(lm)["lm_head_weight"])
+    expected = f"a row for each of the tokenizer's {num_tokens} tokens; there are {rows}"
+    require(num_tokens <= rows, key, path, expected)
+    if not Path(path).is_dir():
+        return
+    shapes = check_model_folder(key, Path(path))
+    for name, weight in lm.state_dict().items():
+        shape, found = tuple(weight.shape), shapes.get(name, tuple(weight.shape))
+        require(found == shape, key, path, f"{name} of {shape} as in config.json; it is {found}")
 
 
 def chosen_attention(name: str, device: torch.device, dtype: torch.dtype) -> AttentionName:
@@ -278,8 +320,10 @@ def load_policy(
     try:
         lm = load_causal_lm(path, dtype=torch.float32).to(device).eval()
         gap = gap_to_definition(Policy(lm, vocab_size=vocab_size))
-    except (OSError, ValueError, NotImplementedError) as error:
-        raise ConfigError(f"{key} = {path!r}: {str(error).splitlines()[0]}") from error
+    except ConfigError:
+        raise
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(f"{key} = {path!r}: {first_line(error)}") from error
     expected = f"a model of known attention and head; log-probabilities are {gap:.1e} nats off"
     require(gap <= GAP_LIMIT, key, path, expected)
     return prepare(lm, options, vocab_size, device)
@@ -335,81 +379,6 @@ def short_windows(lm: PreTrainedModel) -> Iterator[None]:
 def freeze(policy: Policy) -> Policy:
     """A model that is only asked: no gradients, no optimizer."""
     return policy.eval().requires_grad_(False)
-
-
-def load_tokenizer(key: str, path: str) -> PreTrainedTokenizerBase:
-    """Raises ConfigError under configuration key `key` if there is none."""
-    local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if local and not Path(path).is_dir():
-        raise ConfigError(f"{key} = {path!r}: expected a folder that exists, or a Hub name")
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        expected = f"a model with a tokenizer: {str(error).splitlines()[0]}"
-        raise ConfigError(f"{key} = {path!r}: expected {expected}") from error
-
-
-def load_tokenizers(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer that all models of the run share.
-
-    Raises:
-        ConfigError: one is missing, or they give different ids to the same text: a ratio of the
-            models' probabilities means something only token by token.
-    """
-    first, *rest = config.loaded
-    path = config.model(first).path
-    tokenizer = load_tokenizer(f"{first}.path", path)
-    for name in rest:
-        other_path = config.model(name).path
-        other = load_tokenizer(f"{name}.path", other_path)
-        ours, theirs = tokenizer.get_vocab(), other.get_vocab()
-        different = next((t for t in sorted(ours | theirs) if ours.get(t) != theirs.get(t)), None)
-        require(
-            different is None,
-            f"{name}.path",
-            other_path,
-            f"the tokenizer of {first}.path = {path!r}; token {different!r} has id "
-            f"{theirs.get(different)} here and {ours.get(different)} there",
-        )
-    return tokenizer
-
-
-def check_models(config: Config) -> None:
-    """Raise ConfigError unless every config.json has a head that is understood, and positions for
-    prompt and completion."""
-    rollout = config.rollout
-    for name in config.loaded:
-        path = config.model(name).path
-        try:
-            text_config = AutoConfig.from_pretrained(path).get_text_config()
-            scaling(text_config)
-        except (OSError, ValueError) as error:
-            expected = f"a model with a config.json: {str(error).splitlines()[0]}"
-            raise ConfigError(f"{name}.path = {path!r}: expected {expected}") from error
-        positions = getattr(text_config, "max_position_embeddings", None)
-        require(
-            positions is None
-            or rollout.max_prompt_tokens + rollout.max_completion_tokens <= positions,
-            "rollout.max_completion_tokens",
-            rollout.max_completion_tokens,
-            f"no more than the {positions} positions of {name}.path = {path!r} less "
-            f"rollout.max_prompt_tokens = {rollout.max_prompt_tokens}",
-        )
-
-
-def end_token_ids(key: str, path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids that end a completion: the model's generation_config, else the tokenizer's end token.
-
-    Raises ConfigError under configuration key `key` if there is none.
-    """
-    try:
-        ids = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # the model has no generation_config.json
-        ids = None
-    ids = tokenizer.eos_token_id if ids is None else ids
-    if ids is None:
-        raise ConfigError(f"{key} = {path!r}: expected a model that names its end token")
-    return tuple(ids) if isinstance(ids, list) else (ids,)
 
 
 def export(

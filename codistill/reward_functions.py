@@ -24,6 +24,7 @@ from codistill.config.base import ConfigError
 from codistill.config.data import RewardConfig
 from codistill.failures import RunError
 
+LARGEST_REWARD = 1e15  # float32 holds its square, which advantages take; chosen, untested
 OWN_ARGUMENTS = ("prompts", "completions", "completion_ids", "prompt", "completion")
 """Columns of these names are not passed on, because arguments have these names."""
 
@@ -86,8 +87,15 @@ class RewardFunction:
         if len(rewards) != len(completions):
             raise self.failed(f"returned {len(rewards)} rewards for {len(completions)} completions")
         for number, reward in enumerate(rewards):
-            if reward is not None and not math.isfinite(reward):
+            if reward is None:
+                continue
+            if not math.isfinite(reward):
                 raise self.failed(f"returned {reward} for completion {number}")
+            if abs(reward) * max(1, abs(self.weight)) > LARGEST_REWARD:
+                raise self.failed(
+                    f"returned {reward} for completion {number}, more than {LARGEST_REWARD:g} with "
+                    f"its weight {self.weight}"
+                )
         return rewards
 
     def failed(self, how: str) -> RewardError:

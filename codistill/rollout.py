@@ -14,7 +14,7 @@ from torch import Tensor
 from codistill import distributed
 from codistill.batch import Ragged, TokenBatch, pack
 from codistill.config import Config
-from codistill.data import Problem, draw, redraw
+from codistill.data import Problem, counted, draw, redraw
 from codistill.engine import Completion, Sampler, Sampling, prompt_seeds
 from codistill.grading import Grader
 from codistill.hints import hint_length, hint_uniforms, write_hints
@@ -175,7 +175,7 @@ class Generation:
         group_size = self.config.rollout.num_generations
         rounds: list[Rollouts] = []
         for number, indices in enumerate(self.rounds(step), start=1):
-            mine = self.write(step, indices[rank::processes].tolist(), metrics)
+            mine = self.write(step, counted(indices.tolist())[rank::processes], metrics)
             if self.config.rollout.sampling_rounds == 1:
                 return mine
             rounds.append(gathered(mine, group_size))
@@ -195,15 +195,15 @@ class Generation:
         yield draw(*terms)
         yield from itertools.islice(redraw(*terms), rollout.sampling_rounds - 1)
 
-    def write(self, step: int, share: list[int], metrics: StepMetrics) -> Rollouts:
-        """M rollouts of each of these problems."""
+    def write(self, step: int, share: list[tuple[int, int]], metrics: StepMetrics) -> Rollouts:
+        """M rollouts of each of these problems, which `counted` has counted."""
         rollout = self.config.rollout
         length = hint_length(self.config, step, len(self.inputs.problems))
         if length:
             hint_lengths, completions = self.write_with_hints(step, share, length, metrics)
         else:
             completions = self.engine.generate(
-                [self.inputs.problems[i].prompt_ids for i in share],
+                [self.inputs.problems[i].prompt_ids for i, _ in share],
                 prompt_seeds(self.config.seed, step, share),
                 self.sampling(rollout.num_generations, rollout.max_completion_tokens),
             )
@@ -211,19 +211,20 @@ class Generation:
         if self.config.hint.tokens:
             metrics.mean_of("rollout/hint_tokens", torch.tensor(hint_lengths))
             metrics.maximum("time/hint", 0.0)  # there in the steps without, too
-        problems = [self.inputs.problems[i] for i in share for _ in range(rollout.num_generations)]
+        count = rollout.num_generations
+        problems = [self.inputs.problems[i] for i, _ in share for _ in range(count)]
         return self.graded(problems, completions, hint_lengths, metrics)
 
     def sampling(self, num_generations: int, max_tokens: int) -> Sampling:
         return Sampling(num_generations, self.config.rollout.temperature, max_tokens)
 
     def write_with_hints(
-        self, step: int, share: list[int], length: int, metrics: StepMetrics
+        self, step: int, share: list[tuple[int, int]], length: int, metrics: StepMetrics
     ) -> tuple[list[int], list[Completion]]:
         """Tokens of each rollout's hint, and the rollouts: hint and what the engine made of it."""
         rollout, seed = self.config.rollout, self.config.seed
         count = rollout.num_generations
-        prompts = [self.inputs.problems[i].prompt_ids for i in share for _ in range(count)]
+        prompts = [self.inputs.problems[i].prompt_ids for i, _ in share for _ in range(count)]
         assert self.hinter is not None
         with metrics.timer("time/hint"):
             hints = write_hints(
@@ -235,7 +236,8 @@ class Generation:
             )
         # A hint that ended is the whole rollout.
         open_rows = [row for row, hint in enumerate(hints) if hint[-1] not in self.end_token_ids]
-        seeds = prompt_seeds(seed, step, [i * count + j for i in share for j in range(count)])
+        members = [(i * count + j, before) for i, before in share for j in range(count)]
+        seeds = prompt_seeds(seed, step, members)
         written = self.engine.generate(
             [prompts[row] + hints[row] for row in open_rows],
             [seeds[row] for row in open_rows],

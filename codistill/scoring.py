@@ -206,6 +206,22 @@ def engine_weights(config: Config, rollouts: Rollouts, sampled: Tensor) -> Tenso
     return importance_weights(sampled, theirs, truncate=config.loss.importance_cap)
 
 
+def check_numbers(logps: dict[str, Tensor]) -> None:
+    """Find a model whose log-probabilities are no numbers. Collective.
+
+    logps: [N] of each model, by name.
+
+    Raises:
+        FloatingPointError: on all processes, if one of them has a NaN or an infinity.
+    """
+    wrong = torch.stack([~values.isfinite().all() for values in logps.values()]).float()
+    dist.all_reduce(wrong, op=dist.ReduceOp.MAX)  # of flags, as a maximum may lose a NaN
+    names = [name for name, flag in zip(logps, wrong.tolist(), strict=True) if flag]
+    if names:
+        which = " and the ".join(names)
+        raise FloatingPointError(f"the {which} model gives log-probabilities that are not finite")
+
+
 def check_gap(
     config: Config, rollouts: Rollouts, sampled: Tensor, engine: str, metrics: StepMetrics
 ) -> None:

@@ -1,6 +1,9 @@
 """From a problem to the text of its prompt and the tokens of that text."""
 
+import datetime
 from typing import Any
+
+from codistill.config.base import ConfigError
 
 R1 = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves "
@@ -17,18 +20,50 @@ NAMED = {"r1": R1, "boxed": BOXED}
 """Table 4 (Qwen, with the format reward) and Table 5 (Llama, without)."""
 CHAT = "chat"
 """The tokenizer's own chat template, with the problem as the user's message."""
+DATE = datetime.date(2024, 7, 26)
+"""What a chat template that asks for today's date is told, so that a run has the same prompts
+whenever it goes on. Llama 3's templates name this date where they know no other."""
+
+Message = dict[str, str]
+"""A turn of a conversation: role and content."""
 
 
 def is_template(template: str) -> bool:
     """Whether `render` can make a prompt of it: a name, or a text with a place for the problem."""
-    return template in (*NAMED, CHAT) or "{problem}" in template
+    named = template in (*NAMED, CHAT)
+    return named or ("{problem}" in template and broken_character(template) is None)
 
 
-def render(template: str, problem: str, tokenizer: Any) -> str:
-    """Text of a prompt, up to where the completion begins."""
+def broken_character(text: str) -> str | None:
+    """The first character that no text has, NUL or half of a surrogate pair; None without one."""
+    return next((char for char in text if char == "\0" or "\ud800" <= char <= "\udfff"), None)
+
+
+def asks_for_the_date(tokenizer: Any) -> bool:
+    """Whether prompts of the chat template may have a date in them."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def render(template: str, problem: str | list[Message], tokenizer: Any) -> str:
+    """Text of a prompt, up to where the completion begins.
+
+    problem: messages with the template chat, whose last is the user's; else a text.
+
+    Raises:
+        ConfigError: the tokenizer's chat template fails.
+    """
     if template == CHAT:
-        messages = [{"role": "user", "content": problem}]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        is_text = isinstance(problem, str)
+        messages = [{"role": "user", "content": problem}] if is_text else problem
+        pinned = {"strftime_now": DATE.strftime} if asks_for_the_date(tokenizer) else {}
+        try:
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **pinned
+            )
+        except Exception as error:  # a template is a program, which may raise anything
+            message = " ".join(str(error).split())
+            raise ConfigError(f"the chat template of small.path fails: {message}") from error
+    assert isinstance(problem, str)
     return NAMED.get(template, template).replace("{problem}", problem)
 
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
 
 from codistill.batch import TokenBatch
@@ -16,16 +18,18 @@ from codistill.grading import Grader
 from codistill.inputs import Inputs
 from codistill.learner import Learner
 from codistill.losses import make_policy_loss
-from codistill.model import DTYPES, Policy, end_token_ids, freeze, load_policy
+from codistill.model import DTYPES, Policy, freeze, load_policy
 from codistill.objective import make_objective
 from codistill.output.metrics import StepMetrics
 from codistill.output.throughput import peak_flops
+from codistill.pretrained import end_token_ids
 from codistill.rollout import Generation, Rollouts
 from codistill.scoring import (
     Scored,
     alpha_at,
     assign_credit,
     check_gap,
+    check_numbers,
     divergences,
     engine_weights,
     token_logps,
@@ -114,8 +118,9 @@ class Trainer:
         Raises:
             SyncError: the engine's log-probabilities are not the trainer's; nothing was trained.
             EngineError, RewardError: the engine, a reward function or the grading failed.
-            FloatingPointError: a gradient is not finite.
             Failure: any other error. It names the phase.
+            FloatingPointError: a model's log-probabilities are not finite, or gradients have not
+                been for training.max_skipped optimizer steps in a row.
         """
         metrics = StepMetrics(self.device)
         with metrics.timer("time/step"):
@@ -140,6 +145,7 @@ class Trainer:
         config, tokens = self.config, rollouts.tokens
         everything = self.batches(rollouts, range(len(rollouts)))
         logps = {name: self.logps(p, everything, tokens) for name, p in self.policies.items()}
+        check_numbers(logps)
         sampled = logps[config.writer]  # as the engine sampled: at its temperature
         if (temperature := config.rollout.temperature) != config.logp_temperature:
             writer = self.policies[config.writer]
@@ -153,12 +159,15 @@ class Trainer:
         credit = assign_credit(config, rollouts, logps, kl=kl, **terms)
         kept = credit.kept.tolist()
         batches = self.batches(rollouts, kept)
+        references = {n: self.logps(p, batches, tokens) for n, p in self.references.items()}
+        if references:
+            check_numbers({f"reference {name}": values for name, values in references.items()})
         scored = Scored(
             credit,
             batches,
             logps,
             teacher_logps=logps["large"] if config.has_teacher else None,
-            reference_logps={n: self.logps(p, batches, tokens) for n, p in self.references.items()},
+            reference_logps=references,
             importance_weights=engine_weights(config, rollouts, sampled),
         )
         for policy in (*self.frozen.values(), *self.references.values()):
@@ -176,6 +185,7 @@ class Trainer:
         """
         everything, tokens = self.batches(rollouts, range(len(rollouts))), rollouts.tokens
         teacher = self.logps(self.policies["large"], everything, tokens)
+        check_numbers({"large": teacher})
         credit = assign_credit(
             self.config,
             rollouts,
@@ -217,8 +227,32 @@ class Trainer:
                     temperature=self.config.logp_temperature,
                 )
                 learner.step(metrics)
+                if learner.skipped_in_a_row >= self.config.training.max_skipped:
+                    file = self.save_batch(name, step, rollouts, scored)
+                    raise FloatingPointError(
+                        f"the gradient of the {name} model was not finite in "
+                        f"{learner.skipped_in_a_row} optimizer steps in a row; the last batch is "
+                        f"in {file}"
+                    )
         tokens = sum(batch.input_ids.numel() for batch in scored.batches)
         metrics.total(f"flops/{name}", learner.flops_per_token * tokens * learner.inner_epochs)
+
+    def save_batch(self, name: str, step: int, rollouts: Rollouts, scored: Scored) -> Path:
+        """Write down what this process trained the model `name` on in a step; the file."""
+        kept = scored.credit.kept.cpu()
+        rows = rollouts.rows(kept)
+        folder = self.config.output_dir / self.config.name
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"not_finite_{name}_step_{step}_rank_{dist.get_rank()}.safetensors"
+        tensors = {
+            "prompt_ids": rows.prompts.values,
+            "prompt_cu_seqlens": rows.prompts.cu_seqlens,
+            "completion_ids": rows.completions.values,
+            "completion_cu_seqlens": rows.completions.cu_seqlens,
+            "advantages": scored.credit.advantages[name].cpu()[kept],
+        }
+        save_file(tensors, file)
+        return file
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out accuracy of the writer and, at both ends of a run that trains it, of the large

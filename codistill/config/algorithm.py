@@ -22,7 +22,10 @@ class HintConfig(Section):
         "the rest (section 3.1; the paper tries 0 and 50)",
     )
     epochs: int = Field(
-        1, gt=0, description="passes over the training problems with hints (section 4: the first)"
+        1,
+        gt=0,
+        le=10**6,
+        description="passes over the training problems with hints (section 4: the first)",
     )
     loss: Literal["own", "importance", "masked"] = Field(
         "own",
@@ -44,10 +47,11 @@ LossKind = Literal[
 
 
 class KDConfig(Section):
-    alpha: float = Field(1.0, ge=0, description="weight of the KD term (Eq. 6)")
+    alpha: float = Field(1.0, ge=0, le=1e6, description="weight of the KD term (Eq. 6)")
     alpha_end: float | None = Field(
         None,
         ge=0,
+        le=1e6,
         description="alpha moves in a straight line to this over the run's steps; "
         "by default it is constant, as in the paper",
     )
@@ -183,6 +187,7 @@ class LossConfig(Section):
     beta: float = Field(
         0.0,
         ge=0,
+        le=1e6,
         description="weight of the KL estimate of Eq. 4 to the frozen model of the start, one for "
         "each model that learns (Eq. 2; the paper sets 0)",
     )

@@ -1,6 +1,12 @@
 """The base class of every section of the configuration, and how a mistake in one is said."""
 
-from pydantic import BaseModel, ConfigDict
+import os
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
+
+LONGEST_VALUE = 200  # characters of a value that a message shows; chosen, untested
 
 
 class ConfigError(ValueError):
@@ -10,10 +16,51 @@ class ConfigError(ValueError):
 def require(condition: bool, key: str, value: object, expected: str) -> None:
     """Raise ConfigError(key = value: expected ...) unless the condition holds."""
     if not condition:
-        raise ConfigError(f"{key} = {value!r}: expected {expected}")
+        raise ConfigError(f"{key} = {shown(value)}: expected {expected}")
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: on one line, and cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+
+
+def printable(text: str) -> str:
+    """A key or a text of a file as a message shows it: on one line, no control characters."""
+    return shown(text)[1:-1]
+
+
+def expanded(path: str) -> str:
+    """The path with the home directory for a leading `~`."""
+    if not path or "\0" in path:
+        raise ValueError("expected a path")
+    return os.path.expanduser(path)
+
+
+UserPath = Annotated[Path, AfterValidator(lambda path: Path(expanded(str(path))))]
+"""A path as users write it, `~` included."""
+UserPathOrName = Annotated[str, AfterValidator(expanded)]
+"""A path as users write it, or a name on the Hugging Face Hub."""
 
 
 class Section(BaseModel):
-    """Keys that belong together; an unknown key is an error."""
+    """Keys that belong together; an unknown key is an error, and so is a number that is none."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Raise ValueError for a true or false that pydantic would read as 1 or 0."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        is_table = isinstance(value, dict) and section_of(annotation) is None
+        values = value.values() if is_table else [value]
+        if annotation is not bool and any(isinstance(item, bool) for item in values):
+            raise ValueError("expected no true or false")
+        return value
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field of this type holds; None if the field holds a plain value."""
+    kinds = (annotation, *get_args(annotation))
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)

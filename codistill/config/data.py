@@ -1,22 +1,22 @@
 """The sections of the configuration about problems and rewards."""
 
-from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from codistill.config.base import Section, require
+from codistill.config.base import Section, UserPath, require
 from codistill.templates import is_template
 
 
 class DataConfig(Section):
-    train: Path = Field(
-        description="training problems: .jsonl, .json, .parquet or a folder that datasets saved, "
-        "with a problem, question or prompt and an answer, final_answer or solution"
+    train: UserPath = Field(
+        description="training problems: .jsonl, .json, .csv (these also as .gz), .parquet or a "
+        "folder that datasets saved, with a problem and an answer in each row"
     )
-    eval: Path = Field(description="held-out problems, in a file of the same kinds")
+    eval: UserPath = Field(description="held-out problems, in a file of the same kinds")
     template: str = Field(
         "{problem}",
+        max_length=10**4,
         description="text of a prompt: r1 (Table 4), boxed (Table 5), chat (the tokenizer's own "
         "chat template), or a text in which {problem} is replaced by the problem",
     )
@@ -34,7 +34,9 @@ class RewardConfig(Section):
         description="add 0.25 for each of <think> </think> <answer> </answer> that occurs exactly "
         "once (appendix B), as template r1 asks for; accuracy counts 1",
     )
-    timeout: float = Field(5.0, gt=0, description="hard limit for grading one completion (seconds)")
+    timeout: float = Field(
+        5.0, ge=0.01, le=3600, description="hard limit for grading one completion (seconds)"
+    )
     function_timeout: float = Field(
         300.0,
         gt=0,
@@ -42,7 +44,7 @@ class RewardConfig(Section):
         description="limit for one call of a reward function of yours (seconds), less than "
         "distributed.timeout; code in C that does not return to Python is not interrupted",
     )
-    functions: dict[str, float] = Field(
+    functions: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(
         {},
         description="your own rewards, added to r: import path of a function(prompts, completions, "
         "completion_ids, **columns) that returns a number for each completion, and its weight",

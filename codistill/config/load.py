@@ -3,13 +3,13 @@
 import argparse
 import difflib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import CliApp, SettingsError
 
-from codistill.config.base import ConfigError, require
+from codistill.config.base import ConfigError, printable, section_of, shown
+from codistill.config.read_yaml import read_yaml
 from codistill.config.schema import Config
 
 
@@ -20,32 +20,21 @@ def load_config(arguments: list[str]) -> Config:
         ConfigError: the file is missing or not YAML, or a key or value is wrong.
         SystemExit: `--help` was asked for (code 0).
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", type=Path)
-    known, overrides = parser.parse_known_args(arguments)
     try:
-        return CliApp.run(
-            Config,
-            cli_args=overrides,
-            cli_exit_on_error=False,
-            **(read_yaml(known.config) if known.config else {}),
-        )
+        known, overrides = parser.parse_known_args(arguments)
+        content = read_yaml(known.config) if known.config else {}
+        for key, value in content.items():  # some names are arguments of CliApp.run
+            if key not in Config.model_fields:
+                raise ConfigError(unknown_key(key, value))
+        return CliApp.run(Config, cli_args=overrides, cli_exit_on_error=False, **content)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"--config: {error.message}") from error
     except SettingsError as error:
         raise ConfigError(explain_argument(str(error))) from error
     except ValidationError as error:
         raise ConfigError(explain_field(error)) from error
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    require(path.is_file(), "--config", str(path), "a YAML file that exists")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"--config = {str(path)!r}: expected YAML: {' '.join(str(error).split())}"
-        ) from error
-    require(isinstance(content, dict), "--config", str(path), "a YAML file with section: keys")
-    return content
 
 
 def field_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
@@ -58,12 +47,6 @@ def field_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
         else:
             keys.append(prefix + name)
     return keys
-
-
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field of this type holds; None if the field holds a plain value."""
-    kinds = (annotation, *get_args(annotation))
-    return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
 
 
 def explain_argument(message: str) -> str:
@@ -83,7 +66,7 @@ def unknown_key(key: str, value: object) -> str:
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     near = near or [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     hint = f"did you mean {near[0]}?" if near else "see --help for all keys"
-    return f"{key} = {value!r}: expected a known key; {hint}"
+    return f"{printable(key)} = {shown(value)}: expected a known key; {hint}"
 
 
 def explain_field(error: ValidationError) -> str:
@@ -97,7 +80,10 @@ def explain_field(error: ValidationError) -> str:
         return unknown_key(key, first["input"])
     if first["type"] == "missing":
         return f"{key} is missing: expected {describe(key)}"
-    return f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    message = str(original or first["msg"])
+    if first["type"] == "model_type":
+        message = "expected a section, with keys of its own"
+    return f"{printable(key)} = {shown(first['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def describe(key: str) -> str:

@@ -19,15 +19,19 @@ from codistill.config.algorithm import (
     KDConfig,
     LossConfig,
 )
-from codistill.config.base import ConfigError, Section, require
+from codistill.config.base import ConfigError, Section, UserPath, UserPathOrName, require
 from codistill.config.data import DataConfig, RewardConfig
 
 EngineKind = Literal["auto", "vllm", "hf"]
 
 
 class ModelConfig(Section):
-    path: str = Field(description="folder or Hub name of a Hugging Face causal language model")
-    learning_rate: float = Field(5e-6, gt=0, description="peak learning rate (Table 3: 5e-6)")
+    path: UserPathOrName = Field(
+        description="folder or Hub name of a Hugging Face causal language model"
+    )
+    learning_rate: float = Field(
+        5e-6, gt=0, le=1e3, description="peak learning rate (Table 3: 5e-6)"
+    )
 
 
 class RolloutConfig(Section):
@@ -35,16 +39,27 @@ class RolloutConfig(Section):
         "auto",
         description="auto: vllm where it is installed, else hf (the forward pass of transformers)",
     )
-    prompts_per_step: int = Field(64, gt=0, description="prompts per step, over all processes")
-    num_generations: int = Field(14, gt=1, description="M: rollouts per prompt (Table 3: 14)")
-    max_prompt_tokens: int = Field(1024, gt=0, description="longest prompt allowed (tokens)")
+    prompts_per_step: int = Field(
+        64, gt=0, le=10**5, description="prompts per step, over all processes"
+    )
+    num_generations: int = Field(
+        14, gt=1, le=10**4, description="M: rollouts per prompt (Table 3: 14)"
+    )
+    max_prompt_tokens: int = Field(
+        1024, gt=0, le=10**7, description="longest prompt allowed (tokens)"
+    )
     max_completion_tokens: int = Field(
         3072,
         gt=0,
+        le=10**7,
         description="N: longest completion (tokens); divides in Eq. 5, 6 and 10",
     )
     temperature: float = Field(
-        1.0, gt=0, description="divides the logits, in the engine and in the trainer alike"
+        1.0,
+        ge=0.01,
+        le=2,
+        description="divides the logits, in the engine and in the trainer alike; in vLLM at "
+        "most 2, and never less than 0.01",
     )
     truncated: Literal["keep", "mask", "zero_reward"] = Field(
         "keep",
@@ -54,10 +69,13 @@ class RolloutConfig(Section):
     sampling_rounds: int = Field(
         1,
         gt=0,
+        le=10**4,
         description="dynamic sampling (DAPO): write rollouts for prompts_per_step other prompts, "
         "at most this many times, until prompts_per_step have right and wrong rollouts; 1: off",
     )
-    kv_cache_gib: float = Field(4.0, gt=0, description="vLLM's KV cache on each process (GiB)")
+    kv_cache_gib: float = Field(
+        4.0, ge=0.001, le=10**4, description="vLLM's KV cache on each process (GiB)"
+    )
     logp_gap_limit: float | None = Field(
         None,
         gt=0,
@@ -73,16 +91,19 @@ class OptimizerConfig(Section):
     warmup_fraction: float = Field(
         0.05, ge=0, le=1, description="share of all steps in which the learning rate rises linearly"
     )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    weight_decay: float = Field(0.0, ge=0, le=1e3, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
 
 
 class TrainingConfig(Section):
-    epochs: int = Field(1, gt=0, description="passes over the training problems")
-    steps: int | None = Field(None, gt=0, description="stop after this many steps instead")
+    epochs: int = Field(1, gt=0, le=10**6, description="passes over the training problems")
+    steps: int | None = Field(
+        None, gt=0, le=10**9, description="stop after this many steps instead"
+    )
     tokens_per_micro_batch: int = Field(
         16384,
         gt=0,
+        le=10**9,
         description="tokens, prompts included, per forward and backward pass: rollouts lie one "
         "after the other, nothing is padded",
     )
@@ -95,6 +116,7 @@ class TrainingConfig(Section):
     inner_epochs: int = Field(
         1,
         gt=0,
+        le=10**4,
         description="optimizer steps of each model on the rollouts of a step, each on all of them; "
         "the paper does not say; with 1 the small model's ratio is 1",
     )
@@ -113,18 +135,35 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
     )
+    max_skipped: int = Field(
+        3,
+        gt=0,
+        le=10**6,
+        description="an optimizer step whose gradient is not finite is skipped; stop after this "
+        "many in a row",
+    )
 
 
 class EvaluationConfig(Section):
-    every: int = Field(50, gt=0, description="steps between evaluations of the small model")
-    temperature: float = Field(0.0, ge=0, description="sampling temperature; 0 is greedy")
+    every: int = Field(
+        50, gt=0, le=10**9, description="steps between evaluations of the small model"
+    )
+    temperature: float = Field(
+        0.0, ge=0, le=2, description="sampling temperature; 0 is greedy, else at least 0.01"
+    )
     large: bool = Field(
         True, description="also evaluate the large model, before the first and after the last step"
     )
 
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        sampled = self.temperature == 0 or self.temperature >= 0.01
+        require(sampled, "temperature", self.temperature, "0, or at least 0.01")
+        return self
+
 
 class CheckpointConfig(Section):
-    every: int = Field(50, gt=0, description="steps between checkpoints")
+    every: int = Field(50, gt=0, le=10**9, description="steps between checkpoints")
     keep: int = Field(
         2, ge=2, description="how many checkpoints are kept, the last: one may be damaged"
     )
@@ -139,22 +178,22 @@ class DistributedConfig(Section):
     )
 
 
-class Config(BaseSettings):
+class Config(Section, BaseSettings):
     """CoDistill-GRPO: train a large and a small model at the same time.
 
     --config FILE reads a YAML file; the options below win over it.
     """
 
-    model_config = SettingsConfigDict(extra="forbid", frozen=True, cli_avoid_json=True)
+    model_config = SettingsConfigDict(cli_avoid_json=True)
 
-    name: str = Field(description="name of the run")
-    output_dir: Path = Field(Path("runs"), description="the run is written to output_dir/name")
+    name: str = Field(description="name of the run: a folder of this name in output_dir is made")
+    output_dir: UserPath = Field(Path("runs"), description="the run is written to output_dir/name")
     algorithm: Literal["codistill", "kdrl", "grpo"] = Field(
         "codistill",
         description="codistill: both models learn (Eq. 5 to 10). kdrl: the large one is a frozen "
         "teacher (Eq. 5 and 6). grpo: one model learns from its own rollouts (Eq. 2 to 4)",
     )
-    seed: int = Field(0, ge=0, description="seed of data order and sampling")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of data order and sampling")
     small: ModelConfig | None = Field(None, description="phi: writes the rollouts, learns by Eq. 5")
     large: ModelConfig | None = Field(
         None, description="theta: scores the rollouts, learns by Eq. 10"
@@ -187,7 +226,8 @@ class Config(BaseSettings):
         read: without a model nothing else that is wrong matters."""
         needed: tuple = ("small", "large")
         if values.get("algorithm") == "grpo":
-            chosen = (values.get("grpo") or {}).get("model")
+            section = values.get("grpo")
+            chosen = section.get("model") if isinstance(section, dict) else None
             needed = (chosen,) if chosen in needed else ()
             if not needed and not any(values.get(name) for name in ("small", "large")):
                 raise ConfigError("small is missing: expected small or large, the model to train")
@@ -250,6 +290,7 @@ class Config(BaseSettings):
 
     @model_validator(mode="after")
     def check(self) -> Self:
+        check_name(self.name)
         keep, generations = self.kept, self.rollout.num_generations
         require(
             keep <= generations,
@@ -318,6 +359,13 @@ class Config(BaseSettings):
             prompts,
             f"a multiple of the {world_size} processes",
         )
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError unless a folder of this name can be made in output_dir, and only there."""
+    is_folder = name.isprintable() and "/" not in name and name.strip(" .") != ""
+    fits = is_folder and len(name.encode()) <= 100
+    require(fits, "name", name, "the name of one folder: printable, without /, at most 100 bytes")
 
 
 def check_hint(config: Config) -> None:

@@ -38,7 +38,7 @@ class StepMetrics:
         self.add(self.totals, name, value)
 
     def maximum(self, name: str, value: Tensor | float) -> None:
-        """Keep the largest value, over micro-batches and processes."""
+        """Keep the largest value, over micro-batches and processes; NaN if one is NaN."""
         value = self.scalar(value)
         self.maxima[name] = torch.maximum(self.maxima.get(name, value), value)
 
@@ -80,8 +80,13 @@ class StepMetrics:
         parts = [self.sums[name] for name in means] + [self.counts[name] for name in means]
         added = self.stacked(parts + [self.totals[name] for name in totals])
         maxima = self.stacked([self.maxima[name] for name in peaks])
+        # The largest of numbers and NaN is NaN on some backends only, so flags go beside them.
+        flagged = torch.stack(
+            [maxima.nan_to_num(-torch.inf, torch.inf, -torch.inf), maxima.isnan().double()]
+        )
         dist.all_reduce(added)
-        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        dist.all_reduce(flagged, op=dist.ReduceOp.MAX)
+        maxima = torch.where(flagged[1] > 0, torch.nan, flagged[0])
         sums, counts, whole = added.tensor_split((len(means), 2 * len(means)))
         averages = zip(means, (sums / counts).tolist(), counts.tolist(), strict=True)
         numbers = {name: average for name, average, count in averages if count}

@@ -1,6 +1,7 @@
 """A mistake in the configuration ends in exit code 2 and one line that names it."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -269,12 +270,12 @@ def test_help_is_quick_and_needs_no_torch():
         "no rounds",
     ],
 )
-def test_wrong_input_stops_the_run(settings, tmp_path, tokenizer, change, expected):
+def test_wrong_input_stops_the_run(settings, tmp_path, models, change, expected):
     (tmp_path / "empty.jsonl").write_text("")
     rows = [{"problem": "1", "answer": answer} for answer in ("1", "}")]
     (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "wrong.jsonl").write_text('{"question": "1"}\n')
-    tokenizer.save_pretrained(tmp_path / "other")
+    shutil.copytree(models["large"], tmp_path / "other")
     vocabulary = tmp_path / "other" / "tokenizer.json"
     vocabulary.write_text(vocabulary.read_text().replace('"7"', '"x"').replace('"8"', '"7"'))
     for section, values in change.items():

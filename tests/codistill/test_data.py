@@ -1,5 +1,9 @@
 """Problems: every form of file and field, drawn in order; batches of them."""
 
+import copy
+import csv
+import gzip
+import io
 import json
 from decimal import Decimal
 from pathlib import Path
@@ -8,12 +12,10 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
-import torch
 
-from codistill.batch import TokenBatch
 from codistill.config import ConfigError
 from codistill.config.data import DataConfig
-from codistill.data import draw, gold_answers, load_problems, overlap
+from codistill.data import contradictions, counted, draw, gold_answers, load_problems, overlap
 from codistill.engine import cut_at_end, prompt_seeds
 
 
@@ -31,27 +33,14 @@ def test_draw_is_a_function_of_its_arguments_across_the_border_of_epochs():
 
 
 def test_seeds_depend_on_the_problem_not_on_its_place():
-    seeds = prompt_seeds(1, 5, [3, 8])
-    assert prompt_seeds(1, 5, [8]) == seeds[1:]
-    assert len({*seeds, *prompt_seeds(1, 6, [3, 8]), *prompt_seeds(2, 5, [3, 8])}) == 6
+    draws = [(3, 0), (8, 0), (3, 1)]
+    seeds = prompt_seeds(1, 5, draws)
+    assert prompt_seeds(1, 5, [(8, 0)]) == seeds[1:2]
+    assert len({*seeds, *prompt_seeds(1, 6, draws), *prompt_seeds(2, 5, draws)}) == 9
 
 
-def test_batch_by_hand():
-    # prompts [5 6] and [7], completions [8 1] and [9 8 1]; T = 4
-    batch = TokenBatch.build([[5, 6], [7]], [[8, 1], [9, 8, 1]], torch.device("cpu"))
-    assert batch.input_ids.tolist() == [[5, 6, 8, 1], [7, 9, 8, 1]]
-    assert batch.token_ids.tolist() == [8, 1, 9, 8, 1]
-    # the position before each token, in the flattened 2 x 4
-    assert batch.positions.tolist() == [1, 2, 4, 5, 6]
-    assert batch.cu_seqlens.tolist() == [0, 2, 5]
-    assert [part.tolist() for part in batch.split(torch.arange(5))] == [[0, 1], [2, 3, 4]]
-
-
-def test_mask_comes_from_lengths_even_where_padding_is_a_token():
-    batch = TokenBatch.build([[0]], [[0, 0]], torch.device("cpu"))
-    assert batch.attention_mask.tolist() == [[1, 1, 1]]
-    batch = TokenBatch.build([[3], [3]], [[1], [0, 1]], torch.device("cpu"))
-    assert batch.attention_mask.tolist() == [[1, 1, 0], [1, 1, 1]]
+def test_draws_are_counted():
+    assert counted([7, 3, 7, 7, 3]) == [(7, 0), (3, 0), (7, 1), (7, 2), (3, 1)]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +66,16 @@ def save(path: Path, rows: list) -> Path:
         path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     elif path.suffix == ".parquet":
         pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+    elif ".csv" in path.name.lower():
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+        raw = text.getvalue().encode()
+        path.write_bytes(gzip.compress(raw) if path.suffix.lower() == ".gz" else raw)
+    elif ".json" in path.name.lower():
+        raw = f"\ufeff{json.dumps(rows)}".encode()
+        path.write_bytes(gzip.compress(raw) if path.suffix.lower() == ".gz" else raw)
     else:
         path.mkdir()
         parts = [{"filename": f"data-{part}.arrow"} for part in range(len(rows))]
@@ -93,12 +92,64 @@ def load(path: Path, tokenizer, template: str = "{problem}=") -> list:
     return load_problems("data.train", config, tokenizer, max_prompt_tokens=99)
 
 
-@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet", "folder"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("rows.json", "rows.jsonl", "rows.parquet", "folder"),
+        *("with_mark.JSON", "packed.json.gz", "rows.csv", "packed.CSV.GZ"),
+    ],
+)
 def test_every_form_of_file_gives_the_same_problems(tmp_path, tokenizer, name):
     first, second = load(save(tmp_path / name, ROWS), tokenizer)
     assert (first.problem, first.answers, first.prompt) == ("1+1", ("2",), "1+1=")
     assert tokenizer.decode(first.prompt_ids) == "1+1="
-    assert (second.problem, second.columns) == ("2+2", ROWS[1])
+    row = ROWS[1] if "csv" not in name.lower() else {k: str(v) for k, v in ROWS[1].items()}
+    assert (second.problem, second.columns) == ("2+2", row)
+
+
+def test_lines_may_be_packed_and_begin_with_a_mark(tmp_path, tokenizer):
+    text = "\ufeff" + "\r\n".join(map(json.dumps, ROWS))
+    (tmp_path / "rows.JSONL").write_bytes(text.encode())
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    for name in ("rows.JSONL", "rows.jsonl.gz"):
+        assert [p.answers for p in load(tmp_path / name, tokenizer)] == [("2",), ("4",)]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"question": "1", "answer": "He has 5 - 3 = 2.\n#### 2"}, "2"),
+        ({"question": "1", "answer": "long text", "final_answer": ["2"]}, "2"),
+        ({"question": "1", "answer": "long text", "ground_truth": "2"}, "2"),
+        ({"question": "1", "answer": "2", "solution": "\\boxed{3}"}, "2"),
+        ({"question": "1", "reward_model": {"style": "rule", "ground_truth": "2"}}, "2"),
+        ({"question": "1", "reward_model": "some model", "answer": "2"}, "2"),
+    ],
+    ids=["gsm8k", "final_answer", "ground_truth", "answer", "verl", "another reward_model"],
+)
+def test_the_most_specific_answer_counts(tmp_path, tokenizer, row, expected):
+    (problem,) = load(save(tmp_path / "rows.jsonl", [row]), tokenizer)
+    assert problem.answers == (expected,)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_messages_are_for_the_chat_template(tmp_path, tokenizer, name):
+    """The layouts of TRL (a list of messages) and verl (that, and reward_model)."""
+    messages = [{"role": "system", "content": "3"}, {"role": "user", "content": "1+1"}]
+    row = {"prompt": messages, "reward_model": {"ground_truth": "2", "style": "rule"}}
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}{{ m.content }};{% endfor %}"
+    (problem,) = load(save(tmp_path / name, [row]), tokenizer, template="chat")
+    assert (problem.problem, problem.answers) == ("1+1", ("2",))
+    assert problem.prompt == "s3;u1+1;"
+    with pytest.raises(ConfigError, match="expected data.template = 'chat' for the messages of"):
+        load(tmp_path / name, tokenizer)
+
+
+def test_contradictions_are_problems_with_two_answers(tmp_path, tokenizer):
+    rows = [{"problem": a, "answer": b} for a, b in ("11", "22", "12", "22", "13", "34")]
+    problems = load(save(tmp_path / "rows.jsonl", rows), tokenizer)
+    assert contradictions(problems) == 1
 
 
 def test_json_may_hold_a_row_a_line(tmp_path, tokenizer):
@@ -139,6 +190,9 @@ def test_columns_are_those_of_all_rows(tmp_path, tokenizer):
         ("answer", None, ()),
         ("answer", float("nan"), ()),
         ("answer", {"value": 1}, ()),
+        ("answer", True, ()),
+        ("answer", "####", ()),
+        ("answer", ["a\n#### 1", "2"], ("1", "2")),
         (
             "solution",
             "first $\\boxed{1}$ then $\\boxed{\\frac{1}{\\sqrt{2}}}$.",
@@ -158,12 +212,20 @@ def test_gold_answers(name, value, expected):
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("a.csv", "", "a .jsonl, .json or .parquet file, or a folder that datasets saved"),
+        ("a.txt", "", "a .jsonl, .json or .csv file, which may be a .gz, a .parquet file, or a"),
         ("a.jsonl", '{"problem": "1", "answer": "1"}\n{"pro', "line 2: Unterminated string"),
         ("a.json", '["1"]', "row 1 is no object with fields"),
         ("a.parquet", "no parquet", "expected rows of problems: "),
-        ("a.json", '[{"problem": "", "answer": "1"}]', "expected a text as problem in row 1"),
-        ("a.json", '[{"prompt": [{"role": "user"}], "answer": 1}]', "expected a text as prompt"),
+        (
+            "a.json",
+            '[{"problem": "", "answer": "1"}]',
+            "a list of messages as problem in row 1, which",
+        ),
+        (
+            "a.json",
+            '[{"prompt": [{"role": "user"}], "answer": 1}]',
+            "or a list of messages as prompt",
+        ),
         (
             "a.json",
             '[{"problem": "1", "solution": "1"}]',

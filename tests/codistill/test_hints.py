@@ -12,7 +12,7 @@ from tiny import packed_logps
 
 from codistill.config import Config
 from codistill.config.schema import TrainingConfig
-from codistill.data import Problem
+from codistill.data import Problem, counted
 from codistill.engine import Completion
 from codistill.hints import hint_length, hint_uniforms, write_hints
 from codistill.model import load_policy
@@ -24,7 +24,7 @@ from codistill.scoring import Credit, Scored
 CPU = torch.device("cpu")
 VOCAB, END, TEMPERATURE = 18, 1, 0.8
 PROMPTS = [[3, 12, 4, 13], [9, 13], [5, 12, 5, 13, 2, 2], [7]]
-UNIFORMS = hint_uniforms(0, 1, range(len(PROMPTS)), 1, 5)
+UNIFORMS = hint_uniforms(0, 1, counted(range(len(PROMPTS))), 1, 5)
 
 
 def sample_plainly(policy) -> list[list[int]]:
@@ -74,7 +74,7 @@ def test_sampling_rounds_no_logits(make_trainer):
 
 def test_a_hint_ends_with_an_end_token(make_trainer):
     policy = make_trainer().policies["large"]
-    uniforms = hint_uniforms(0, 1, range(40), 1, 6)
+    uniforms = hint_uniforms(0, 1, counted(range(40)), 1, 6)
     hints = write_hints(policy, [[3, 13]] * 40, uniforms, temperature=1.0, end_token_ids=(END,))
     tokens, _ = policy.sample([[3, 13]] * 40, uniforms, 1.0)
     cut = [row[: row.index(END) + 1] if END in row else row for row in tokens]
@@ -85,7 +85,7 @@ def test_the_current_large_model_writes_the_beginning(make_trainer):
     """8 problems, 4 a step: the first epoch is steps 1 and 2."""
     trainer = make_trainer({"hint": {"tokens": 3}})
     for step in (1, 2, 3):
-        rows = hint_uniforms(0, step, list(range(8)), 6, 3)
+        rows = hint_uniforms(0, step, counted(range(8)), 6, 3)
         expected = {  # before the step: of the model as it was trained until then
             problem.prompt: trainer.policies["large"].sample(
                 [problem.prompt_ids] * 6, rows[6 * i : 6 * i + 6], 1.0
@@ -109,6 +109,12 @@ def test_the_current_large_model_writes_the_beginning(make_trainer):
         assert (numbers["time/hint"] > 0) == (numbers["rollout/hint_tokens"] > 0) == (step < 3)
         assert numbers["time/hint"] <= numbers["time/rollout"]
         assert numbers["rollout/logp_gap_max"] < 1e-4
+
+
+def test_a_problem_that_is_drawn_again_gets_other_hints():
+    rows = hint_uniforms(0, 1, [(5, 0), (5, 1)], 2, 3)
+    assert len({tuple(row) for row in rows.tolist()}) == 4
+    assert (hint_uniforms(0, 1, [(5, 1)], 2, 3) == rows[2:]).all()
 
 
 def test_hints_are_given_in_the_first_epochs_only(settings):

@@ -9,7 +9,8 @@ import transformers
 from codistill.batch import Ragged, TokenBatch
 from codistill.config import ConfigError
 from codistill.config.schema import TrainingConfig
-from codistill.model import end_token_ids, load_policy, prepare
+from codistill.model import check_trainable, load_policy, prepare
+from codistill.pretrained import end_token_ids, find_model
 
 SIZES = dict(vocab_size=24, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
 HEADS = dict(num_attention_heads=2, num_key_value_heads=2)
@@ -18,6 +19,8 @@ HEADS = dict(num_attention_heads=2, num_key_value_heads=2)
 def refused(path) -> str:
     """The line that a model of this folder is refused with."""
     with pytest.raises(ConfigError) as error:
+        find_model("large.path", str(path))
+        check_trainable("large.path", str(path), 18)
         load_policy("large.path", str(path), TrainingConfig(), 18, torch.device("cpu"))
     assert str(error.value).startswith(f"large.path = {str(path)!r}: ")
     return str(error.value)
@@ -30,10 +33,10 @@ def test_models_that_cannot_be_trained_are_refused_in_one_line(tmp_path):
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | HEADS))
     llama.config.save_pretrained(tmp_path / "pickled")
     torch.save(llama.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
-    assert "model.safetensors" in refused(tmp_path / "pickled")
+    assert "model.safetensors; a .bin file is a pickle" in refused(tmp_path / "pickled")
     few = transformers.LlamaConfig(**SIZES | HEADS | {"vocab_size": 16})
     transformers.LlamaForCausalLM(few).save_pretrained(tmp_path / "few")
-    assert "vocab_size must be in 1 .. 16, got 18" in refused(tmp_path / "few")
+    assert "a row for each of the tokenizer's 18 tokens; there are 16" in refused(tmp_path / "few")
     sinks = transformers.GptOssConfig(**SIZES | HEADS, head_dim=16, num_local_experts=2)
     transformers.GptOssForCausalLM(sinks).save_pretrained(tmp_path / "sinks")
     assert "attention with sinks" in refused(tmp_path / "sinks")
@@ -94,6 +97,27 @@ def test_terms_of_the_loss_are_not_rounded_to_bfloat16(models, process_group):
 def test_end_tokens_are_those_of_generation_config(tmp_path, tokenizer, ids, expected):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     assert end_token_ids("small.path", str(tmp_path), tokenizer) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            '{"eos_token_id": [1, 99]}',
+            "expected end tokens below 20, the number of tokens; found 99",
+        ),
+        ('{"eos_token_id": -1}', "expected end tokens below 20, the number of tokens; found -1"),
+        ('{"eos_token_id": "x"}', "expected end tokens below 20, the number of tokens; found 'x'"),
+        ("{", "expected JSON in generation_config.json"),
+        ("[]", "expected an object in generation_config.json"),
+    ],
+    ids=["one too large", "negative", "text", "broken", "list"],
+)
+def test_wrong_end_tokens(tmp_path, tokenizer, text, expected):
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        end_token_ids("small.path", str(tmp_path), tokenizer)
+    assert f"small.path = {str(tmp_path)!r}: {expected}" in str(error.value)
 
 
 def test_a_model_without_generation_config_ends_as_its_tokenizer(tmp_path, tokenizer):

@@ -104,15 +104,24 @@ def test_a_function_cannot_change_what_training_goes_on_with():
         ([1.0], "returned 1 rewards for 3 completions"),
         ([1.0, math.nan, 1.0], "returned nan for completion 1"),
         ([1.0, 1.0, math.inf], "returned inf for completion 2"),
+        ([1e300, 1.0, 1.0], "returned 1e+300 for completion 0, more than 1e+15 with its weight"),
         ([1.0, "good", 1.0], "returned no list of numbers: could not convert string"),
         (None, "returned no list of numbers: 'NoneType'"),
     ],
-    ids=["count", "nan", "inf", "text", "nothing"],
+    ids=["count", "nan", "inf", "huge", "text", "nothing"],
 )
 def test_what_is_no_reward_is_an_error(result, expected):
     with pytest.raises(RewardError) as error:
         call(lambda **_: result)
     assert str(error.value).startswith(f"reward function my.reward {expected}")
+
+
+def test_a_weight_makes_no_reward_infinite():
+    function = RewardFunction("my.reward", -1e6, lambda **_: [1e14])
+    with pytest.raises(
+        RewardError, match="returned 100000000000000.0 for completion 0, more than 1e.15 with"
+    ):
+        function(["p"], ["c"], [[1]], [ROW])
 
 
 def test_an_exception_is_reported_with_its_place():

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from codistill.config import ConfigError
 from codistill.config.data import DataConfig
 from codistill.data import load_problems
-from codistill.templates import encode, render
+from codistill.templates import asks_for_the_date, encode, render
 
 BOS, END, WORD = 1, 2, 3
 CHAT = (
@@ -63,6 +63,35 @@ def test_chat_needs_a_chat_template(tmp_path):
     config = DataConfig(train=path, eval=path, template="chat")
     with pytest.raises(ConfigError, match="data.template = 'chat': expected a tokenizer with a"):
         load_problems("data.train", config, make_tokenizer(adds="$A"), max_prompt_tokens=9)
+
+
+def test_a_chat_template_has_the_same_date_every_day():
+    tokenizer = make_tokenizer(adds="$A", chat="{{ strftime_now('%d %b %Y') }} one")
+    assert asks_for_the_date(tokenizer)
+    assert render("chat", "one", tokenizer) == "26 Jul 2024 one"
+    assert not asks_for_the_date(make_tokenizer(adds="$A", chat=CHAT))
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ raise_exception('System role\nmust come first') }}", "System role must come first in"),
+        ("{{ messages[3].content.x }}", "fails: "),
+        ("{{ 1 / 0 }}", "fails: division by zero in row 1"),
+        ("{% if", "fails: "),
+    ],
+    ids=["raises", "undefined", "divides", "syntax"],
+)
+def test_a_chat_template_that_fails_is_one_line(tmp_path, template, expected):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"problem": "one", "answer": "1"}\n')
+    config = DataConfig(train=path, eval=path, template="chat")
+    tokenizer = make_tokenizer(adds="$A", chat=template)
+    with pytest.raises(ConfigError) as error:
+        load_problems("data.train", config, tokenizer, max_prompt_tokens=9)
+    start = f"data.train = {str(path)!r}: the chat template of small.path fails: "
+    assert str(error.value).startswith(start) and expected in str(error.value)
+    assert str(error.value).isprintable()
 
 
 def test_templates_of_the_paper():

@@ -1,0 +1,72 @@
+"""Files that come from elsewhere: what can be seen of them before they are loaded."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from codistill.config import ConfigError, require
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether Git LFS left a pointer here in the place of the file itself."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(POINTER)) == POINTER
+
+
+def check_model_folder(key: str, folder: Path) -> Shapes:
+    """Shapes of the weights in a model's folder, by name. Only headers are read.
+
+    Raises:
+        ConfigError: under configuration key `key`, a file is missing, empty, cut off, a pointer of
+            Git LFS, or not what its name says.
+    """
+    for file in sorted(folder.iterdir()):
+        expected = f"files themselves: {file.name} is a Git LFS pointer (git lfs pull fetches it)"
+        require(not is_lfs_pointer(file), key, str(folder), expected)
+    read_object(key, folder, "config.json")
+    shapes: Shapes = {}
+    for name in weight_files(key, folder):
+        expected = f"the weights {name}, which are not there"
+        require((folder / name).is_file(), key, str(folder), expected)
+        try:
+            with safe_open(folder / name, framework="numpy") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
+            require(False, key, str(folder), f"a whole safetensors file {name}: {reason}")
+    return shapes
+
+
+def weight_files(key: str, folder: Path) -> list[str]:
+    """Names of the files that hold the weights."""
+    if (folder / INDEX).is_file():
+        files = read_object(key, folder, INDEX).get("weight_map")
+        names = files.values() if isinstance(files, dict) else [None]
+        valid = all(isinstance(name, str) for name in names)
+        require(valid, key, str(folder), f"a weight_map of file names in {INDEX}")
+        return sorted(set(names))
+    pickled = any(folder.glob("*.bin")) and not (folder / SINGLE).is_file()
+    expected = (
+        f"{SINGLE}; a .bin file is a pickle, which can run code when it is read, and is refused"
+    )
+    require(not pickled, key, str(folder), expected)
+    return [SINGLE]
+
+
+def read_object(key: str, folder: Path, name: str) -> dict:
+    """The JSON object in a file of a model's folder."""
+    require((folder / name).is_file(), key, str(folder), f"a model's folder, with {name} in it")
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{key} = {str(folder)!r}: expected JSON in {name}: {error}") from error
+    require(isinstance(content, dict), key, str(folder), f"an object in {name}")
+    return content
