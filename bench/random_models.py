@@ -16,7 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from codistill.config.schema import TrainingConfig
-from codistill.model import Policy, prepare
+from codistill.model.policy import Policy, prepare
 
 BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and two Adam moments
 MEMORY_SHARE = (

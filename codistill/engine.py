@@ -19,7 +19,7 @@ from torch import Tensor
 from codistill import distributed
 from codistill.config.schema import EngineKind
 from codistill.failures import RunError
-from codistill.model import Policy, load_causal_lm
+from codistill.model.policy import Policy, load_causal_lm
 
 
 @dataclass(frozen=True)

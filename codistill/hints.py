@@ -6,7 +6,7 @@ import numpy as np
 
 from codistill.config import Config
 from codistill.engine import cut_at_end
-from codistill.model import Policy
+from codistill.model.policy import Policy
 
 HINT_STREAM = 2**32
 """Beside the seeds of a step's rollouts, which are below."""

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from codistill import distributed
 from codistill.batch import TokenBatch
 from codistill.config.schema import OptimizerConfig
-from codistill.model import Policy
+from codistill.model.policy import Policy
 from codistill.objective import Objective
 from codistill.output.metrics import StepMetrics
 from codistill.output.throughput import training_flops

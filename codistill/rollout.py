@@ -19,7 +19,7 @@ from codistill.engine import Completion, Sampler, Sampling, prompt_seeds
 from codistill.grading import Grader
 from codistill.hints import hint_length, hint_uniforms, write_hints
 from codistill.inputs import Inputs
-from codistill.model import Policy
+from codistill.model.policy import Policy
 from codistill.output.metrics import StepMetrics
 from codistill.rewards import RewardTerms, RolloutRewards
 

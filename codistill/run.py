@@ -15,7 +15,7 @@ from codistill.config import Config
 from codistill.failures import Failure, RunError, phase
 from codistill.files import finish_folder, is_disk_full, read_object
 from codistill.inputs import load_inputs, make_grader
-from codistill.model import export, quiet_transformers
+from codistill.model.policy import export, quiet_transformers
 from codistill.output import report
 from codistill.output.console import Progress, print_summary
 from codistill.output.run_directory import RunDirectory, run_lock

@@ -18,7 +18,7 @@ from codistill.advantages import advantages
 from codistill.batch import TokenBatch
 from codistill.config import Config
 from codistill.engine import SyncError
-from codistill.model import Policy
+from codistill.model.policy import Policy
 from codistill.output.metrics import StepMetrics
 from codistill.rollout import Rollouts
 from codistill_kernels import downsample, importance_weights, kd_rewards, linear_reverse_kl

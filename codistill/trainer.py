@@ -18,11 +18,11 @@ from codistill.grading import Grader
 from codistill.inputs import Inputs
 from codistill.learner import Learner
 from codistill.losses import make_policy_loss
-from codistill.model import DTYPES, Policy, freeze, load_policy
+from codistill.model.policy import DTYPES, Policy, freeze, load_policy
+from codistill.model.pretrained import end_token_ids
 from codistill.objective import make_objective
 from codistill.output.metrics import StepMetrics
 from codistill.output.throughput import peak_flops
-from codistill.pretrained import end_token_ids
 from codistill.rollout import Generation, Rollouts
 from codistill.scoring import (
     Scored,

@@ -71,14 +71,20 @@ def grader():
         yield grader
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    """This process alone, on one thread."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For matrices this small more threads only wait for each other."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for matrices this small more threads only wait for each other
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
     dist.destroy_process_group()
 
 
@@ -98,10 +104,7 @@ def make_trainer(settings, grader, tmp_path):
             )
         return Trainer(config, load_inputs(config), torch.device("cpu"), grader)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for matrices this small more threads only wait for each other
     yield make
-    torch.set_num_threads(threads)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -21,7 +21,7 @@ from codistill.config import Config, ConfigError, load_config
 from codistill.config.data import DataConfig
 from codistill.data import load_problems
 from codistill.inputs import load_inputs
-from codistill.model import load_causal_lm
+from codistill.model.policy import load_causal_lm
 
 
 def refused(text: str | bytes, tmp_path: Path, *arguments: str) -> str:

@@ -9,7 +9,7 @@ from tiny import packed_logps
 
 from codistill.attention import group_indices
 from codistill.batch import Ragged, TokenBatch, pack
-from codistill.model import Policy, gap_to_definition
+from codistill.model.policy import Policy, gap_to_definition
 
 CPU = torch.device("cpu")
 VOCAB = 96

@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 import transformers
+from tiny import packed_logps
 
 from codistill.batch import Ragged, TokenBatch
 from codistill.config import ConfigError
 from codistill.config.schema import TrainingConfig
-from codistill.model import check_trainable, load_policy, prepare
-from codistill.pretrained import end_token_ids, find_model
+from codistill.model.policy import check_trainable, load_policy, prepare
+from codistill.model.pretrained import end_token_ids, find_model
 
 SIZES = dict(vocab_size=24, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
 HEADS = dict(num_attention_heads=2, num_key_value_heads=2)
@@ -130,3 +131,22 @@ def test_a_model_that_names_no_end_token_is_refused(tmp_path):
 
     with pytest.raises(ConfigError, match="small.path = .* a model that names its end token"):
         end_token_ids("small.path", str(tmp_path), Tokenizer())
+
+
+def test_no_dropout(tmp_path, process_group):
+    """What is trained is what was scored: twice the same."""
+    dropout = dict(resid_pdrop=0.5, embd_pdrop=0.5, attention_dropout=0.5)
+    torch.manual_seed(0)
+    phi = transformers.PhiForCausalLM(transformers.PhiConfig(**SIZES | HEADS | dropout))
+    phi.save_pretrained(tmp_path)
+    options = TrainingConfig(dtype="float32")
+    policy = load_policy("large.path", str(tmp_path), options, 18, torch.device("cpu"))
+    assert policy.training
+    first, second = (packed_logps(policy, [[3, 4]], [[5, 6, 7]], 1.0) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_flash_is_refused_where_it_does_not_run(models):
+    options = TrainingConfig(attention="flash")
+    with pytest.raises(ConfigError, match="training.attention = 'flash': expected sdpa or auto"):
+        load_policy("large.path", str(models["large"]), options, 18, torch.device("cpu"))

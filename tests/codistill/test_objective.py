@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
-from tiny import make_rollouts
+from tiny import PROBLEM, make_rollouts
 
 from codistill.batch import TokenBatch
 from codistill.config import Config
+from codistill.engine import Completion
 from codistill.objective import Objective, make_objective
+from codistill.rewards import RewardTerms
+from codistill.rollout import Rollouts
 from codistill.scoring import Credit, Scored, engine_weights
 from codistill_kernels import kl_penalty, policy_loss
 from codistill_kernels._estimators import OF_OBJECTIVES
@@ -128,3 +131,23 @@ def test_kd_term_in_the_objective_is_the_small_models(hand, estimator):
     assert penalty.estimator == (estimator or "k3") and penalty.logps.tolist() == [-2.0] * 6
     assert hand("large", kd, alpha=0.7).penalties == ()
     assert hand("small", {"kd": {"placement": "reward", "estimator": None}}).penalties == ()
+
+
+def test_tokens_of_rollouts_that_are_not_kept_are_not_counted(settings):
+    settings["rollout"] |= {"num_generations": 3, "prompts_per_step": 1}
+    settings |= {"downsample": {"method": "top", "keep": 2}, "loss": {"normalization": "tokens"}}
+    rollouts = make_rollouts(LENGTHS, [0.0] * 3)
+    logps = {"small": torch.full((6,), -1.0), "large": torch.full((6,), -2.0)}
+    credit = Credit(None, torch.zeros(3), torch.tensor([1, 2]), {"small": torch.ones(3)})
+    objective = make_objective(Config(**settings), "small", rollouts, Scored(credit, [], logps))
+    assert objective.normalizer == 1 + 2
+
+
+def test_a_hint_has_importance_weight_one(settings):
+    """The engine says nothing of it."""
+    settings["loss"] = {"importance_cap": 2.0}
+    completion = Completion([4, 5, 1], [-0.5], False)
+    rewards = RewardTerms(torch.zeros(1), torch.zeros(1), {})
+    rollouts = Rollouts.of([PROBLEM], [""], [completion], [2], rewards)
+    weights = engine_weights(Config(**settings), rollouts, torch.full((3,), -1.0))
+    assert weights.tolist() == pytest.approx([1.0, 1.0, math.exp(-0.5)])

@@ -288,7 +288,7 @@ def test_two_processes_do_what_one_does(settings, make_trainer, tmp_path):
         for one, two in zip(mine, theirs, strict=True):
             assert one.keys() == two.keys()
             for key in one:
-                if not key.startswith(("time/", "tokens_per_second")):
+                if not key.startswith(("time/", "tokens_per_second", "padding/")):
                     # Adam makes whole steps of gradients that are rounding alone; a ratio is the
                     # exponential of what comes of it, the largest most of all.
                     tolerance = 2e-3 if key.startswith("ratio/") else 2e-4

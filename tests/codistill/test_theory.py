@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from codistill.batch import Ragged, TokenBatch, pack
-from codistill.model import Policy
+from codistill.model.policy import Policy
 from codistill_kernels import codistill_losses, codistill_scores, policy_loss
 
 VOCAB, END, N = 3, 0, 3

@@ -1,4 +1,4 @@
-"""Models that are loaded; `codistill.pretrained` is about those that are not yet.
+"""Models that are loaded; `codistill.model.pretrained` is about those that are not yet.
 
 A `Policy` is a causal language model whose forward pass ends in log-probabilities, not in logits.
 `shard` spreads its weights over the processes with FSDP2.
@@ -34,7 +34,7 @@ from codistill.batch import Ragged, TokenBatch
 from codistill.config import ConfigError, require
 from codistill.config.schema import TrainingConfig
 from codistill.downloads import check_model_folder
-from codistill.pretrained import first_line
+from codistill.model.pretrained import first_line
 from codistill_kernels import linear_logps, linear_policy_loss
 from codistill_kernels.integrations.transformers import linear_head
 
@@ -239,7 +239,8 @@ def shard(policy: Policy, *, dtype: torch.dtype, head_dtype: torch.dtype) -> Pol
         fully_shard(layer, mp_policy=MixedPrecisionPolicy(dtype, torch.float32, leaves))
     # Inputs stay as they are: those of `policy_loss` are log-probabilities and counts.
     whole = MixedPrecisionPolicy(head_dtype, torch.float32, cast_forward_inputs=False)
-    fully_shard(policy, mp_policy=whole)
+    # Head and embedding stay gathered: `head_inputs` returns them.
+    fully_shard(policy, mp_policy=whole, reshard_after_forward=False)
     for method in ("sample", "head_inputs", "policy_loss"):
         register_fsdp_forward_method(policy, method)
     for module in policy.modules():
@@ -296,16 +297,18 @@ def check_trainable(key: str, path: str, num_tokens: int) -> None:
         require(found == shape, key, path, f"{name} of {shape} as in config.json; it is {found}")
 
 
-def chosen_attention(name: str, device: torch.device, dtype: torch.dtype) -> AttentionName:
+def chosen_attention(
+    lm: PreTrainedModel, name: str, device: torch.device, dtype: torch.dtype
+) -> AttentionName:
     """The implementation that `training.attention` stands for: flash where flash-attn is installed,
-    the device is a GPU and the forward pass in bfloat16."""
+    the device is a GPU, the forward pass in bfloat16 and the model made for it."""
     has_flash = device.type == "cuda" and dtype == torch.bfloat16 and is_flash_attn_2_available()
-    require(
-        name != "flash" or has_flash,
-        "training.attention",
-        name,
-        "sdpa or auto: flash needs a GPU, training.dtype bfloat16 and flash-attn installed",
+    has_flash = has_flash and lm._supports_flash_attn
+    expected = (
+        "sdpa or auto: flash needs a GPU, training.dtype bfloat16, flash-attn installed and a model "
+        f"that transformers runs with it; {type(lm).__name__} on {device.type}"
     )
+    require(name != "flash" or has_flash, "training.attention", name, expected)
     return "flash" if has_flash and name != "sdpa" else "sdpa"
 
 
@@ -334,12 +337,23 @@ def prepare(
 ) -> Policy:
     """A sharded policy of a model on the device, ready to train."""
     dtype = DTYPES[options.dtype]
+    drop_dropout(lm)
     if options.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    attention = chosen_attention(options.attention, device, dtype)
+    attention = chosen_attention(lm, options.attention, device, dtype)
     policy = Policy(lm, vocab_size=vocab_size, attention=attention)
     head_dtype = dtype if options.head_dtype == "same" else torch.float32
     return shard(policy.train(), dtype=dtype, head_dtype=head_dtype)
+
+
+def drop_dropout(lm: PreTrainedModel) -> None:
+    """Switch dropout off: the policy that is trained is the one that was sampled and scored."""
+    for module in lm.modules():
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 @torch.no_grad()
