@@ -1,1 +1,1 @@
-"""Models, as trained (policy) and as on the disk (pretrained). The only importer of transformers."""
+"""Models as trained (policy) and as on the disk (pretrained); transformers is imported here only."""

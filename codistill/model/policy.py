@@ -305,8 +305,8 @@ def chosen_attention(
     has_flash = device.type == "cuda" and dtype == torch.bfloat16 and is_flash_attn_2_available()
     has_flash = has_flash and lm._supports_flash_attn
     expected = (
-        "sdpa or auto: flash needs a GPU, training.dtype bfloat16, flash-attn installed and a model "
-        f"that transformers runs with it; {type(lm).__name__} on {device.type}"
+        "sdpa or auto: flash needs a GPU, training.dtype bfloat16, flash-attn installed and a "
+        f"model that transformers runs with it, found {type(lm).__name__} on {device.type}"
     )
     require(name != "flash" or has_flash, "training.attention", name, expected)
     return "flash" if has_flash and name != "sdpa" else "sdpa"
