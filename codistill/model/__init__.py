@@ -1,1 +1,1 @@
-"""Models as trained (policy) and as on the disk (pretrained); transformers is imported here only."""
+"""Models as trained (policy) and as on the disk (pretrained); the only user of transformers."""
