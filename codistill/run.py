@@ -29,18 +29,13 @@ def run(config: Config, signals: StopSignals) -> int:
         ConfigError: a setting or an input is missing or wrong; no model was loaded.
     """
     quiet_libraries()
-    folder = config.output_dir / config.name
     try:
-        failures.forget(folder)
-        code = train(config, signals)
+        return train(config, signals)
     except (RunError, FloatingPointError) as error:
         distributed.complain(f"stopped: {error}")
-        code = 1
     except Failure as failure:
-        failures.report(failure, folder)
-        code = 1
-    signals.ignore()
-    return code
+        failures.report(failure, config.output_dir / config.name)
+    return 1
 
 
 def train(config: Config, signals: StopSignals) -> int:
@@ -48,6 +43,7 @@ def train(config: Config, signals: StopSignals) -> int:
     console = Console(quiet=not distributed.is_first())
     with phase("loading"):
         inputs = load_inputs(config)
+        failures.forget(config.output_dir / config.name)
         device = distributed.start(config.distributed.timeout)
         console.print("loading models and engine ...")
         grader = make_grader(config)
@@ -58,6 +54,7 @@ def train(config: Config, signals: StopSignals) -> int:
             with phase("training"):
                 return Loop(trainer, console, signals).run()
         finally:
+            signals.ignore()  # torchrun sends one as soon as another process has ended
             trainer.engine.close()
             if dist.is_initialized():  # vLLM takes the group down with itself
                 dist.destroy_process_group()
