@@ -30,14 +30,12 @@ def run(config: Config, signals: StopSignals) -> int:
         ConfigError: a setting or an input is missing or wrong; no model was loaded.
     """
     quiet_libraries()
-    folder = config.output_dir / config.name
     try:
-        failures.forget(folder)
-        code = train(config, signals)
+        return train(config, signals)
     except (RunError, FloatingPointError) as error:
         distributed.complain(f"stopped: {error}")
-        code = 1
     except Failure as failure:
+        folder = config.output_dir / config.name
         if failure.__cause__ is not None and is_disk_full(failure.__cause__):
             distributed.complain(
                 f"stopped: no space is left on the disk of {folder}, or a quota is used up; its "
@@ -45,9 +43,7 @@ def run(config: Config, signals: StopSignals) -> int:
             )
         else:
             failures.report(failure, folder)
-        code = 1
-    signals.ignore()
-    return code
+    return 1
 
 
 def train(config: Config, signals: StopSignals) -> int:
@@ -56,6 +52,7 @@ def train(config: Config, signals: StopSignals) -> int:
     with phase("loading"):
         inputs = load_inputs(config)
     with run_lock(config), make_grader(config) as grader:
+        failures.forget(config.output_dir / config.name)
         with phase("loading"):
             device = distributed.start(config.distributed.timeout)
             console.print("loading models and engine ...")
@@ -64,6 +61,7 @@ def train(config: Config, signals: StopSignals) -> int:
             with phase("training"):
                 return Loop(trainer, console, signals).run()
         finally:
+            signals.ignore()  # torchrun sends one as soon as another process has ended
             trainer.engine.close()
             if dist.is_initialized():  # vLLM takes the group down with itself
                 dist.destroy_process_group()

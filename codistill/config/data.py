@@ -41,8 +41,8 @@ class RewardConfig(Section):
         300.0,
         gt=0,
         le=1e6,
-        description="limit for one call of a reward function of yours (seconds), less than "
-        "distributed.timeout; code in C that does not return to Python is not interrupted",
+        description="limit for one call of a reward function of yours (seconds); other processes "
+        "wait for it no longer than distributed.timeout",
     )
     functions: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(
         {},
