@@ -80,6 +80,10 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def drop_a_line(file: Path) -> None:
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+
+
 SHARD = "__0_0.distcp"
 WRONG = "another checksum than when it was written"
 DAMAGES = {
@@ -89,7 +93,10 @@ DAMAGES = {
     "no shard": (lambda step: (step / SHARD).unlink(), f"lacks {SHARD}"),
     "no metadata": (lambda step: (step / ".metadata").unlink(), "lacks .metadata"),
     "no checksums": (lambda step: (step / checkpoint.SUMS).unlink(), "has no sha256sums"),
-    "short checksums": (lambda step: cut(step / checkpoint.SUMS), "sha256sums that was cut off"),
+    "short checksums": (
+        lambda step: drop_a_line(step / checkpoint.SUMS),
+        "sha256sums that was cut off",
+    ),
 }
 
 
@@ -150,7 +157,8 @@ def test_hostile_metadata_is_not_unpickled(folder, tmp_path):
 
 def test_hostile_values_are_not_unpickled(folder, tmp_path):
     learner = make_learner()
-    learner.schedule.state_dict = lambda: {"last_epoch": Hostile(tmp_path / "owned")}
+    hostile = learner.schedule.state_dict() | {"last_epoch": Hostile(tmp_path / "owned")}
+    learner.schedule.state_dict = lambda: hostile
     checkpoint.save(folder, 9, [learner], keep=2)
     with pytest.raises(ConfigError, match="step_9: expected a checkpoint of these models: "):
         checkpoint.load(folder, 9, [make_learner()])
@@ -166,11 +174,14 @@ def test_weights_of_another_shape_are_refused_in_one_line(folder):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("outputs", [50, 5000], ids=["in Python", "in torch"])
-def test_a_full_disk_leaves_the_checkpoints_before(folder, outputs):
+@pytest.mark.parametrize(
+    ("outputs", "limit"), [(50, 5000), (5000, 200_000)], ids=["in Python", "in torch"]
+)
+def test_a_full_disk_leaves_the_checkpoints_before(folder, outputs, limit):
+    """A limit of file sizes does to torch what a full disk does."""
     learner = make_learner(outputs=outputs)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # as a full disk, in torch
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(Exception) as error:
             checkpoint.save(folder, 9, [learner], keep=2)
