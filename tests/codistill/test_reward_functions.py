@@ -117,7 +117,7 @@ def test_what_is_no_reward_is_an_error(result, expected):
 
 
 def test_a_weight_makes_no_reward_infinite():
-    function = RewardFunction("my.reward", -1e6, lambda **_: [1e14])
+    function = RewardFunction("my.reward", -1e6, lambda **_: [1e14], timeout=9)
     with pytest.raises(
         RewardError, match="returned 100000000000000.0 for completion 0, more than 1e.15 with"
     ):
