@@ -9,6 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from codistill.stopping import STOPS
+
 ROOT = Path(__file__).parents[2]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 OPTIONS = ("--shutdown-timeout", "60", "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGUSR1")
@@ -35,6 +37,7 @@ class BackgroundRun:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=heed_signals,
             )
 
     @property
@@ -71,6 +74,12 @@ class BackgroundRun:
             except ProcessLookupError:
                 pass
         self.process.wait()
+
+
+def heed_signals() -> None:
+    """Undo what nohup, or a shell for its background jobs, makes processes ignore."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def children(pid: int) -> list[int]:
