@@ -1,6 +1,5 @@
 """The training loop. `Trainer.step` is the algorithm, from top to bottom."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -285,7 +284,6 @@ class Trainer:
         numbers.setdefault("rollout/logp_gap_mean", 0.0)
         peak = peak_flops(self.device)
         for name in self.learners:
-            numbers.setdefault(f"grad_norm/{name}", math.nan)  # all steps were skipped
             for statistic in ("mean", "square_mean", "clip_fraction", "kl"):
                 numbers.setdefault(f"ratio/{name}_{statistic}", 0.0)
             mean, squares = numbers[f"ratio/{name}_mean"], numbers.pop(f"ratio/{name}_square_mean")
