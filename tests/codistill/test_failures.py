@@ -103,3 +103,32 @@ def listening(pid: int) -> list[str]:
             cells = [row.split() for row in rows][1:]
         found += [cell[1] for cell in cells if cell[3] == "0A" and cell[9] in inodes]
     return found
+
+
+SABOTAGE = """
+import os
+from codistill.engine import HFEngine
+
+def reward(completions, **columns):
+    if os.environ["RANK"] == "1" and not hasattr(HFEngine, "works"):
+        HFEngine.works = HFEngine.sync
+        HFEngine.sync = fail
+    return [0.0 for _ in completions]
+
+def fail(self, weights):
+    HFEngine.sync = HFEngine.works
+    next(weights)
+    raise RuntimeError("no memory")
+"""
+
+
+@pytest.mark.long
+def test_an_engine_that_fails_on_one_rank_starts_again_on_all(
+    settings, train, tmp_path, monkeypatch
+):
+    (tmp_path / "sabotage.py").write_text(SABOTAGE)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    settings["reward"]["functions"] = {"sabotage.reward": 1.0}
+    done = train(settings, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "engine hf failed in sync on rank 1: no memory; starting it again" in done.stderr
