@@ -232,7 +232,7 @@ def test_help_is_quick_and_needs_no_torch():
             "data.train = 'nowhere.jsonl': expected a file that",
         ),
         ({"data": {"train": "{empty}"}}, "expected at least one problem, found none"),
-        ({"data": {"train": "{wrong}"}}, "answer or final_answer or solution, found question"),
+        ({"data": {"train": "{wrong}"}}, "ground_truth or answer or solution, found question"),
         (
             {"data": {"eval": "{bad}"}},
             "an answer in row 2 that math-verify can read",
