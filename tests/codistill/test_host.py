@@ -50,6 +50,7 @@ def test_a_step_reads_the_device_a_fixed_number_of_times(make_trainer):
     many = {"training": {"tokens_per_micro_batch": 16}}
     assert reads_of_a_step(make_trainer(many, FakeGrader())) == one
     assert one == {
+        "distributed.py:totals": 1,  # of gradings, which are on the host
         "distributed.py:largest": 6,  # equal numbers of batches: twice packed, twice trained on
         "scoring.py:check_numbers": 1,  # whether the models' log-probabilities are finite
         "scoring.py:check_gap": 1,
