@@ -55,7 +55,6 @@ def test_a_step_reads_the_device_a_fixed_number_of_times(make_trainer):
         "scoring.py:check_numbers": 1,  # whether the models' log-probabilities are finite
         "scoring.py:check_gap": 1,
         "trainer.py:score": 1,  # which are kept
-        "distributed.py:totals": 1,  # gradings that failed
         "learner.py:step": 2,  # whether a gradient is finite
         "metrics.py:reduce": 4,
     }
