@@ -10,7 +10,6 @@ Every run calls `Trainer.step` in a process of its own.
 
 import argparse
 import contextlib
-import functools
 import json
 import os
 import subprocess
@@ -140,13 +139,19 @@ def run_one(folder: Path, run: str, pair, rollouts: str, steps: int) -> list[dic
         **models,
     )
     quiet_libraries()
-    inputs = load_inputs(config)
-    device = distributed.start()
     with contextlib.ExitStack() as stack:
-        if rollouts == "random":
-            replace = functools.partial(mock.patch.object, codistill.trainer)
-            stack.enter_context(replace("make_engine", lambda kind, spec: RandomEngine(spec)))
-            stack.enter_context(replace("load_policy", random_policy))
+        if rollouts == "random":  # folders without weights: none of them is looked for
+            replacements = {
+                "inputs.check_models": lambda config: None,
+                "inputs.check_trainable": lambda key, path, tokens: None,
+                "inputs.fingerprints": lambda config: {},
+                "engine.make_engine": lambda kind, spec: RandomEngine(spec),
+                "trainer.load_policy": random_policy,
+            }
+            for name, replacement in replacements.items():
+                stack.enter_context(mock.patch(f"codistill.{name}", replacement))
+        inputs = load_inputs(config)
+        device = distributed.start(config.distributed.timeout)
         trainer = codistill.trainer.Trainer(config, inputs, device, CoinGrader())
     numbers = [trainer.step(step)[0] for step in range(1, steps + 2)]
     trainer.engine.close()
