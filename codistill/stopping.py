@@ -1,7 +1,9 @@
 """Signals that ask a run to stop, and what it says of its end. Imports no torch."""
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from multiprocessing import resource_tracker
@@ -15,6 +17,8 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a run that a signal stopped, whichever it was, and that can go on."""
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 ECHO = 2.0
 """Seconds in which more signals are the first one again: a scheduler sends it to every process, and
@@ -53,6 +57,8 @@ class StopSignals:
         for number in numbers:
             signal.signal(number, lambda number, frame: None)
         threading.Thread(target=signals.watch, args=(read_end,), daemon=True).start()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            follow_launcher()
         return signals
 
     def wait_for_step(self) -> None:
@@ -86,6 +92,15 @@ class StopSignals:
         for stream in self.terminals:
             with Path(os.devnull).open("w") as nowhere:
                 os.dup2(nowhere.fileno(), stream)
+
+
+def follow_launcher() -> None:
+    """Ask Linux for SIGTERM when torchrun is gone: nobody could stop this process any more."""
+    if sys.platform == "linux":
+        launcher = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != launcher:  # it was gone before it was asked for
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def end(message: str) -> NoReturn:

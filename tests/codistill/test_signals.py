@@ -41,8 +41,12 @@ def check_saved(run: BackgroundRun, code: int) -> None:
     step = saved.name.removeprefix("step_")
     assert f"stopped after step {step}; the same command goes on" in run.text
     assert "failed in phase" not in run.text
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in started):
+    wait_until_gone(started)
+
+
+def wait_until_gone(processes: list[int], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while any(Path(f"/proc/{pid}").exists() for pid in processes):
         assert time.monotonic() < deadline, "processes are left"
         time.sleep(0.1)
 
@@ -65,6 +69,19 @@ def test_a_signal_to_the_launcher_saves(start, name):
     run.process.send_signal(getattr(signal, name))
     check_saved(run, 1)
     assert "a grading process was killed" not in run.text
+
+
+@pytest.mark.long
+def test_a_launcher_that_is_killed_takes_its_ranks_along(start):
+    """They save first: nobody could stop them any more."""
+    run = start()
+    run.wait_for(FIRST_STEP)
+    started = everything_below(run.process.pid)
+    run.process.kill()
+    run.process.wait()
+    wait_until_gone(started)
+    (saved,) = checkpoints(run)
+    assert f"stopped after step {saved.name.removeprefix('step_')}" in run.text
 
 
 @pytest.mark.long
@@ -95,7 +112,7 @@ def test_a_signal_while_models_load_ends_the_run_with_a_line(start, name):
     assert run.end() == 143, run.text
     line = f"train.py: stopped by {name} before the first step: nothing to save"
     assert run.text.splitlines()[-1] == line
-    assert not run.folder.exists()
+    assert [path.name for path in run.folder.iterdir()] == ["lock"]
 
 
 @pytest.mark.long
