@@ -97,7 +97,6 @@ def packed_attention(
     *,
     packing: Packing,
     scaling: float | None = None,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -106,7 +105,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention of each token to its own sequence, [1, L, heads, D]; called by transformers.
 
-    softmax_j(softcap(q_i . k_j scaling)) v_j over i - sliding_window < j <= i
+    softmax_j(softcap(q_i . k_j scaling)) v_j over i - sliding_window < j <= i, without dropout
 
     Raises:
         NotImplementedError: the model's attention has sinks (s_aux) or a bias by position.
@@ -118,7 +117,6 @@ def packed_attention(
             attend(
                 *(group.pad(x) for x in (query, key, value)),
                 scaling=scaling,
-                dropout=dropout,
                 sliding_window=sliding_window,
                 softcap=softcap,
             )
@@ -134,7 +132,6 @@ def attend(
     value: Tensor,
     *,
     scaling: float | None,
-    dropout: float,
     sliding_window: int | None,
     softcap: float | None,
 ) -> Tensor:
@@ -151,13 +148,12 @@ def attend(
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     if softcap is not None:
         assert mask is not None
-        return softcapped(query, key, value, mask, scaling, softcap, dropout)
+        return softcapped(query, key, value, mask, scaling, softcap)
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=mask,
-        dropout_p=dropout,
         is_causal=mask is None,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -171,10 +167,9 @@ def softcapped(
     mask: Tensor,
     scaling: float | None,
     softcap: float,
-    dropout: float,
 ) -> Tensor:
     """The same with bent scores (Gemma 2), which no fused kernel of torch computes."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = softcap * (query @ key.transpose(2, 3) * scale / softcap).tanh()
     shares = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1, dtype=torch.float32)
-    return F.dropout(shares.to(query.dtype), dropout, training=dropout > 0) @ value
+    return shares.to(query.dtype) @ value

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from codistill import distributed, files
 from codistill.config import ConfigError
+from codistill.config.base import first_line
 from codistill.unpickling import PlainPlanner, check_metadata
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def load(folder: Path, step: int, learners: "list[Learner]") -> None:
     try:
         dcp.load(states, checkpoint_id=path, planner=PlainPlanner())
     except CheckpointException as error:
-        reason = str(first_failure(error)).splitlines()[0]
+        reason = first_line(first_failure(error))
         raise ConfigError(f"{path}: expected a checkpoint of these models: {reason}") from error
     for learner in learners:
         loaded = states[learner.name]

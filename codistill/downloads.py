@@ -6,6 +6,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from codistill.config import ConfigError, require
+from codistill.config.base import first_line
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -40,7 +41,7 @@ def check_model_folder(key: str, folder: Path) -> Shapes:
             with safe_open(folder / name, framework="numpy") as file:
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         except (OSError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             require(False, key, str(folder), f"a whole safetensors file {name}: {reason}")
     return shapes
 

@@ -24,6 +24,8 @@ class Inputs:
     """What a run reads besides its models."""
 
     tokenizer: Any
+    end_token_ids: tuple[int, ...]
+    """Tokens that end a completion of the writer."""
     problems: list[Problem]
     held_out: list[Problem]
     reward_functions: list[RewardFunction] = field(default_factory=list)
@@ -46,7 +48,7 @@ def load_inputs(config: Config) -> Inputs:
     tokenizer = load_tokenizers(config)
     for name in config.loaded:
         check_trainable(f"{name}.path", config.model(name).path, len(tokenizer))
-    end_token_ids(f"{config.writer}.path", config.model(config.writer).path, tokenizer)
+    ends = end_token_ids(f"{config.writer}.path", config.model(config.writer).path, tokenizer)
     limit = config.rollout.max_prompt_tokens
     problems = load_problems("data.train", config.data, tokenizer, max_prompt_tokens=limit)
     held_out = load_problems("data.eval", config.data, tokenizer, max_prompt_tokens=limit)
@@ -66,7 +68,7 @@ def load_inputs(config: Config) -> Inputs:
         if config.data.template == CHAT and asks_for_the_date(tokenizer):
             message = "data.template: the date that the chat template asks for is always %s"
             logging.getLogger(__name__).info(message, DATE)
-    return Inputs(tokenizer, problems, held_out, functions, changes, prints)
+    return Inputs(tokenizer, ends, problems, held_out, functions, changes, prints)
 
 
 def check_problems(config: Config, problems: list[Problem], held_out: list[Problem]) -> None:

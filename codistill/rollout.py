@@ -159,11 +159,10 @@ class Generation:
         engine: Sampler,
         grader: Grader,
         hinter: Policy | None,
-        end_token_ids: tuple[int, ...],
     ) -> None:
         self.config, self.inputs, self.engine = config, inputs, engine
         self.rewards = RolloutRewards(config.reward, grader, inputs.reward_functions)
-        self.hinter, self.end_token_ids = hinter, end_token_ids
+        self.hinter = hinter
 
     def rollouts(self, step: int, metrics: StepMetrics) -> Rollouts:
         """M graded rollouts of each of this process's prompts in step `step`, from 1.
@@ -223,7 +222,7 @@ class Generation:
     ) -> tuple[list[int], list[Completion]]:
         """Tokens of each rollout's hint, and the rollouts: hint and what the engine made of it."""
         rollout, seed = self.config.rollout, self.config.seed
-        count = rollout.num_generations
+        count, ends = rollout.num_generations, self.inputs.end_token_ids
         prompts = [self.inputs.problems[i].prompt_ids for i, _ in share for _ in range(count)]
         assert self.hinter is not None
         with metrics.timer("time/hint"):
@@ -232,10 +231,10 @@ class Generation:
                 prompts,
                 hint_uniforms(seed, step, share, count, length),
                 temperature=rollout.temperature,
-                end_token_ids=self.end_token_ids,
+                end_token_ids=ends,
             )
         # A hint that ended is the whole rollout.
-        open_rows = [row for row, hint in enumerate(hints) if hint[-1] not in self.end_token_ids]
+        open_rows = [row for row, hint in enumerate(hints) if hint[-1] not in ends]
         members = [(i * count + j, before) for i, before in share for j in range(count)]
         seeds = prompt_seeds(seed, step, members)
         written = self.engine.generate(

@@ -19,7 +19,6 @@ from codistill.inputs import Inputs
 from codistill.learner import Learner
 from codistill.losses import make_policy_loss
 from codistill.model.policy import DTYPES, Policy, freeze, load_policy
-from codistill.model.pretrained import end_token_ids
 from codistill.objective import make_objective
 from codistill.output.metrics import StepMetrics
 from codistill.output.throughput import peak_flops
@@ -53,9 +52,6 @@ class Trainer:
         self.dtype = DTYPES[config.training.dtype]
         self.total_steps = config.total_steps(len(inputs.problems))
         # The engine comes first: vLLM measures free memory while it starts.
-        self.end_token_ids = end_token_ids(
-            f"{config.writer}.path", config.model(config.writer).path, inputs.tokenizer
-        )
         self.engine = RestartingEngine(
             config.rollout.engine,
             self.engine_spec(config.writer),
@@ -81,7 +77,6 @@ class Trainer:
             self.engine,
             grader,
             hinter=self.policies.get("large"),
-            end_token_ids=self.end_token_ids,
         )
 
     def engine_spec(self, name: str) -> EngineSpec:
@@ -90,7 +85,7 @@ class Trainer:
         return EngineSpec(
             path=self.config.model(name).path,
             vocab_size=len(self.inputs.tokenizer),
-            end_token_ids=self.end_token_ids,
+            end_token_ids=self.inputs.end_token_ids,
             max_model_tokens=rollout.max_prompt_tokens + rollout.max_completion_tokens,
             dtype=self.dtype,
             device=self.device,

@@ -42,7 +42,7 @@ struct Coefficients {
   float max, log_sum, mean;  // of the whole vocabulary: max z, log sum exp(z - max), E_p[z - max]
 };
 
-// Those of row i of n, from coefficients [3, n] and lse_parts [3, n].
+// The coefficients of row i, from coefficients [3, n] and lse_parts [3, n] of n rows.
 inline Coefficients coefficients_of(const float* coefficients, const float* lse_parts, int64_t n, int64_t i) {
   return {coefficients[i], coefficients[n + i], coefficients[2 * n + i],
           lse_parts[i],    lse_parts[n + i],    lse_parts[2 * n + i]};

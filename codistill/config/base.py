@@ -30,6 +30,11 @@ def printable(text: str) -> str:
     return shown(text)[1:-1]
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, as far as its first line goes."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def expanded(path: str) -> str:
     """The path with the home directory for a leading `~`."""
     if not path or "\0" in path:

@@ -32,9 +32,9 @@ from transformers.utils import is_flash_attn_2_available
 from codistill.attention import packed_attention
 from codistill.batch import Ragged, TokenBatch
 from codistill.config import ConfigError, require
+from codistill.config.base import first_line
 from codistill.config.schema import TrainingConfig
 from codistill.downloads import check_model_folder
-from codistill.model.pretrained import first_line
 from codistill_kernels import linear_logps, linear_policy_loss
 from codistill_kernels.integrations.transformers import linear_head
 
@@ -320,11 +320,9 @@ def load_policy(
     Raises:
         ConfigError: under configuration key `key`, the model is none that can be trained.
     """
+    lm = load_causal_lm(path, dtype=torch.float32).to(device).eval()
     try:
-        lm = load_causal_lm(path, dtype=torch.float32).to(device).eval()
         gap = gap_to_definition(Policy(lm, vocab_size=vocab_size))
-    except ConfigError:
-        raise
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"{key} = {path!r}: {first_line(error)}") from error
     expected = f"a model of known attention and head; log-probabilities are {gap:.1e} nats off"

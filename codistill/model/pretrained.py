@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from codistill.config import Config, ConfigError, require
+from codistill.config.base import first_line
 from codistill.downloads import check_model_folder, read_object
 from codistill_kernels.integrations.transformers import scaling
 
@@ -118,8 +119,3 @@ def end_token_ids(key: str, path: str, tokenizer: PreTrainedTokenizerBase) -> tu
         expected = f"end tokens below {len(tokenizer)}, the number of tokens; found {token!r}"
         require(is_token, key, path, expected)
     return ids
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says, as far as its first line goes."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
