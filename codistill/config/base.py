@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 LONGEST_VALUE = 200  # characters of a value that a message shows; chosen, untested
 
@@ -63,6 +64,18 @@ class Section(BaseModel):
         if annotation is not bool and any(isinstance(item, bool) for item in values):
             raise ValueError("expected no true or false")
         return value
+
+
+class CommandOptions(Section, BaseSettings):
+    """What a command reads: from its command line and nowhere else, the environment included."""
+
+    model_config = SettingsConfigDict(cli_avoid_json=True)
+
+    @classmethod
+    def settings_customise_sources(  # type: ignore[override]
+        cls, settings_cls: type[BaseSettings], init_settings: Any, **sources: Any
+    ) -> tuple:
+        return (init_settings,)  # CliApp puts the command line before this
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

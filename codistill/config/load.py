@@ -1,16 +1,19 @@
-"""Read a `Config` from a YAML file and the command line; a mistake is said in one line."""
+"""Read a `Config` from a YAML file and the command line, and the options of other commands from
+their command lines; a mistake is said in one line."""
 
 import argparse
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import CliApp, SettingsError
 
-from codistill.config.base import ConfigError, printable, section_of, shown
+from codistill.config.base import CommandOptions, ConfigError, printable, section_of, shown
 from codistill.config.read_yaml import read_yaml
 from codistill.config.schema import Config
+
+Options = TypeVar("Options", bound=CommandOptions)
 
 
 def load_config(arguments: list[str]) -> Config:
@@ -24,20 +27,31 @@ def load_config(arguments: list[str]) -> Config:
     parser.add_argument("--config", type=Path)
     try:
         known, overrides = parser.parse_known_args(arguments)
-        content = read_yaml(known.config) if known.config else {}
-        for key, value in content.items():  # some names are arguments of CliApp.run
-            if key not in Config.model_fields:
-                raise ConfigError(unknown_key(key, value))
-        return CliApp.run(Config, cli_args=overrides, cli_exit_on_error=False, **content)
     except argparse.ArgumentError as error:
         raise ConfigError(f"--config: {error.message}") from error
+    content = read_yaml(known.config) if known.config else {}
+    for key, value in content.items():  # some names are arguments of CliApp.run
+        if key not in Config.model_fields:
+            raise ConfigError(unknown_key(Config, key, value))
+    return load_options(Config, overrides, **content)
+
+
+def load_options(model: type[Options], arguments: list[str], **values: Any) -> Options:
+    """Read the options of a command; those of `arguments` win over `values`.
+
+    Raises:
+        ConfigError: a key or value is wrong.
+        SystemExit: `--help` was asked for (code 0).
+    """
+    try:
+        return CliApp.run(model, cli_args=arguments, cli_exit_on_error=False, **values)
     except SettingsError as error:
-        raise ConfigError(explain_argument(str(error))) from error
+        raise ConfigError(explain_argument(model, str(error))) from error
     except ValidationError as error:
-        raise ConfigError(explain_field(error)) from error
+        raise ConfigError(explain_field(model, error)) from error
 
 
-def field_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+def field_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     """All keys of the configuration, dotted."""
     keys = []
     for name, field in model.model_fields.items():
@@ -49,7 +63,7 @@ def field_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return keys
 
 
-def explain_argument(message: str) -> str:
+def explain_argument(model: type[BaseModel], message: str) -> str:
     """One line for an argument that the command line does not know."""
     words = message.split()
     unknown = next((word for word in words if word.startswith("--")), None)
@@ -57,19 +71,19 @@ def explain_argument(message: str) -> str:
         return " ".join(words)
     key, _, value = unknown[2:].partition("=")
     rest = words[words.index(unknown) + 1 :]
-    return unknown_key(key, value or (rest[0] if rest else ""))
+    return unknown_key(model, key, value or (rest[0] if rest else ""))
 
 
-def unknown_key(key: str, value: object) -> str:
+def unknown_key(model: type[BaseModel], key: str, value: object) -> str:
     """One line for an unknown key, with the known key that is most like it."""
-    keys = field_keys()
+    keys = field_keys(model)
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     near = near or [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     hint = f"did you mean {near[0]}?" if near else "see --help for all keys"
     return f"{printable(key)} = {shown(value)}: expected a known key; {hint}"
 
 
-def explain_field(error: ValidationError) -> str:
+def explain_field(model: type[BaseModel], error: ValidationError) -> str:
     """One line for the first wrong field."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
@@ -77,19 +91,19 @@ def explain_field(error: ValidationError) -> str:
     if isinstance(original, ConfigError):
         return f"{key}.{original}" if key else str(original)
     if first["type"] == "extra_forbidden":
-        return unknown_key(key, first["input"])
+        return unknown_key(model, key, first["input"])
     if first["type"] == "missing":
-        return f"{key} is missing: expected {describe(key)}"
+        return f"{key} is missing: expected {describe(model, key)}"
     message = str(original or first["msg"])
     if first["type"] == "model_type":
         message = "expected a section, with keys of its own"
     return f"{printable(key)} = {shown(first['input'])}: {message[0].lower()}{message[1:]}"
 
 
-def describe(key: str) -> str:
+def describe(model: type[BaseModel], key: str) -> str:
     """The description of a dotted key."""
-    model: Any = Config
+    section: Any = model
     for part in key.split("."):
-        field = model.model_fields[part]
-        model = section_of(field.annotation)
+        field = section.model_fields[part]
+        section = section_of(field.annotation)
     return field.description

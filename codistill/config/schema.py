@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, Self, assert_never
 
 from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from codistill.config.algorithm import (
     AdvantageConfig,
@@ -19,7 +18,14 @@ from codistill.config.algorithm import (
     KDConfig,
     LossConfig,
 )
-from codistill.config.base import ConfigError, Section, UserPath, UserPathOrName, require
+from codistill.config.base import (
+    CommandOptions,
+    ConfigError,
+    Section,
+    UserPath,
+    UserPathOrName,
+    require,
+)
 from codistill.config.data import DataConfig, RewardConfig
 
 EngineKind = Literal["auto", "vllm", "hf"]
@@ -178,13 +184,11 @@ class DistributedConfig(Section):
     )
 
 
-class Config(Section, BaseSettings):
+class Config(CommandOptions):
     """CoDistill-GRPO: train a large and a small model at the same time.
 
     --config FILE reads a YAML file; the options below win over it.
     """
-
-    model_config = SettingsConfigDict(cli_avoid_json=True)
 
     name: str = Field(description="name of the run: a folder of this name in output_dir is made")
     output_dir: UserPath = Field(Path("runs"), description="the run is written to output_dir/name")
@@ -212,12 +216,6 @@ class Config(Section, BaseSettings):
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="held-out accuracy")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="saved to go on from")
     distributed: DistributedConfig = Field(DistributedConfig(), description="several processes")
-
-    @classmethod
-    def settings_customise_sources(  # type: ignore[override]
-        cls, settings_cls: type[BaseSettings], init_settings: Any, **sources: Any
-    ) -> tuple:
-        return (init_settings,)  # the environment is no source; CliApp puts the CLI before this
 
     @model_validator(mode="before")
     @classmethod

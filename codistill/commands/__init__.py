@@ -1,0 +1,1 @@
+"""The commands of `python -m codistill`, one module each, whose `main` takes the arguments."""
