@@ -32,11 +32,11 @@ class Learner:
         *,
         learning_rate: float,
         total_steps: int,
-        inner_epochs: int = 1,
+        optimizer_steps: int = 1,
     ) -> None:
-        """total_steps: of the run, each with `inner_epochs` optimizer steps."""
+        """total_steps: of the run, each with so many optimizer steps."""
         self.name, self.policy, self.loss = name, policy, loss
-        self.inner_epochs = inner_epochs
+        self.optimizer_steps = optimizer_steps
         self.skipped_in_a_row = 0
         self.flops_per_token = training_flops(policy.lm)
         self.max_grad_norm = config.max_grad_norm
@@ -44,7 +44,7 @@ class Learner:
             policy.parameters(), lr=learning_rate, weight_decay=config.weight_decay
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda n: learning_rate_factor(n, total_steps * inner_epochs, config)
+            self.optimizer, lambda n: learning_rate_factor(n, total_steps * optimizer_steps, config)
         )
 
     def backward(
@@ -68,7 +68,7 @@ class Learner:
             self.policy.reduce_head(number == count)
             loss = self.loss_of(batch, objective, metrics, temperature)
             loss.backward()
-            metrics.total(f"loss/{self.name}", loss.detach() / self.inner_epochs)
+            metrics.total(f"loss/{self.name}", loss.detach() / self.optimizer_steps)
 
     def loss_of(
         self, batch: TokenBatch, objective: Objective, metrics: StepMetrics, temperature: float

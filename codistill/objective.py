@@ -1,6 +1,6 @@
 """What the update of one model maximizes, over all of this process's rollouts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, assert_never
 
 import torch
@@ -75,10 +75,10 @@ class Objective:
         )
 
 
-def make_objective(
+def make_objectives(
     config: Config, name: str, rollouts: Rollouts, scored: Scored, *, alpha: float = 0.0
-) -> Objective:
-    """The objective of the model `name` on the rollouts kept. Collective.
+) -> list[Objective]:
+    """The objective of the model `name` on the rollouts kept of each mini-batch. Collective.
 
     alpha: weight of the KD term where it is in the objective.
     """
@@ -89,31 +89,38 @@ def make_objective(
     weights = None
     if config.loss.normalization == "sequence":  # 1/|o| of Eq. 2, tokens in the loss counted
         weights = 1 / in_loss.clamp(min=1)
-    return Objective(
+    parts = scored.credit.kept.chunk(config.training.mini_batches)
+    tokens = torch.stack([in_loss[part].sum() for part in parts])
+    whole = Objective(
         old_logps=old_logps(config, name, rollouts, scored),
         advantages=advantages,
         mask=mask.to(advantages.device),
-        normalizer=normalizer(config, in_loss[scored.credit.kept].sum()),
+        normalizer=0.0,
         weights=weights,
         importance_weights=scored.importance_weights,
         penalties=penalties(config, name, scored, alpha),
     )
+    return [replace(whole, normalizer=number) for number in normalizers(config, tokens)]
 
 
-def normalizer(config: Config, tokens: Tensor) -> float | Tensor:
-    """What the sum over tokens of all processes is divided by; tokens: in this process's loss."""
+def normalizers(config: Config, tokens: Tensor) -> list[float] | list[Tensor]:
+    """What the sum over the tokens of each mini-batch, of all processes, is divided by.
+
+    tokens: of each mini-batch in this process's loss.
+    """
+    parts = len(tokens)
     # 1/prompts * 1/G of Eq. 2, Eq. 5 and Eq. 10, prompts counted over all processes.
-    kept = config.rollout.prompts_per_step * config.kept
+    kept = config.rollout.prompts_per_step * config.kept / parts
     match config.loss.normalization:
         case "constant":
-            return kept * config.rollout.max_completion_tokens
+            return [kept * config.rollout.max_completion_tokens] * parts
         case "sequence":
-            return kept
+            return [kept] * parts
         case "tokens":
             tokens = tokens.double()
             if dist.is_initialized():
                 dist.all_reduce(tokens)
-            return tokens.clamp(min=1)
+            return list(tokens.clamp(min=1))
         case _:
             assert_never(config.loss.normalization)
 

@@ -54,8 +54,8 @@ class Scored:
     """
 
     credit: Credit
-    batches: list[TokenBatch]
-    """The rollouts kept, as forward passes take them."""
+    mini_batches: list[list[TokenBatch]]
+    """The rollouts kept: what the forward passes of each optimizer step of an inner epoch take."""
     logps: dict[str, Tensor]
     """[N] of each model loaded, before it is trained on them (nats)."""
     teacher_logps: Tensor | None = None

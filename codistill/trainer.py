@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from codistill.inputs import Inputs
 from codistill.learner import Learner
 from codistill.losses import make_policy_loss
 from codistill.model.policy import DTYPES, Policy, freeze, load_policy
-from codistill.objective import make_objective
+from codistill.objective import make_objectives
 from codistill.output.metrics import StepMetrics
 from codistill.output.throughput import peak_flops
 from codistill.rollout import Generation, Rollouts
@@ -104,7 +105,7 @@ class Trainer:
             self.config.optimizer,
             learning_rate=self.config.model(name).learning_rate,
             total_steps=self.total_steps,
-            inner_epochs=self.config.training.inner_epochs,
+            optimizer_steps=self.config.optimizer_steps,
         )
 
     def step(self, step: int) -> tuple[dict[str, float], Rollouts, Scored]:
@@ -153,13 +154,16 @@ class Trainer:
         terms = dict(step=step, total_steps=self.total_steps)
         credit = assign_credit(config, rollouts, logps, kl=kl, **terms)
         kept = credit.kept.tolist()
-        batches = self.batches(rollouts, kept)
+        size = len(kept) // config.training.mini_batches
+        parts = [kept[start : start + size] for start in range(0, len(kept), size)]
+        mini_batches = [self.batches(rollouts, part) for part in parts]
+        batches = list(chain.from_iterable(mini_batches))
         references = {n: self.logps(p, batches, tokens) for n, p in self.references.items()}
         if references:
             check_numbers({f"reference {name}": values for name, values in references.items()})
         scored = Scored(
             credit,
-            batches,
+            mini_batches,
             logps,
             teacher_logps=logps["large"] if config.has_teacher else None,
             reference_logps=references,
@@ -209,17 +213,15 @@ class Trainer:
     def update(
         self, name: str, step: int, rollouts: Rollouts, scored: Scored, metrics: StepMetrics
     ) -> None:
-        """One or more optimizer steps of a model on the kept rollouts."""
+        """The optimizer steps of a model on the kept rollouts."""
         learner = self.learners[name]
         with metrics.timer(f"time/update_{name}"):
             alpha = alpha_at(self.config, step, self.total_steps)
-            objective = make_objective(self.config, name, rollouts, scored, alpha=alpha)
-            for _ in range(self.config.training.inner_epochs):
+            objectives = make_objectives(self.config, name, rollouts, scored, alpha=alpha)
+            updates = zip(scored.mini_batches, objectives, strict=True)
+            for batches, objective in list(updates) * self.config.training.inner_epochs:
                 learner.backward(
-                    scored.batches,
-                    objective,
-                    metrics,
-                    temperature=self.config.logp_temperature,
+                    batches, objective, metrics, temperature=self.config.logp_temperature
                 )
                 learner.step(metrics)
                 if learner.skipped_in_a_row >= self.config.training.max_skipped:
@@ -229,8 +231,10 @@ class Trainer:
                         f"{learner.skipped_in_a_row} optimizer steps in a row; the last batch is "
                         f"in {file}"
                     )
-        tokens = sum(batch.input_ids.numel() for batch in scored.batches)
-        metrics.total(f"flops/{name}", learner.flops_per_token * tokens * learner.inner_epochs)
+        trained = chain.from_iterable(scored.mini_batches)
+        tokens = sum(batch.input_ids.numel() for batch in trained)
+        flops = learner.flops_per_token * tokens * self.config.training.inner_epochs
+        metrics.total(f"flops/{name}", flops)
 
     def save_batch(self, name: str, step: int, rollouts: Rollouts, scored: Scored) -> Path:
         """Write down what this process trained the model `name` on in a step; the file."""

@@ -126,6 +126,13 @@ class TrainingConfig(Section):
         description="optimizer steps of each model on the rollouts of a step, each on all of them; "
         "the paper does not say; with 1 the small model's ratio is 1",
     )
+    mini_batches: int = Field(
+        1,
+        gt=0,
+        le=10**4,
+        description="optimizer steps of each model in an inner epoch, each on the rollouts kept of "
+        "as many prompts; more than 1: the ratio of Eq. 5 moves away from 1 within a step",
+    )
     update_order: Literal["small_first", "large_first"] = Field(
         "small_first",
         description="algorithm codistill. small_first: both learn from the log-probabilities "
@@ -348,15 +355,18 @@ class Config(CommandOptions):
         prompts = self.training.epochs * num_problems
         return self.training.steps or math.ceil(prompts / self.rollout.prompts_per_step)
 
+    @property
+    def optimizer_steps(self) -> int:
+        """How many optimizer steps each model takes per step."""
+        return self.training.inner_epochs * self.training.mini_batches
+
     def check_processes(self, world_size: int) -> None:
-        """Raise ConfigError unless prompts divide evenly over the processes."""
-        prompts = self.rollout.prompts_per_step
-        require(
-            prompts % world_size == 0,
-            "rollout.prompts_per_step",
-            prompts,
-            f"a multiple of the {world_size} processes",
-        )
+        """Raise ConfigError unless prompts divide evenly over processes and mini-batches."""
+        prompts, parts = self.rollout.prompts_per_step, self.training.mini_batches
+        expected = f"a multiple of the {world_size} processes"
+        if parts > 1:
+            expected += f" times training.mini_batches = {parts}"
+        require(prompts % (world_size * parts) == 0, "rollout.prompts_per_step", prompts, expected)
 
 
 def check_name(name: str) -> None:

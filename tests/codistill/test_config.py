@@ -193,6 +193,9 @@ def test_processes_must_divide_the_prompts(load):
     with pytest.raises(ConfigError, match="rollout.prompts_per_step = 64: expected a multiple of"):
         load().check_processes(3)
     load().check_processes(2)
+    load("--training.mini_batches", "8").check_processes(2)
+    with pytest.raises(ConfigError, match="2 processes times training.mini_batches = 24"):
+        load("--training.mini_batches", "24").check_processes(2)
 
 
 def test_a_micro_batch_holds_the_longest_rollout(load):

@@ -16,7 +16,7 @@ from codistill.data import Problem, counted
 from codistill.engine import Completion
 from codistill.hints import hint_length, hint_uniforms, write_hints
 from codistill.model.policy import load_policy
-from codistill.objective import make_objective
+from codistill.objective import make_objectives
 from codistill.rewards import RewardTerms
 from codistill.rollout import Rollouts
 from codistill.scoring import Credit, Scored
@@ -143,11 +143,11 @@ def by_hand(settings):
     def update(loss: str, model: str):
         changes = {"hint": {"tokens": 2, "loss": loss}}
         config = Config(**settings | changes | {"loss": {"normalization": "sequence"}})
-        objective = make_objective(config, model, rollouts, scored)
+        (objective,) = make_objectives(config, model, rollouts, scored)
         # 1/|o| of Eq. 2: the tokens that are in the loss
         masked = loss == "masked" and model == "small"
         assert objective.weights.tolist() == pytest.approx([1.0 if masked else 1 / 3, 1 / 3])
-        objective = make_objective(Config(**settings | changes), model, rollouts, scored)
+        (objective,) = make_objectives(Config(**settings | changes), model, rollouts, scored)
         assert objective.normalizer == 2 * 8
         assert objective.advantages.tolist() == advantages[model].tolist()
         return [round(x, 6) for x in objective.old_logps.tolist()], objective.mask.tolist()

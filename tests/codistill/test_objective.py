@@ -9,7 +9,7 @@ from tiny import PROBLEM, make_rollouts
 from codistill.batch import TokenBatch
 from codistill.config import Config
 from codistill.engine import Completion
-from codistill.objective import Objective, make_objective
+from codistill.objective import Objective, make_objectives
 from codistill.rewards import RewardTerms
 from codistill.rollout import Rollouts
 from codistill.scoring import Credit, Scored, engine_weights
@@ -46,7 +46,8 @@ def hand(settings):
             reference_logps={name: torch.full((6,), -1.5) for name in ("small", "large")},
             importance_weights=engine_weights(config, rollouts, logps["small"]),
         )
-        return make_objective(config, name, rollouts, scored, alpha=alpha)
+        (objective,) = make_objectives(config, name, rollouts, scored, alpha=alpha)
+        return objective
 
     return run
 
@@ -139,7 +140,8 @@ def test_tokens_of_rollouts_that_are_not_kept_are_not_counted(settings):
     rollouts = make_rollouts(LENGTHS, [0.0] * 3)
     logps = {"small": torch.full((6,), -1.0), "large": torch.full((6,), -2.0)}
     credit = Credit(None, torch.zeros(3), torch.tensor([1, 2]), {"small": torch.ones(3)})
-    objective = make_objective(Config(**settings), "small", rollouts, Scored(credit, [], logps))
+    scored = Scored(credit, [], logps)
+    (objective,) = make_objectives(Config(**settings), "small", rollouts, scored)
     assert objective.normalizer == 1 + 2
 
 
@@ -151,3 +153,19 @@ def test_a_hint_has_importance_weight_one(settings):
     rollouts = Rollouts.of([PROBLEM], [""], [completion], [2], rewards)
     weights = engine_weights(Config(**settings), rollouts, torch.full((3,), -1.0))
     assert weights.tolist() == pytest.approx([1.0, 1.0, math.exp(-0.5)])
+
+
+@pytest.mark.parametrize(
+    ("normalization", "expected"),
+    [("constant", [2 * 8, 2 * 8]), ("sequence", [2, 2]), ("tokens", [3 + 1, 2 + 4])],
+)
+def test_a_mini_batch_is_divided_by_what_is_in_it(settings, normalization, expected):
+    settings["rollout"] |= {"num_generations": 2, "prompts_per_step": 2}
+    settings |= {"downsample": {"keep": 2}, "loss": {"normalization": normalization}}
+    settings["training"] = settings.get("training", {}) | {"mini_batches": 2}
+    rollouts = make_rollouts([3, 1, 2, 4], [0.0] * 4)
+    logps = {name: torch.full((10,), -1.0) for name in ("small", "large")}
+    credit = Credit(None, torch.zeros(4), torch.arange(4), {"small": torch.ones(4)})
+    scored = Scored(credit, [], logps, teacher_logps=logps["large"])
+    objectives = make_objectives(Config(**settings), "small", rollouts, scored)
+    assert [float(objective.normalizer) for objective in objectives] == expected

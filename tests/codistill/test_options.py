@@ -15,6 +15,7 @@ from codistill.config import Config
 from codistill.data import draw, redraw
 from codistill.engine import Completion
 from codistill.inputs import load_inputs
+from codistill.learner import Learner
 from codistill.output.metrics import StepMetrics
 from codistill.rollout import Rollouts
 from codistill.trainer import Trainer
@@ -109,6 +110,26 @@ def test_inner_epochs_are_optimizer_steps(make_trainer):
     for number in (2, 3, 4):
         trainer.step(number)
     assert trainer.learners["small"].schedule.get_last_lr()[0] == pytest.approx(0)  # cosine: done
+
+
+def test_mini_batches_are_optimizer_steps_on_parts_of_the_rollouts(make_trainer, monkeypatch):
+    """Two prompts, two inner epochs: each prompt's rollouts alone, one after the other, twice."""
+    trainer = make_trainer({"training": {"mini_batches": 2, "inner_epochs": 2}}, FakeGrader())
+    seen: dict[str, list[list[int]]] = {name: [] for name in trainer.learners}
+    plain = Learner.backward
+
+    def backward(learner, batches, *arguments, **settings):
+        seen[learner.name].append(sorted(row for batch in batches for row in batch.rows.tolist()))
+        plain(learner, batches, *arguments, **settings)
+
+    monkeypatch.setattr(Learner, "backward", backward)
+    numbers, _, scored = trainer.step(1)
+    kept = scored.credit.kept.tolist()
+    half = len(kept) // 2
+    for learner in trainer.learners.values():
+        assert seen[learner.name] == [kept[:half], kept[half:]] * 2
+        assert learner.schedule.last_epoch == 4
+    assert numbers["ratio/small_mean"] != pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("algorithm", ["codistill", "grpo"])
@@ -245,6 +266,7 @@ MANY = [
         "algorithm": "kdrl",
         "hint": {"tokens": 3, "loss": "masked"},
         "kd": {"placement": "objective", "estimator": "k2"},
+        "training": {"mini_batches": 2},
         "loss": {"kind": "gspo", "normalization": "sequence", "logp_temperature": "one"},
         "rollout": {"temperature": 0.7, "logp_gap_limit": 99.0},
     },
