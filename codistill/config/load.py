@@ -4,7 +4,7 @@ their command lines; a mistake is said in one line."""
 import argparse
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import CliApp, SettingsError
@@ -16,7 +16,14 @@ from codistill.config.schema import Config
 Options = TypeVar("Options", bound=CommandOptions)
 
 
-def load_config(arguments: list[str]) -> Config:
+Configuration = TypeVar("Configuration", bound=Config)
+
+
+@overload
+def load_config(arguments: list[str]) -> Config: ...
+@overload
+def load_config(arguments: list[str], model: type[Configuration]) -> Configuration: ...
+def load_config(arguments: list[str], model: type[Config] = Config) -> Config:
     """Read `--config FILE --section.key value ...`.
 
     Raises:
@@ -31,9 +38,9 @@ def load_config(arguments: list[str]) -> Config:
         raise ConfigError(f"--config: {error.message}") from error
     content = read_yaml(known.config) if known.config else {}
     for key, value in content.items():  # some names are arguments of CliApp.run
-        if key not in Config.model_fields:
-            raise ConfigError(unknown_key(Config, key, value))
-    return load_options(Config, overrides, **content)
+        if key not in model.model_fields:
+            raise ConfigError(unknown_key(model, key, value))
+    return load_options(model, overrides, **content)
 
 
 def load_options(model: type[Options], arguments: list[str], **values: Any) -> Options:

@@ -1,0 +1,272 @@
+"""Memory and time of a step on GPUs, by formulas. Runs nothing.
+
+P parameters, W processes, b bytes per number of the forward pass, H, I, V widths of hidden states,
+MLP and head, T tokens of a micro-batch, prompts included, N completion tokens of it. A test holds
+the memory of whole updates to within 15 % of what is allocated on a CPU; times have seen no GPU.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from codistill.config.machine import MachineConfig, PlanOptions
+from codistill.model.shape import ModelShape
+from codistill_kernels._linear import slab_sizes
+
+FP32, ADAM, GIB = 4, 8, 2**30  # bytes per number, bytes of Adam's two moments, bytes
+# CUDA's context, NCCL's buffers, fragments; vLLM's activations and CUDA graphs. Assumed.
+CONTEXT, ENGINE = 2 * GIB, 2 * GIB
+# Shares of the highest rates that are reached. Assumed.
+TRAINING_SHARE, SCORING_SHARE, BANDWIDTH_SHARE, LINK_SHARE = 0.4, 0.5, 0.7, 0.8
+ITERATION = 4e-3  # s that vLLM's host takes for an iteration of small batches; assumed
+MOST_SEQUENCES = 256  # that vLLM decodes at once by default (max_num_seqs)
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Data sheets of NVIDIA, SXM."""
+
+    memory_gib: float
+    flops: float
+    """Dense bf16 FLOP/s."""
+    bandwidth: float
+    """Of its memory (bytes/s)."""
+    link: float
+    """NVLink, one direction (bytes/s)."""
+
+
+GPUS = {
+    "A100": GPU(80, 312e12, 2.04e12, 300e9),
+    "H100": GPU(80, 989e12, 3.35e12, 450e9),
+    "H200": GPU(141, 989e12, 4.8e12, 450e9),
+    "B200": GPU(180, 2250e12, 8e12, 900e9),
+}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a phase of a step takes on each GPU."""
+
+    name: str
+    parts: dict[str, float]
+    """Bytes, by what they hold."""
+    seconds: float
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.parts.values())
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+def activation_bytes(shape: ModelShape, b: int) -> float:
+    """What a decoder layer keeps for its backward pass, per token.
+
+    Counted tensor by tensor in transformers' Qwen2: a norm keeps its input in fp32, the same
+    divided by its root mean square, and what it gives; attention q, k, v, what it gives, once more
+    in one row, and the log-sum-exp of each head; the MLP gate, up, activation and product.
+    """
+    norms = (FP32 + 2 * b) * shape.norm_width + 2 * FP32
+    attention = b * (3 * shape.query_width + 2 * shape.key_width) + FP32 * shape.heads
+    return norms + attention + 4 * b * shape.intermediate
+
+
+def kept_bytes(shape: ModelShape, tokens: float, b: int, *, checkpointing: bool) -> float:
+    """What all layers and the last norm keep of a micro-batch of T tokens.
+
+    With gradient checkpointing the input of each layer, and all of the one that is computed again.
+    """
+    layer, hidden = activation_bytes(shape, b), shape.hidden
+    layers = b * shape.layers * hidden + layer if checkpointing else shape.layers * layer
+    return tokens * (layers + (FP32 + 2 * b) * hidden)
+
+
+def head_bytes(shape: ModelShape, completion_tokens: float, b: int) -> float:
+    """Hidden states of N tokens, their logits in the way that the kernels choose, dW."""
+    rows, limit = math.ceil(completion_tokens), slab_sizes.WORKSPACE_MIB * 2**20
+    dtype = torch.bfloat16 if b == 2 else torch.float32
+    gradient = shape.vocab * shape.hidden * b
+    match slab_sizes.plan(rows, shape.vocab, dtype, limit).way:
+        case "kept":
+            logits: float = b * rows * shape.vocab + slab_sizes.SLAB_BYTES
+        case "chunks":  # the gradient is summed in fp32
+            logits = limit + FP32 * shape.vocab * shape.hidden
+        case "columns":
+            logits = slab_sizes.SLAB_BYTES
+    return 2 * b * rows * shape.hidden + logits + gradient
+
+
+def update_bytes(
+    shape: ModelShape,
+    tokens: float,
+    completion_tokens: float,
+    b: int,
+    *,
+    processes: int,
+    checkpointing: bool,
+) -> dict[str, float]:
+    """What the last backward pass of a step takes beside weights and optimizer.
+
+    FSDP2 gathers a layer while another one runs, and copies it out of the message; a layer's whole
+    gradient is there in b bytes, and in fp32 in the messages of two layers. Embedding and head stay
+    gathered, and their gradient is summed over micro-batches in fp32 before it is sharded.
+    """
+    layer, root = shape.layer_parameters, shape.root_parameters
+    is_alone = processes == 1
+    messages = 0 if is_alone else (b + 2 * FP32) * layer
+    sharded = FP32 * shape.layers * layer / processes
+    return {
+        "gathered": b * (root + (2 if is_alone else 3) * layer),
+        "gradients": sharded + messages + FP32 * root,
+        "activations": kept_bytes(shape, tokens, b, checkpointing=checkpointing),
+        "head": head_bytes(shape, completion_tokens, b),
+    }
+
+
+def phase_bytes(options: PlanOptions, shapes: dict[str, ModelShape], name: str) -> dict[str, float]:
+    """What each GPU holds in a phase: rollout, score, sync, or the name of the model it updates."""
+    config, processes = options, options.machine.gpus
+    b = FP32 if config.training.dtype == "float32" else 2
+    tokens = float(config.training.tokens_per_micro_batch)
+    completion_tokens = tokens * options.mean_completion / sequence_tokens(options)
+    writer = shapes[config.writer]
+    parts = {
+        "weights": sum(FP32 * shape.parameters for shape in shapes.values()) / processes,
+        "optimizer": sum(ADAM * shapes[name].parameters for name in config.trained) / processes,
+        "engine": b * writer.parameters + config.rollout.kv_cache_gib * GIB + ENGINE,
+        "context": float(CONTEXT),
+    }
+    if name in ("rollout", "sync"):
+        whole = FP32 * writer.largest_parameter if name == "sync" else 0
+        return parts | {"gathered": float(whole)}
+    if name == "score":
+        gathered = [b * (s.root_parameters + 2 * s.layer_parameters) for s in shapes.values()]
+        widest = max(activation_bytes(shape, b) for shape in shapes.values())
+        heads = [b * completion_tokens * s.hidden + slab_sizes.SLAB_BYTES for s in shapes.values()]
+        return parts | {"gathered": sum(gathered), "activations": widest * tokens + max(heads)}
+    update = update_bytes(
+        shapes[name],
+        tokens,
+        completion_tokens,
+        b,
+        processes=processes,
+        checkpointing=config.training.gradient_checkpointing,
+    )
+    # Scoring leaves embedding and head of each model that learns gathered until its update.
+    waiting = config.trained[config.trained.index(name) + 1 :]
+    update["gathered"] += sum(b * shapes[other].root_parameters for other in waiting)
+    return parts | update
+
+
+def capacity(options: PlanOptions) -> float:
+    """Bytes of each GPU."""
+    return GIB * (options.machine.memory_gib or GPUS[options.machine.gpu].memory_gib)
+
+
+def fitting(options: PlanOptions, shapes: dict[str, ModelShape]) -> dict[str, Any]:
+    """Keys and values that make the run fit, the cheapest first; nothing if none of these do."""
+    rollout, gpus = options.rollout, options.machine.gpus
+    longest = rollout.max_prompt_tokens + rollout.max_completion_tokens
+    tries = [
+        ("training.gradient_checkpointing", True),
+        ("training.tokens_per_micro_batch", longest),
+        *(("machine.gpus", gpus * 2**power) for power in range(1, 8)),
+    ]
+    changes: dict[str, Any] = {}
+    for key, value in tries:
+        section, _, name = key.partition(".")
+        changed = getattr(options, section).model_copy(update={name: value})
+        options = options.model_copy(update={section: changed})
+        changes[key] = value
+        if max(phase.bytes for phase in phases(options, shapes)) <= capacity(options):
+            return changes
+    return {}
+
+
+# --- time --------------------------------------------------------------------------------------
+
+
+def sequence_tokens(options: PlanOptions) -> float:
+    """Tokens of a prompt and its completion, on average."""
+    return options.machine.mean_prompt_tokens + options.mean_completion
+
+
+def rollout_seconds(options: PlanOptions, shape: ModelShape) -> float:
+    """Decoding on each GPU: iterations, each of which reads all weights and the KV cache of the
+    sequences in it, or computes 2 P per sequence, whichever takes longer.
+
+    There are as many iterations as the longest completion has tokens, or more where not all
+    sequences are decoded at once.
+    """
+    gpu, rollout = GPUS[options.machine.gpu], options.rollout
+    prompt, completion = options.machine.mean_prompt_tokens, options.mean_completion
+    sequences = rollout.prompts_per_step * rollout.num_generations / options.machine.gpus
+    kv_bytes = 2 * 2 * shape.layers * shape.key_width  # K and V in bf16, per token
+    room = rollout.kv_cache_gib * GIB / (kv_bytes * (prompt + completion))
+    at_once = max(1.0, min(sequences, MOST_SEQUENCES, room))
+    iterations = max(rollout.max_completion_tokens, sequences * completion / at_once)
+    together = sequences * completion / iterations
+    read = 2 * shape.multiplied + kv_bytes * together * (prompt + completion / 2)
+    compute = 2 * shape.multiplied * together / (SCORING_SHARE * gpu.flops)
+    decode = max(read / (BANDWIDTH_SHARE * gpu.bandwidth), compute) + ITERATION
+    prompts = rollout.prompts_per_step / options.machine.gpus * prompt
+    prefill = 2 * shape.multiplied * prompts / (SCORING_SHARE * gpu.flops)
+    return iterations * decode + prefill
+
+
+def flops_per_token(shape: ModelShape, sequence: float) -> float:
+    """Of a forward pass: 2 for each weight that multiplies, 2 L for each query number and token of
+    half the sequence, twice (scores and values)."""
+    return 2 * shape.multiplied + 2 * 2 * shape.layers * shape.query_width * sequence / 2
+
+
+def link_rate(machine: MachineConfig) -> float:
+    """Bytes/s at which a GPU gathers from the others."""
+    is_one_node = machine.gpus <= machine.gpus_per_node
+    return LINK_SHARE * (GPUS[machine.gpu].link if is_one_node else machine.network * 1e9)
+
+
+def pass_seconds(
+    options: PlanOptions, shape: ModelShape, rollouts: float, *, updates: bool
+) -> float:
+    """Forward passes over so many rollouts of all GPUs, or forward and backward passes: products
+    and attention, or gathering the weights in each micro-batch, whichever takes longer."""
+    machine, training = options.machine, options.training
+    b = FP32 if training.dtype == "float32" else 2
+    sequence = sequence_tokens(options)
+    tokens = rollouts * sequence / machine.gpus
+    passes = 1.0
+    if updates:
+        passes = 4.0 if training.gradient_checkpointing else 3.0
+    share = TRAINING_SHARE if updates else SCORING_SHARE
+    compute = passes * flops_per_token(shape, sequence) * tokens / (share * GPUS[machine.gpu].flops)
+    micro_batches = math.ceil(tokens / training.tokens_per_micro_batch)
+    gathered = b * shape.parameters * (2 if updates else 1)
+    if updates:
+        gathered += FP32 * shape.parameters
+    moved = micro_batches * gathered * (machine.gpus - 1) / machine.gpus
+    return max(compute, moved / link_rate(machine))
+
+
+def phases(options: PlanOptions, shapes: dict[str, ModelShape]) -> list[Phase]:
+    """The phases of a step in their order; shapes: of the models that the algorithm loads."""
+    prompts, written = options.rollout.prompts_per_step, options.rollout.num_generations
+    trained = prompts * options.kept * options.training.inner_epochs
+    sync = FP32 * shapes[options.writer].parameters / link_rate(options.machine)
+    seconds = {
+        "rollout": rollout_seconds(options, shapes[options.writer]),
+        "score": sum(
+            pass_seconds(options, shape, prompts * written, updates=False)
+            for shape in shapes.values()
+        ),
+        **{n: pass_seconds(options, shapes[n], trained, updates=True) for n in options.trained},
+        "sync": sync,
+    }
+    labels = {name: f"update {name}" for name in options.trained}
+    return [
+        Phase(labels.get(name, name), phase_bytes(options, shapes, name), value)
+        for name, value in seconds.items()
+    ]
