@@ -4,9 +4,12 @@
     python -m codistill report runs/NAME
     python -m codistill plan --config FILE [--machine.gpus N] [--section.key value ...]
 
-doctor: say what is installed and which kernel backend and engine run, and check the configuration
-and its inputs; exit code 2 if they are wrong. report: draw curves.png and print the summary of a
-run that has ended. plan: memory and time of a step on GPUs, by formulas. COMMAND --help lists the options of a command.
+doctor   say what is installed and which kernel backend and engine run, and check the configuration
+         and its inputs; exit code 2 if they are wrong
+report   draw curves.png and print the summary of a run that has ended
+plan     memory and time of a step on GPUs, by formulas
+
+COMMAND --help lists the options of a command.
 """
 
 import importlib
