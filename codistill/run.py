@@ -18,6 +18,7 @@ from codistill.inputs import load_inputs, make_grader
 from codistill.model.policy import export, quiet_transformers
 from codistill.output import report
 from codistill.output.console import Progress, print_summary
+from codistill.output.loggers import Loggers
 from codistill.output.run_directory import RunDirectory, run_lock
 from codistill.stopping import STOPPED, StopSignals
 from codistill.trainer import Trainer
@@ -58,8 +59,8 @@ def train(config: Config, signals: StopSignals) -> int:
             console.print("loading models and engine ...")
             trainer = Trainer(config, inputs, device, grader)
         try:
-            with phase("training"):
-                return Loop(trainer, console, signals).run()
+            with phase("training"), Loggers() as loggers:
+                return Loop(trainer, console, signals, loggers).run()
         finally:
             signals.ignore()  # torchrun sends one as soon as another process has ended
             trainer.engine.close()
@@ -70,9 +71,12 @@ def train(config: Config, signals: StopSignals) -> int:
 class Loop:
     """Steps, evaluations, checkpoints and files of one trainer."""
 
-    def __init__(self, trainer: Trainer, console: Console, signals: StopSignals) -> None:
+    def __init__(
+        self, trainer: Trainer, console: Console, signals: StopSignals, loggers: Loggers
+    ) -> None:
         signals.wait_for_step()
         self.trainer, self.console, self.signals = trainer, console, signals
+        self.loggers = loggers
         self.learners = list(trainer.learners.values())
         self.directory = RunDirectory(trainer.config) if distributed.is_first() else None
         folder = trainer.config.output_dir / trainer.config.name
@@ -114,6 +118,7 @@ class Loop:
         config = self.trainer.config
         numbers, rollouts, scored = self.trainer.step(step)
         self.on_first(lambda directory: directory.add_metrics(step, numbers))
+        self.loggers.log(step, numbers)
         progress.add(step, numbers)
         last = step == self.trainer.total_steps
         if last or step % config.evaluation.every == 0:
@@ -140,6 +145,7 @@ class Loop:
     def start(self, directory: RunDirectory, done: int) -> None:
         for line in directory.start(done, self.trainer.inputs.fingerprints):
             self.console.print(line, soft_wrap=True)
+        self.loggers.open(self.trainer.config, done)
 
     def changes_text(self) -> str:
         """What is said of keys that are not as before; nothing if all are."""
@@ -151,6 +157,8 @@ class Loop:
         with phase("evaluate"):
             accuracy = self.trainer.evaluate(step)
         self.on_first(lambda directory: directory.add_evaluation(accuracy))
+        numbers = {f"evaluation/{name}": accuracy[name] for name in accuracy if name != "step"}
+        self.loggers.log(step, numbers)
         text = ", ".join(f"{name} {accuracy[name]:.1%}" for name in accuracy if name != "step")
         self.console.print(f"held-out accuracy after step {step}: {text}", highlight=False)
 

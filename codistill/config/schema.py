@@ -29,6 +29,7 @@ from codistill.config.base import (
 from codistill.config.data import DataConfig, RewardConfig
 
 EngineKind = Literal["auto", "vllm", "hf"]
+LoggerKind = Literal["tensorboard", "wandb", "trackio"]
 
 
 class ModelConfig(Section):
@@ -175,6 +176,21 @@ class CheckpointConfig(Section):
     )
 
 
+class LogConfig(Section):
+    to: list[LoggerKind] = Field(
+        [],
+        description="where the numbers of each step and evaluation go, beside the files of the run",
+    )
+    project: str = Field(
+        "codistill", min_length=1, max_length=100, description="project in wandb and trackio"
+    )
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        require(len(set(self.to)) == len(self.to), "to", self.to, "each logger once")
+        return self
+
+
 class DistributedConfig(Section):
     timeout: float = Field(
         600.0,
@@ -215,6 +231,7 @@ class Config(CommandOptions):
     training: TrainingConfig = Field(TrainingConfig(), description="length and memory of the run")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="held-out accuracy")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="saved to go on from")
+    log: LogConfig = Field(LogConfig(), description="loggers")
     distributed: DistributedConfig = Field(DistributedConfig(), description="several processes")
 
     @model_validator(mode="before")
