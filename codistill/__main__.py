@@ -2,10 +2,11 @@
 
     python -m codistill doctor --config FILE [--section.key value ...]
     python -m codistill report runs/NAME
+    python -m codistill export runs/NAME [--step K] [--output DIR]
 
 doctor: say what is installed and which kernel backend and engine run, and check the configuration
 and its inputs; exit code 2 if they are wrong. report: draw curves.png and print the summary of a
-run that has ended. COMMAND --help lists the options of a command.
+run that has ended. export: write the models of a checkpoint in Hugging Face format. COMMAND --help lists the options of a command.
 """
 
 import importlib
@@ -13,7 +14,7 @@ import sys
 
 from codistill.config import ConfigError, require
 
-COMMANDS = ("doctor", "report")
+COMMANDS = ("doctor", "report", "export")
 
 
 def main() -> int:

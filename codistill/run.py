@@ -1,7 +1,6 @@
 """A run, from its configuration to its files: check, load, train, stop, sum up."""
 
 import logging
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +11,15 @@ from rich.console import Console
 
 from codistill import checkpoint, distributed, failures
 from codistill.config import Config
+from codistill.exports import export_models
 from codistill.failures import Failure, RunError, phase
-from codistill.files import finish_folder, is_disk_full, read_object
+from codistill.files import is_disk_full, read_object, read_rows
 from codistill.inputs import load_inputs, make_grader
-from codistill.model.policy import export, quiet_transformers
+from codistill.model.policy import quiet_transformers
 from codistill.output import report
 from codistill.output.console import Progress, print_summary
 from codistill.output.loggers import Loggers
+from codistill.output.model_card import Cards
 from codistill.output.run_directory import RunDirectory, run_lock
 from codistill.stopping import STOPPED, StopSignals
 from codistill.trainer import Trainer
@@ -169,18 +170,13 @@ class Loop:
                 checkpoint.save(self.checkpoints, step, self.learners, keep=keep)
 
     def export(self, step: int) -> None:
-        """Write the models, under export/step_<k> once they are all there."""
-        folder, first = self.folder / "export", distributed.is_first()
-        unfinished = folder / f"unfinished_{step}"
-        if first:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        for learner in self.learners:
-            path = unfinished / learner.name
-            with phase("export"):
-                export(learner.policy, self.trainer.inputs.tokenizer, path, write=first)
-        if first:
-            with phase("export"):
-                finish_folder(unfinished, folder / f"step_{step}")
+        """Write the models that learned to export/step_<k>."""
+        policies = {learner.name: learner.policy for learner in self.learners}
+        evaluations = read_rows(self.folder / "evaluations.jsonl")
+        cards = Cards(self.trainer.config, step, evaluations)
+        with phase("export"):
+            path = self.folder / "export" / f"step_{step}"
+            export_models(policies, self.trainer.inputs.tokenizer, path, cards)
 
     def finish(self, directory: RunDirectory) -> None:
         trainer = self.trainer

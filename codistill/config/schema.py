@@ -203,7 +203,8 @@ class DistributedConfig(Section):
 class Config(CommandOptions):
     """CoDistill-GRPO: train a large and a small model at the same time.
 
-    --config FILE reads a YAML file; the options below win over it.
+    --config FILE reads a YAML file; the options below win over it. codistill-train --dry-run checks
+    everything as at a start, prints the configuration and the plan of a step, and ends.
     """
 
     name: str = Field(description="name of the run: a folder of this name in output_dir is made")
