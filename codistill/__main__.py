@@ -6,7 +6,8 @@
 
 doctor: say what is installed and which kernel backend and engine run, and check the configuration
 and its inputs; exit code 2 if they are wrong. report: draw curves.png and print the summary of a
-run that has ended. export: write the models of a checkpoint in Hugging Face format. COMMAND --help lists the options of a command.
+run that has ended. export: write the models of a checkpoint in Hugging Face format, each with a
+model card. COMMAND --help lists the options of a command.
 """
 
 import importlib

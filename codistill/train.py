@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 2 -m codistill.train --config configs/demo.yaml --training.steps 20
 
 In a checkout `train.py` is the same command. With --dry-run it checks everything as at a start,
-prints the configuration and the plan of a step, and ends. Exit codes: 0 done; 1 the run failed, with a message;
-2 a mistake in configuration or input; 143 stopped by a signal (SIGTERM, Ctrl-C, SIGHUP, SIGUSR1)
-after saving a checkpoint: the same command goes on from there.
+prints the configuration and the plan of a step, and ends. Exit codes: 0 done; 1 the run failed,
+with a message; 2 a mistake in configuration or input; 143 stopped by a signal (SIGTERM, Ctrl-C,
+SIGHUP, SIGUSR1) after saving a checkpoint: the same command goes on from there.
 """
 
 import os

@@ -39,16 +39,28 @@ def main(arguments: list[str]) -> None:
     if output is not None:
         require(not output.exists(), "output", str(output), "a folder that is not there yet")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read before torch is; weights stay on the CPU
+    import torch.distributed as dist
+
+    from codistill.run import quiet_libraries
+
+    quiet_libraries()
+    distributed.start(config.distributed.timeout)
+    try:
+        target = export_run(config, folder, options.step, output)
+    finally:
+        dist.destroy_process_group()
+    print("\n".join(str(target / name) for name in config.trained))
+
+
+def export_run(config: Config, folder: Path, wanted: int | None, output: Path | None) -> Path:
+    """Export the models after the step that is wanted; the folder they are in."""
     from codistill import checkpoint
     from codistill.exports import export_models
     from codistill.files import read_rows
     from codistill.model.pretrained import load_tokenizers
     from codistill.output.model_card import Cards
-    from codistill.run import quiet_libraries
 
-    quiet_libraries()
-    distributed.start(config.distributed.timeout)
-    step = chosen_step(folder / "checkpoints", options.step)
+    step = chosen_step(folder / "checkpoints", wanted)
     tokenizer = load_tokenizers(config)
     policies = load_policies(config, len(tokenizer))
     checkpoint.load_weights(folder / "checkpoints", step, policies)
@@ -58,9 +70,9 @@ def main(arguments: list[str]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         export_models(policies, tokenizer, target, cards)
     except OSError as error:
-        expected = "a folder that can be written"
-        raise ConfigError(f"output = {str(target)!r}: expected {expected}: {error}") from error
-    print("\n".join(str(target / name) for name in policies))
+        expected = f"a folder that can be written: {error}"
+        raise ConfigError(f"output = {str(target)!r}: expected {expected}") from error
+    return target
 
 
 def stored_config(folder: Path) -> Config:

@@ -55,14 +55,11 @@ def header(config: Config, name: str) -> dict[str, Any]:
     """What the Hugging Face Hub reads of a card."""
     path = config.model(name).path
     base = {} if Path(path).is_dir() else {"base_model": path}
-    tags = ["codistill-grpo", "reinforcement-learning", "math"]
-    if config.algorithm not in ("codistill",):
-        tags.insert(1, config.algorithm)
     return {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         **base,
-        "tags": tags,
+        "tags": ["codistill-grpo", config.algorithm, "reinforcement-learning"],
     }
 
 

@@ -138,7 +138,7 @@ def test_a_full_disk_and_a_second_run_end_in_one_line(settings, train):
     assert sorted(os.listdir(folder / "export")) == ["step_1", "step_2"]
 
 
-def test_run_with_vllm_on_two_processes(settings, train, models):
+def test_run_with_vllm_on_two_processes(settings, train, models, tmp_path):
     pytest.importorskip("vllm", reason="vLLM cannot be installed on this machine")
     settings["rollout"] |= {"engine": "vllm", "kv_cache_gib": 0.1}
     settings["hint"] = {"tokens": 3}
@@ -148,6 +148,25 @@ def test_run_with_vllm_on_two_processes(settings, train, models):
     check_files(settings, models)
     # 8 problems, 4 a step: the first epoch, which has hints, is two steps
     assert [row["rollout/hint_tokens"] > 0 for row in rows(settings)] == [True, True, False]
+
+    check_export(Path(settings["output_dir"]) / "tiny", tmp_path / "exported")
+
+
+def check_export(folder: Path, output: Path) -> None:
+    """The command makes of the checkpoint of two processes what the run has exported, and vLLM
+    writes with it what transformers does."""
+    command = [sys.executable, "-m", "codistill", "export", str(folder), "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(output / "small"), str(output / "large")]
+    for name in ("small", "large"):
+        ours, theirs = (path / name for path in (output, folder / "export" / "step_3"))
+        assert sorted(os.listdir(ours)) == sorted(os.listdir(theirs))
+        for file in ours.iterdir():
+            assert file.read_bytes() == (theirs / file.name).read_bytes(), file
+    command = [sys.executable, str(ROOT / "tests" / "vllm_export.py"), *done.stdout.split()]
+    written = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert written.returncode == 0, written.stderr
 
 
 def test_a_run_has_ended_when_its_last_step_is_summed_up(tmp_path):
