@@ -42,16 +42,8 @@ def plan(config: Config, inputs: Inputs, processes: int) -> Iterator[tuple[str, 
         yield f"{name} model", f"{size:,} parameters, {role(config, name)}"
     yield from steps(config, inputs)
     yield from one_step(config, inputs.problems, processes)
-    total = config.total_steps(len(inputs.problems))
-    count = len(multiples(config.evaluation.every, total)) + 1  # before the first step, too
-    yield "evaluations", f"{count}, each of {len(inputs.held_out):,} problems"
-    trained = sum(size for name, size in sizes.items() if name in config.trained)
-    count = len(multiples(config.checkpoint.every, total))
-    gib = trained * CHECKPOINT_BYTES / 2**30
-    yield (
-        "checkpoints",
-        f"{count}, each of {gib:.2g} GiB; the last {config.checkpoint.keep} are kept",
-    )
+    trained = sum(sizes[name] for name in config.trained)
+    yield from between_steps(config, inputs, trained)
     yield "files", str(config.output_dir / config.name)
     yield "loggers", ", ".join(["metrics.jsonl", *config.log.to])
 
@@ -97,6 +89,16 @@ def one_step(
     scored, trained = (math.ceil(share * count / fit) for count in (generations, kept))
     counts = f"{scored:,} to score and {trained:,} to train each model"
     yield "micro-batches", f"at most {counts}, on each process"
+
+
+def between_steps(config: Config, inputs: Inputs, weights: int) -> Iterator[tuple[str, str]]:
+    """Evaluations and checkpoints of the whole run; weights: how many are trained."""
+    total = config.total_steps(len(inputs.problems))
+    count = len(multiples(config.evaluation.every, total)) + 1  # before the first step, too
+    yield "evaluations", f"{count:,}, each of {len(inputs.held_out):,} problems"
+    count = len(multiples(config.checkpoint.every, total))
+    each = f"{count:,}, each of {weights * CHECKPOINT_BYTES / 2**30:.2g} GiB"
+    yield "checkpoints", f"{each}; the last {config.checkpoint.keep} are kept"
 
 
 def multiples(every: int, total: int) -> list[int]:

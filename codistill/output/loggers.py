@@ -6,7 +6,8 @@ The first process alone logs. A logger that fails says so in one line, and the r
 import importlib.util
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -163,27 +164,31 @@ class Loggers:
         """Open all of log.to; done: as in `Start`."""
         start = Start(config, done)
         for kind in config.log.to:
-            if (logger := self.attempt(kind, lambda kind=kind: KINDS[kind](start))) is not None:
-                self.loggers[kind] = logger
+            with self.off_at_an_error(kind):
+                self.loggers[kind] = KINDS[kind](start)
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
+        """Tell all of them; see `Logger`."""
         for kind, logger in list(self.loggers.items()):
-            self.attempt(kind, lambda logger=logger: logger.log(step, numbers))
+            with self.off_at_an_error(kind):
+                logger.log(step, numbers)
 
     def close(self, *, failed: bool) -> None:
+        """Close all of them; failed: whether the run ends with an error."""
         for kind, logger in list(self.loggers.items()):
-            self.attempt(kind, lambda logger=logger: logger.close(failed=failed))
+            with self.off_at_an_error(kind):
+                logger.close(failed=failed)
         self.loggers.clear()
 
-    def attempt(self, kind: LoggerKind, act: Callable[[], Any]) -> Any:
-        """What act() returns; if it raises an error, None, and the logger is off."""
+    @contextmanager
+    def off_at_an_error(self, kind: LoggerKind) -> Iterator[None]:
+        """Warn of any error of the block, and drop the logger."""
         try:
-            return act()
+            yield
         except Exception as error:  # of any of the libraries
             self.loggers.pop(kind, None)
             reason = f"{type(error).__name__}: {first_line(error)}"
             logging.getLogger(__name__).warning("log.to: %s is off from now on: %s", kind, reason)
-            return None
 
 
 def check_loggers(config: Config) -> None:

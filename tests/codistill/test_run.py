@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from codistill.config import Config
 from codistill.output.run_directory import run_lock
@@ -69,12 +70,14 @@ def check_files(settings: dict, models: dict) -> None:
 
 
 def test_run_with_hugging_face_engine(settings, train, models):
+    settings["log"] = {"to": ["tensorboard"]}
     done = train(settings)
     assert done.returncode == 0, done.stderr
     assert "rollout engine: hf, 1 processes on cpu" in done.stdout
     assert "step 3/3" in done.stdout and "held-out accuracy" in done.stdout
     check_files(settings, models)
     folder = Path(settings["output_dir"]) / settings["name"]
+    check_events(folder / "tensorboard", settings)
     (folder / "curves.png").unlink()
     report = [sys.executable, "-m", "codistill", "report", str(folder)]
     printed = subprocess.run(report, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -85,6 +88,19 @@ def test_run_with_hugging_face_engine(settings, train, models):
     other = train(settings, "--kd.alpha", "3")
     assert other.returncode == 2
     assert "train.py: kd.alpha = 3.0: expected 1.0 as in" in other.stderr
+
+
+def check_events(folder: Path, settings: dict) -> None:
+    """TensorBoard has the numbers of metrics.jsonl and evaluations.jsonl, in fp32."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    for row in rows(settings):
+        for key in row.keys() - {"step"}:
+            (value,) = (e.value for e in events.Scalars(key) if e.step == row["step"])
+            assert value == pytest.approx(row[key], rel=1e-6), key
+    found = [(event.step, event.value) for event in events.Scalars("evaluation/small")]
+    evaluations = rows(settings, "evaluations.jsonl")
+    assert found == [(row["step"], pytest.approx(row["small"])) for row in evaluations]
 
 
 def test_run_goes_on_with_more_steps(settings, train, tmp_path):
