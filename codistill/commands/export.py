@@ -5,6 +5,7 @@ does. Needs neither a GPU nor an engine; the run may still be going on.
 """
 
 import os
+import sys
 from pathlib import Path
 
 from pydantic import Field
@@ -101,7 +102,7 @@ def chosen_step(folder: Path, wanted: int | None) -> int:
         step, reasons = checkpoint.last_good(folder)
         assert step is not None, steps
         for bad, why in reasons.items():
-            distributed.complain(f"passed over {folder}/step_{bad}, which {why}")
+            print(f"codistill: passed over {folder}/step_{bad}, which {why}", file=sys.stderr)
         return step
     known = ", ".join(map(str, sorted(steps)))
     require(wanted in steps, "step", wanted, f"the step of a checkpoint of the run: {known}")
