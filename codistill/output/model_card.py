@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from codistill import versions
 from codistill.config import Config
 from codistill.config.changes import flatten
+from codistill.model.pretrained import HUB_NAME
 
 MACHINE = ("name", "output_dir", "log", "distributed", "checkpoint")
 """Keys and sections that say where a run was, not what it computed."""
@@ -54,7 +55,7 @@ class Cards:
 def header(config: Config, name: str) -> dict[str, Any]:
     """What the Hugging Face Hub reads of a card."""
     path = config.model(name).path
-    base = {} if Path(path).is_dir() else {"base_model": path}
+    base = {"base_model": path} if is_hub_name(path) else {}
     return {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -65,7 +66,12 @@ def header(config: Config, name: str) -> dict[str, Any]:
 
 def public_name(path: str) -> str:
     """A model's name on the Hub, or that of its folder."""
-    return Path(path).resolve().name if Path(path).is_dir() else path
+    return path if is_hub_name(path) else Path(path).resolve().name
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a model's path is a name on the Hub, and no folder, be it there still or not."""
+    return HUB_NAME.fullmatch(path) is not None and not Path(path).is_dir()
 
 
 def settings(config: Config) -> dict[str, Any]:

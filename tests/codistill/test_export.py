@@ -120,6 +120,8 @@ def test_model_cards_of_other_algorithms(settings):
     assert "\nbase_model: Qwen/Qwen2.5-Math-1.5B\n" in text and "- kdrl\n" in text
     assert "from the frozen teacher Qwen/Qwen2.5-Math-7B (KDRL)" in text
     assert "Held-out" not in text
+    config = Config(**merged(settings, {"small": {"path": "/gone/away/model"}}))
+    assert "/gone" not in Cards(config, 3, rows).text("small")
     config = Config(**merged(settings, hub | {"algorithm": "grpo", "grpo": {"model": "large"}}))
     text = Cards(config, 3, rows).text("large")
     assert "Qwen/Qwen2.5-Math-7B, trained by GRPO from its own rollouts" in text
