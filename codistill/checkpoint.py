@@ -12,8 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.optim.lr_scheduler import LambdaLR
 
 from codistill import distributed, files
@@ -61,21 +67,32 @@ def find(folder: Path) -> Found:
     Raises:
         ConfigError: there are checkpoints, and none is good; nothing was changed.
     """
+    step, reasons = last_good(folder)
+    if step is not None and distributed.is_first():
+        put_aside(folder, list(reasons))
+    lines = [
+        f"passed over {folder}/step_{bad}, which {why}; it is damaged_{bad} now"
+        for bad, why in reasons.items()
+    ]
+    return Found(step, lines)
+
+
+def last_good(folder: Path) -> tuple[int | None, dict[int, str]]:
+    """The step of the last checkpoint under `folder` whose files are as they were written, and why
+    each later one is none; None if there are no checkpoints at all. Collective; changes nothing.
+
+    Raises:
+        ConfigError: there are checkpoints, and none is good.
+    """
     reasons: dict[int, str] = {}
     for step in agreed(steps_named(folder)):
         reason = damage(folder / f"step_{step}")
         if reason is None:
-            if distributed.is_first():
-                put_aside(folder, list(reasons))
-            lines = [
-                f"passed over {folder}/step_{bad}, which {why}; it is damaged_{bad} now"
-                for bad, why in reasons.items()
-            ]
-            return Found(step, lines)
+            return step, reasons
         reasons[step] = reason
     if reasons:
         raise none_is_good(folder, [f"step_{step} {reason}" for step, reason in reasons.items()])
-    return Found(None, [])
+    return None, {}
 
 
 def none_is_good(folder: Path, reasons: list[str]) -> ConfigError:
@@ -214,12 +231,7 @@ def load(folder: Path, step: int, learners: "list[Learner]") -> None:
             plain data.
     """
     states = {learner.name: state(learner) for learner in learners}
-    path = folder / f"step_{step}"
-    try:
-        dcp.load(states, checkpoint_id=path, planner=PlainPlanner())
-    except CheckpointException as error:
-        reason = first_line(first_failure(error))
-        raise ConfigError(f"{path}: expected a checkpoint of these models: {reason}") from error
+    read(folder / f"step_{step}", states)
     for learner in learners:
         loaded = states[learner.name]
         set_state_dict(
@@ -229,6 +241,27 @@ def load(folder: Path, step: int, learners: "list[Learner]") -> None:
             optim_state_dict=loaded["optimizer"],
         )
         load_schedule(learner.schedule, loaded["schedule"])
+
+
+def load_weights(folder: Path, step: int, policies: dict[str, nn.Module]) -> None:
+    """Give models the weights they had after `step`, and read nothing else. Collective.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    states = {name: {"model": get_model_state_dict(policies[name])} for name in policies}
+    read(folder / f"step_{step}", states)
+    for name, policy in policies.items():
+        set_model_state_dict(policy, states[name]["model"])
+
+
+def read(path: Path, states: dict[str, dict]) -> None:
+    """Fill `states`, which has the names and shapes of what is wanted, from a checkpoint."""
+    try:
+        dcp.load(states, checkpoint_id=path, planner=PlainPlanner())
+    except CheckpointException as error:
+        reason = first_line(first_failure(error))
+        raise ConfigError(f"{path}: expected a checkpoint of these models: {reason}") from error
 
 
 def load_schedule(schedule: LambdaLR, saved: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from codistill.grading import Grader
 from codistill.losses import make_policy_loss
 from codistill.model.policy import check_trainable
 from codistill.model.pretrained import check_models, end_token_ids, load_tokenizers
+from codistill.output.loggers import check_loggers
 from codistill.reward_functions import RewardFunction, load_functions
 from codistill.templates import CHAT, DATE, asks_for_the_date
 
@@ -44,6 +45,8 @@ def load_inputs(config: Config) -> Inputs:
     """
     for name in config.trained:
         make_policy_loss(config, name)
+    if distributed.is_first():
+        check_loggers(config)
     check_models(config)
     tokenizer = load_tokenizers(config)
     for name in config.loaded:

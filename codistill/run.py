@@ -1,7 +1,6 @@
 """A run, from its configuration to its files: check, load, train, stop, sum up."""
 
 import logging
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +11,15 @@ from rich.console import Console
 
 from codistill import checkpoint, distributed, failures
 from codistill.config import Config
+from codistill.exports import export_models
 from codistill.failures import Failure, RunError, phase
-from codistill.files import finish_folder, is_disk_full, read_object
+from codistill.files import is_disk_full, read_object, read_rows
 from codistill.inputs import load_inputs, make_grader
-from codistill.model.policy import export, quiet_transformers
+from codistill.model.policy import quiet_transformers
 from codistill.output import report
 from codistill.output.console import Progress, print_summary
+from codistill.output.loggers import Loggers
+from codistill.output.model_card import Cards
 from codistill.output.run_directory import RunDirectory, run_lock
 from codistill.stopping import STOPPED, StopSignals
 from codistill.trainer import Trainer
@@ -58,8 +60,8 @@ def train(config: Config, signals: StopSignals) -> int:
             console.print("loading models and engine ...")
             trainer = Trainer(config, inputs, device, grader)
         try:
-            with phase("training"):
-                return Loop(trainer, console, signals).run()
+            with phase("training"), Loggers() as loggers:
+                return Loop(trainer, console, signals, loggers).run()
         finally:
             signals.ignore()  # torchrun sends one as soon as another process has ended
             trainer.engine.close()
@@ -70,9 +72,12 @@ def train(config: Config, signals: StopSignals) -> int:
 class Loop:
     """Steps, evaluations, checkpoints and files of one trainer."""
 
-    def __init__(self, trainer: Trainer, console: Console, signals: StopSignals) -> None:
+    def __init__(
+        self, trainer: Trainer, console: Console, signals: StopSignals, loggers: Loggers
+    ) -> None:
         signals.wait_for_step()
         self.trainer, self.console, self.signals = trainer, console, signals
+        self.loggers = loggers
         self.learners = list(trainer.learners.values())
         self.directory = RunDirectory(trainer.config) if distributed.is_first() else None
         folder = trainer.config.output_dir / trainer.config.name
@@ -114,6 +119,7 @@ class Loop:
         config = self.trainer.config
         numbers, rollouts, scored = self.trainer.step(step)
         self.on_first(lambda directory: directory.add_metrics(step, numbers))
+        self.loggers.log(step, numbers)
         progress.add(step, numbers)
         last = step == self.trainer.total_steps
         if last or step % config.evaluation.every == 0:
@@ -140,6 +146,7 @@ class Loop:
     def start(self, directory: RunDirectory, done: int) -> None:
         for line in directory.start(done, self.trainer.inputs.fingerprints):
             self.console.print(line, soft_wrap=True)
+        self.loggers.open(self.trainer.config, done)
 
     def changes_text(self) -> str:
         """What is said of keys that are not as before; nothing if all are."""
@@ -151,6 +158,8 @@ class Loop:
         with phase("evaluate"):
             accuracy = self.trainer.evaluate(step)
         self.on_first(lambda directory: directory.add_evaluation(accuracy))
+        numbers = {f"evaluation/{name}": accuracy[name] for name in accuracy if name != "step"}
+        self.loggers.log(step, numbers)
         text = ", ".join(f"{name} {accuracy[name]:.1%}" for name in accuracy if name != "step")
         self.console.print(f"held-out accuracy after step {step}: {text}", highlight=False)
 
@@ -161,18 +170,13 @@ class Loop:
                 checkpoint.save(self.checkpoints, step, self.learners, keep=keep)
 
     def export(self, step: int) -> None:
-        """Write the models, under export/step_<k> once they are all there."""
-        folder, first = self.folder / "export", distributed.is_first()
-        unfinished = folder / f"unfinished_{step}"
-        if first:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        for learner in self.learners:
-            path = unfinished / learner.name
-            with phase("export"):
-                export(learner.policy, self.trainer.inputs.tokenizer, path, write=first)
-        if first:
-            with phase("export"):
-                finish_folder(unfinished, folder / f"step_{step}")
+        """Write the models that learned to export/step_<k>."""
+        policies = {learner.name: learner.policy for learner in self.learners}
+        evaluations = read_rows(self.folder / "evaluations.jsonl")
+        cards = Cards(self.trainer.config, step, evaluations)
+        with phase("export"):
+            path = self.folder / "export" / f"step_{step}"
+            export_models(policies, self.trainer.inputs.tokenizer, path, cards)
 
     def finish(self, directory: RunDirectory) -> None:
         trainer = self.trainer

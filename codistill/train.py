@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 2 -m codistill.train --config configs/demo.yaml --training.steps 20
 
-In a checkout `train.py` is the same command. Exit codes: 0 done; 1 the run failed, with a message;
-2 a mistake in configuration or input; 143 stopped by a signal (SIGTERM, Ctrl-C, SIGHUP, SIGUSR1)
-after saving a checkpoint: the same command goes on from there.
+In a checkout `train.py` is the same command. With --dry-run it checks everything as at a start,
+prints the configuration and the plan of a step, and ends. Exit codes: 0 done; 1 the run failed,
+with a message; 2 a mistake in configuration or input; 143 stopped by a signal (SIGTERM, Ctrl-C,
+SIGHUP, SIGUSR1) after saving a checkpoint: the same command goes on from there.
 """
 
 import os
@@ -14,6 +15,7 @@ from codistill import distributed
 from codistill.config import ConfigError, load_config
 from codistill.stopping import StopSignals
 
+DRY_RUN = "--dry-run"
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "VLLM_LOGGING_LEVEL": "ERROR"}
 """Read when torch and vLLM are imported: their warnings are not about the run."""
 
@@ -24,8 +26,13 @@ def main() -> int:
         os.environ.setdefault(name, level)
     signals = StopSignals.listen()
     try:
-        config = load_config(sys.argv[1:])
+        config = load_config([word for word in sys.argv[1:] if word != DRY_RUN])
         config.check_processes(distributed.world_size())
+        if DRY_RUN in sys.argv:
+            from codistill.dry_run import dry_run
+
+            dry_run(config)
+            return 0
         from codistill.run import run  # imports torch, which --help does not wait for
 
         distributed.leave(run(config, signals))

@@ -85,6 +85,7 @@ def test_wheel_serves_every_python_and_torch(wheel):
     assert wheel.name == f"codistill_grpo-{__version__}-py3-none-{platform}.whl"
     names = names_in(wheel)
     assert {LIBRARY, "codistill_kernels/py.typed", "codistill/__main__.py"} <= names
+    assert "codistill/output/templates/model_card.md" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     (entry_points,) = (name for name in names if name.endswith("/entry_points.txt"))
     assert not any(name.startswith(("tests", "bench", "csrc")) for name in names)
@@ -101,7 +102,7 @@ def test_extras(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
         metadata = message_from_bytes(archive.read(name))
-    extras = set("train vllm vllm-cpu bench bench-hopper dev docs".split())
+    extras = set("train log vllm vllm-cpu bench bench-hopper dev docs".split())
     assert set(metadata.get_all("Provides-Extra")) == extras
     required = metadata.get_all("Requires-Dist")
     names = {re.match(r"[\w-]+", line)[0] for line in required if "extra" not in line}

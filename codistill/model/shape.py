@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
-from codistill.model.pretrained import load_model_config
+from codistill.model.pretrained import load_model_config, meta_model
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,7 @@ def model_shape(key: str, path: str) -> ModelShape:
         ConfigError: under configuration key `key`, there is no model that is understood.
     """
     config = load_model_config(key, path)
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    lm = meta_model(path)
     text = config.get_text_config()
     layers = lm.base_model.layers
     heads, head_size = text.num_attention_heads, head_size_of(text)

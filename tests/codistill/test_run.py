@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from codistill.config import Config
 from codistill.output.run_directory import run_lock
@@ -69,12 +70,14 @@ def check_files(settings: dict, models: dict) -> None:
 
 
 def test_run_with_hugging_face_engine(settings, train, models):
+    settings["log"] = {"to": ["tensorboard"]}
     done = train(settings)
     assert done.returncode == 0, done.stderr
     assert "rollout engine: hf, 1 processes on cpu" in done.stdout
     assert "step 3/3" in done.stdout and "held-out accuracy" in done.stdout
     check_files(settings, models)
     folder = Path(settings["output_dir"]) / settings["name"]
+    check_events(folder / "tensorboard", settings)
     (folder / "curves.png").unlink()
     report = [sys.executable, "-m", "codistill", "report", str(folder)]
     printed = subprocess.run(report, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -85,6 +88,19 @@ def test_run_with_hugging_face_engine(settings, train, models):
     other = train(settings, "--kd.alpha", "3")
     assert other.returncode == 2
     assert "train.py: kd.alpha = 3.0: expected 1.0 as in" in other.stderr
+
+
+def check_events(folder: Path, settings: dict) -> None:
+    """TensorBoard has the numbers of metrics.jsonl and evaluations.jsonl, in fp32."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    for row in rows(settings):
+        for key in row.keys() - {"step"}:
+            (value,) = (e.value for e in events.Scalars(key) if e.step == row["step"])
+            assert value == pytest.approx(row[key], rel=1e-6), key
+    found = [(event.step, event.value) for event in events.Scalars("evaluation/small")]
+    evaluations = rows(settings, "evaluations.jsonl")
+    assert found == [(row["step"], pytest.approx(row["small"])) for row in evaluations]
 
 
 def test_run_goes_on_with_more_steps(settings, train, tmp_path):
@@ -138,7 +154,7 @@ def test_a_full_disk_and_a_second_run_end_in_one_line(settings, train):
     assert sorted(os.listdir(folder / "export")) == ["step_1", "step_2"]
 
 
-def test_run_with_vllm_on_two_processes(settings, train, models):
+def test_run_with_vllm_on_two_processes(settings, train, models, tmp_path):
     pytest.importorskip("vllm", reason="vLLM cannot be installed on this machine")
     settings["rollout"] |= {"engine": "vllm", "kv_cache_gib": 0.1}
     settings["hint"] = {"tokens": 3}
@@ -148,6 +164,25 @@ def test_run_with_vllm_on_two_processes(settings, train, models):
     check_files(settings, models)
     # 8 problems, 4 a step: the first epoch, which has hints, is two steps
     assert [row["rollout/hint_tokens"] > 0 for row in rows(settings)] == [True, True, False]
+
+    check_export(Path(settings["output_dir"]) / "tiny", tmp_path / "exported")
+
+
+def check_export(folder: Path, output: Path) -> None:
+    """The command makes of the checkpoint of two processes what the run has exported, and vLLM
+    writes with it what transformers does."""
+    command = [sys.executable, "-m", "codistill", "export", str(folder), "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(output / "small"), str(output / "large")]
+    for name in ("small", "large"):
+        ours, theirs = (path / name for path in (output, folder / "export" / "step_3"))
+        assert sorted(os.listdir(ours)) == sorted(os.listdir(theirs))
+        for file in ours.iterdir():
+            assert file.read_bytes() == (theirs / file.name).read_bytes(), file
+    command = [sys.executable, str(ROOT / "tests" / "vllm_export.py"), *done.stdout.split()]
+    written = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert written.returncode == 0, written.stderr
 
 
 def test_a_run_has_ended_when_its_last_step_is_summed_up(tmp_path):
