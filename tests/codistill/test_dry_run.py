@@ -10,10 +10,10 @@ from tiny import merged
 
 from codistill.batch import pack
 from codistill.config import Config, ConfigError
+from codistill.dry_run import dry_run, multiples, plan
 from codistill.inputs import load_inputs
 from codistill.model.policy import load_causal_lm
 from codistill.model.pretrained import num_parameters
-from codistill.dry_run import dry_run, multiples, plan
 
 
 def test_dry_run_prints_a_configuration_and_a_plan(settings, train, tmp_path):
