@@ -1,4 +1,4 @@
-"""Curves and summary of a run, from its files."""
+"""curves.png: the curves of one run, from its files."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,8 +10,6 @@ from codistill.files import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-EVALUATIONS_AVERAGED = 3
 
 
 class Line(NamedTuple):
@@ -48,28 +46,6 @@ PANELS = {
         Line("sync", "time/sync", "C7"),
     ],
 }
-
-
-def summarize(folder: Path, *, steps: int, problems: int) -> dict[str, Any]:
-    """Accuracy before and after training of each model that learned, and what the run cost.
-
-    After: the mean over the last EVALUATIONS_AVERAGED evaluations that measured the model; the
-    evaluation before the first step is never one of them, and without it there is no accuracy.
-    steps, problems: how many steps were trained, how many problems are held out.
-    """
-    evaluations = read_rows(folder / "evaluations.jsonl")
-    first: dict[str, Any] = next((row for row in evaluations if row["step"] == 0), {})
-    later = [row for row in evaluations if row["step"] > 0]
-    summary: dict[str, Any] = {
-        "steps": steps,
-        "problems": problems,
-        "seconds": sum(row.get("time/step") or 0 for row in read_rows(folder / "metrics.jsonl")),
-    }
-    for name in ("small", "large"):
-        last = [row[name] for row in later[-EVALUATIONS_AVERAGED:] if name in row]
-        if name in first and last:
-            summary[name] = {"before": first[name], "after": sum(last) / len(last)}
-    return summary
 
 
 def plot(folder: Path) -> Path:
