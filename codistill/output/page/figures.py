@@ -69,13 +69,17 @@ SECTIONS = {
             "Prompts without a right rollout", "reward/zero_fraction", is_share=True
         ),
     ],
-    "Distillation": [
-        panel_of_rollouts(
-            "KD reward", "reward/kd", unit="nats", from_zero=False, note="alpha included"
-        ),
+    "Importance ratio": [
         Panel("Mean importance ratio", by_model("ratio/{}_mean"), from_zero=False),
         Panel("Clipped tokens", by_model("ratio/{}_clip_fraction"), is_share=True),
         Panel("Effective sample size", by_model("ratio/{}_ess"), is_share=True),
+    ],
+    "Updates": [
+        panel_of_rollouts(
+            "KD reward", "reward/kd", unit="nats", from_zero=False, note="alpha included"
+        ),
+        Panel("Gradient norm", by_model("grad_norm/{}")),
+        Panel("Loss", by_model("loss/{}"), from_zero=False),
     ],
     "Rollouts": [
         panel_of_rollouts("Completion length", "rollout/mean_tokens", unit="tokens"),
@@ -84,12 +88,8 @@ SECTIONS = {
             "Gap between engine and trainer",
             "rollout/logp_gap_mean",
             unit="nats",
-            note="mean difference of a token's log-probabilities",
+            note="mean of all tokens",
         ),
-    ],
-    "Optimization": [
-        Panel("Gradient norm", by_model("grad_norm/{}")),
-        Panel("Loss", by_model("loss/{}"), from_zero=False),
     ],
 }
 
@@ -183,13 +183,15 @@ def phases(groups: Sequence[Group]) -> Drawn:
         if any(values):
             labels = [group.label for group in groups]
             bar = go.Bar(y=labels, x=values, name=name, orientation="h", marker_color=colour)
+            bar.width = 0.3 if len(groups) == 1 else 0.6
             bar.update(hovertemplate="%{x:.3g} s", marker_line_width=0)
             figure.add_trace(bar)
-    layout = dict(barmode="stack", bargap=0.45, showlegend=True, hovermode="closest")
+    layout = dict(barmode="stack", showlegend=True, hovermode="closest")
     below = dict(orientation="h", y=-0.3, yanchor="top", x=0, traceorder="normal")
     figure.update_layout(**layout, legend=below, margin_b=96)
     figure.update_xaxes(title_text="s per step", rangemode="tozero")
-    figure.update_yaxes(title_text="", autorange="reversed", showticklabels=len(groups) > 1)
+    from_the_top = [len(groups) - 0.5, -0.5]
+    figure.update_yaxes(title_text="", range=from_the_top, showticklabels=len(groups) > 1)
     return Drawn("Time of a step by phase", "mean over all steps", figure)
 
 
@@ -270,7 +272,8 @@ def empty_figure(
     figure.update_xaxes(title=dict(text="step", standoff=6), zeroline=False)
     figure.update_yaxes(
         title_text=unit,
-        tickformat=".0%" if is_share else "",
+        tickformat=".2~%" if is_share else "",
+        exponentformat="power",
         hoverformat=".2%" if is_share else ".4~g",
         rangemode="tozero" if from_zero else "normal",
         zeroline=False,

@@ -29,6 +29,10 @@ function figureColours() {
   const card = getComputedStyle(document.querySelector(".card"));
   const colours = { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)" };
   colours["font.color"] = text;
+  colours["font.family"] = getComputedStyle(document.body).fontFamily;
+  colours["modebar.bgcolor"] = "rgba(0,0,0,0)";
+  colours["modebar.color"] = card.borderBottomColor;
+  colours["modebar.activecolor"] = text;
   colours["hoverlabel.bgcolor"] = card.backgroundColor;
   colours["hoverlabel.bordercolor"] = card.borderBottomColor;
   colours["hoverlabel.font.color"] = text;
@@ -40,7 +44,7 @@ function figureColours() {
 }
 
 function showTheme() {
-  document.getElementById("theme").textContent = isDark() ? "Light" : "Dark";
+  document.getElementById("theme").textContent = isDark() ? "Light mode" : "Dark mode";
   const colours = figureColours();
   for (const plot of plots) if (plot.layout) Plotly.relayout(plot, colours);
 }
@@ -55,7 +59,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTheme)
 
 for (const plot of plots) {
   const figure = data.figures[plot.dataset.figure];
-  const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  const options = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] };
   Plotly.newPlot(plot, figure.data, figure.layout, options);
 }
 showTheme();
@@ -180,7 +184,7 @@ for (const key of ["run", "step"]) {
 const tooltip = document.getElementById("numbers");
 const hasRatios = data.rollouts.some((row) => meanLogRatio(row) !== null);
 document.getElementById("scale").hidden = !hasRatios;
-document.getElementById("limit").textContent = `full colour at a ratio of e^±${data.limit} = ${Math.exp(-data.limit).toPrecision(2)} or ${Math.exp(data.limit).toPrecision(2)}`;
+document.getElementById("limit").textContent = `full colour from ${data.limit} nats on (${Number(Math.exp(data.limit).toPrecision(2))} times as likely)`;
 
 // A token with a line break in it would have no place to point at.
 function visible(text) {

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 
@@ -93,14 +94,12 @@ def rounded(value: Any) -> Any:
 
 
 def colour_limit(rollouts: list[Rollout]) -> float:
-    """The log-ratio (nats, a multiple of 0.5) at which the colours of tokens end: 95 % of all
-    tokens are within."""
-    ratios = sorted(
+    """The log-ratio at which the colours of tokens end (nats, a multiple of 0.5, at most 5): 95 %
+    of all tokens are within."""
+    ratios = [
         abs(large - small)
         for row in rollouts
         for small, large in zip(row.get("small", ()), row.get("large", ()), strict=False)
         if is_number(small) and is_number(large)
-    )
-    if not ratios:
-        return 1.0
-    return max(0.5, math.ceil(2 * ratios[int(0.95 * (len(ratios) - 1))]) / 2)
+    ]
+    return min(5.0, max(0.5, np.ceil(2 * np.quantile(ratios, 0.95)) / 2)) if ratios else 1.0
