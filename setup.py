@@ -23,8 +23,10 @@ REQUIRES = ["torch>=2.11"]
 TRAIN = [
     "numpy>=2.0",
     "matplotlib>=3.10,<4",
+    "jinja2>=3.1,<4",
     "math-verify>=0.9,<0.10",
     "pebble>=5.1,<6",
+    "plotly>=6,<8",
     "pyarrow>=21",
     "pydantic>=2.12,<3",
     "pydantic-settings>=2.12,<3",
@@ -45,7 +47,14 @@ EXTRAS = {
         "peft>=0.17,<1",
     ],
     "bench-hopper": ["quack-kernels==0.6.5"],
-    "dev": ["mypy==2.4.1", "pytest>=9,<10", "ruff==0.15.14", "setuptools>=78", "types-PyYAML"],
+    "dev": [
+        "mypy==2.4.1",
+        "playwright==1.65.2",
+        "pytest>=9,<10",
+        "ruff==0.15.14",
+        "setuptools>=78",
+        "types-PyYAML",
+    ],
     "docs": Path("docs/requirements.txt").read_text().split(),
 }
 # C++20 as GCC 11 has it; loops over elements are compiled for several machines (csrc/clones.h).
@@ -94,7 +103,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=[*find_packages(include=["codistill", "codistill.*"]), *find_packages("kernels")],
-    package_data={"codistill_kernels": ["py.typed"]},
+    package_data={
+        "codistill.output.page": ["page.html.jinja", "page.css", "page.js"],
+        "codistill_kernels": ["py.typed"],
+    },
     package_dir={"codistill_kernels": "kernels/codistill_kernels"},
     install_requires=REQUIRES,
     extras_require=EXTRAS,

@@ -6,9 +6,11 @@ from pathlib import Path
 
 REQUIRED = (
     "numpy",
+    "jinja2",
     "matplotlib",
     "math_verify",
     "pebble",
+    "plotly",
     "pyarrow",
     "pydantic",
     "pydantic_settings",

@@ -46,6 +46,8 @@ PANELS = {
         Line("sync", "time/sync", "C7"),
     ],
 }
+SHARES = ("accuracy", "importance ratio")
+"""Panels whose numbers are shares, shown in percent."""
 
 
 def plot(folder: Path) -> Path:
@@ -64,6 +66,7 @@ def plot(folder: Path) -> Path:
         if title == "accuracy":
             draw_evaluations(axis, evaluations)
         finish_panel(axis, title)
+    figure.suptitle(folder.resolve().name, fontsize=14)
     path = folder / "curves.png"
     files.write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=110))
     pyplot.close(figure)
@@ -76,7 +79,7 @@ def draw_line(axis: "Axes", line: Line, metrics: list[dict[str, Any]]) -> None:
     if not rows:
         return
     steps, values = ([row[key] for row in rows] for key in ("step", line.key))
-    axis.plot(steps, values, color=line.color, alpha=0.25, linewidth=0.8)
+    axis.plot(steps, values, color=line.color, alpha=0.3, linewidth=0.8)
     axis.plot(steps, moving_average(values), color=line.color, label=line.label)
 
 
@@ -91,12 +94,24 @@ def draw_evaluations(axis: "Axes", evaluations: list[dict[str, float]]) -> None:
 
 def finish_panel(axis: "Axes", title: str) -> None:
     """Title, grid and scale; the legend stands below the panel, where it covers no line."""
-    axis.set(title=title, xlabel="step", ylim=(min(0, axis.get_ylim()[0]), None))
-    axis.grid(alpha=0.3)
+    axis.set_title(title, loc="left", fontsize=12, fontweight="bold")
+    axis.set_xlabel("step")
+    axis.set_ylim(*limits(*axis.get_ylim()))
+    axis.grid(alpha=0.25, linewidth=0.8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(length=0)
+    if title in SHARES:
+        axis.yaxis.set_major_formatter("{x:.0%}")
     if axis.lines:
         axis.legend(
             fontsize=9, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12)
         )
+
+
+def limits(low: float, high: float) -> tuple[float, float]:
+    """The ends of an axis: 0 or what is lower, and room above the highest curve."""
+    low = min(0.0, low)
+    return low, high + 0.03 * (high - low)
 
 
 def moving_average(values: list[float]) -> np.ndarray:

@@ -43,10 +43,14 @@ function figureColours() {
   return colours;
 }
 
-function showTheme() {
+function nameTheme() {
   document.getElementById("theme").textContent = isDark() ? "Light mode" : "Dark mode";
+}
+
+function showTheme() {
+  nameTheme();
   const colours = figureColours();
-  for (const plot of plots) if (plot.layout) Plotly.relayout(plot, colours);
+  for (const plot of plots) Plotly.relayout(plot, colours);
 }
 
 document.getElementById("theme").addEventListener("click", () => {
@@ -57,12 +61,22 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTheme)
 
 // ---- figures -----------------------------------------------------------------------------------
 
+// Sets {"font.color": ...} in a layout of nested objects, so that a figure is drawn only once.
+function coloured(layout) {
+  for (const [key, value] of Object.entries(figureColours())) {
+    const parts = key.split(".");
+    const last = parts.pop();
+    parts.reduce((inner, part) => (inner[part] ??= {}), layout)[last] = value;
+  }
+  return layout;
+}
+
 for (const plot of plots) {
   const figure = data.figures[plot.dataset.figure];
   const options = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] };
-  Plotly.newPlot(plot, figure.data, figure.layout, options);
+  Plotly.newPlot(plot, figure.data, coloured(figure.layout), options);
 }
-showTheme();
+nameTheme();
 
 for (const chip of document.querySelectorAll(".chip")) {
   const indices = (plot) => plot.data.flatMap((trace, n) => (trace.legendgroup === chip.dataset.name ? [n] : []));

@@ -23,6 +23,8 @@ FILES = ("metrics.jsonl", "config.yaml")
 OF_ONE_RUN = ("name", "output_dir", "seed")
 """Keys in which the seeds of one experiment differ."""
 
+MODELS = ("small", "large")
+
 Row = dict[str, Any]
 Points = tuple[np.ndarray, np.ndarray]
 """Steps [K] int64, in order, and the numbers at them [K] float64, all finite."""
@@ -67,6 +69,7 @@ class Group:
 
 
 def is_run(folder: Path) -> bool:
+    """Whether a folder holds files of a run."""
     return any((folder / name).is_file() for name in FILES)
 
 
@@ -133,7 +136,7 @@ def label(runs: Sequence[Run]) -> str:
     if len(names) == 1:
         return names[0]
     start = os.path.commonprefix(names)
-    return f"{start}*, {len(names)} seeds" if start else f"{names[0]} and {len(names) - 1} seeds"
+    return f"{start}*, {len(names)} seeds" if start else f"{names[0]} ..., {len(names)} seeds"
 
 
 def points(rows: Sequence[Row], key: str) -> Points:
@@ -162,9 +165,6 @@ def evaluation_sets(runs: Sequence[Run]) -> list[str]:
     keys = [key for run in runs for row in run.evaluations for key in row]
     parts = [key.partition("/") for key in dict.fromkeys(keys)]
     return list(dict.fromkeys(name for model, _, name in parts if name and model in MODELS))
-
-
-MODELS = ("small", "large")
 
 
 def differences(groups: Sequence[Group]) -> Iterator[tuple[str, list[str]]]:
