@@ -19,7 +19,8 @@ class ReportOptions(CommandOptions):
     model_config = SettingsConfigDict(cli_prog_name="python -m codistill report")
 
     runs: CliPositionalArg[list[UserPath]] = Field(
-        min_length=1, description="folders of runs; those that differ only in their seed are one curve"
+        min_length=1,
+        description="folders of runs; those that differ only in their seed are one curve",
     )
     output: UserPath | None = Field(
         None, description="the page; default: report.html in the run's folder, or here for several"
@@ -52,7 +53,9 @@ def main(arguments: list[str]) -> None:
                 console.print(f"{run.folder}: not finished, {run.steps} steps done", soft_wrap=True)
         notices = write_page(output, runs, rollouts=options.rollouts)
     except OSError as error:
-        raise ConfigError(f"output = {str(output)!r}: expected a file to write to: {error}") from error
+        raise ConfigError(
+            f"output = {str(output)!r}: expected a file to write to: {error}"
+        ) from error
     for line in notices:
         console.print(line, soft_wrap=True, highlight=False)
     size = output.stat().st_size / 1e6

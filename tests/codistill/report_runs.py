@@ -43,7 +43,9 @@ def write_run(
     rows = [{"step": n} | {key: random.random() for key in KEYS} for n in range(1, steps + 1)]
     write_lines(folder / "metrics.jsonl", rows)
     names = ("small", "small/math", "small/amc", "large", "large/math")
-    rows = [{"step": n} | {name: random.random() for name in names} for n in range(0, steps + 1, 10)]
+    rows = [
+        {"step": n} | {name: random.random() for name in names} for n in range(0, steps + 1, 10)
+    ]
     write_lines(folder / "evaluations.jsonl", rows)
     if finished:
         pair = {"before": 0.25, "after": 0.5}
@@ -55,7 +57,9 @@ def write_run(
 
 def write_rollouts(folder: Path, step: int, *, tokens: bool = True, count: int = 6) -> None:
     """Every second rollout is right; the first one has a completion that would harm a page."""
-    texts = [[HOSTILE, "\n", f" {n}"] if n == 0 else ["so ", "it is", f" {n}"] for n in range(count)]
+    texts = [
+        [HOSTILE, "\n", f" {n}"] if n == 0 else ["so ", "it is", f" {n}"] for n in range(count)
+    ]
     columns: dict[str, list] = {
         "prompt": [f"What is {n} + 0?" for n in range(count)],
         "answer": [str(n) for n in range(count)],

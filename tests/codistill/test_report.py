@@ -1,4 +1,4 @@
-"""python -m codistill report: which runs it takes, what it makes of damaged files, what is drawn."""
+"""The report: which folders it takes, what it makes of damaged files, what its figures hold."""
 
 import json
 from pathlib import Path

@@ -34,23 +34,27 @@ def write_page(path: Path, runs: Sequence[Run], *, rollouts: int) -> list[str]:
         "rollouts": embedded,
         "limit": colour_limit(embedded),
     }
-    text = environment().get_template("page.html.jinja").render(
-        title=" / ".join(group.label for group in groups),
-        groups=[(group, colour(groups, group), facts(group)) for group in groups],
-        models=MODELS,
-        sections=sections,
-        legend=figures.legend(groups),
-        is_comparison=len(groups) > 1,
-        has_seeds=any(len(group.runs) > 1 for group in groups),
-        differences=list(differences(groups)),
-        settings={run.name: shown_settings(run) for run in runs if run.settings},
-        notices=notices,
-        data=data,
-        per_run=rollouts,
-        newest=STEPS,
-        style=FOLDER.joinpath("page.css").read_text(encoding="utf-8"),
-        script=FOLDER.joinpath("page.js").read_text(encoding="utf-8"),
-        plotly=get_plotlyjs(),
+    text = (
+        environment()
+        .get_template("page.html.jinja")
+        .render(
+            title=" / ".join(group.label for group in groups),
+            groups=[(group, colour(groups, group), facts(group)) for group in groups],
+            models=MODELS,
+            sections=sections,
+            legend=figures.legend(groups),
+            is_comparison=len(groups) > 1,
+            has_seeds=any(len(group.runs) > 1 for group in groups),
+            differences=list(differences(groups)),
+            settings={run.name: shown_settings(run) for run in runs if run.settings},
+            notices=notices,
+            data=data,
+            per_run=rollouts,
+            newest=STEPS,
+            style=FOLDER.joinpath("page.css").read_text(encoding="utf-8"),
+            script=FOLDER.joinpath("page.js").read_text(encoding="utf-8"),
+            plotly=get_plotlyjs(),
+        )
     )
     files.write_text(path, text)
     return notices

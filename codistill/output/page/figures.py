@@ -65,9 +65,7 @@ SECTIONS = {
         panel_of_rollouts(
             "Training accuracy", "reward/accuracy", is_share=True, note="of all rollouts of a step"
         ),
-        panel_of_rollouts(
-            "Prompts without a right rollout", "reward/zero_fraction", is_share=True
-        ),
+        panel_of_rollouts("Prompts without a right rollout", "reward/zero_fraction", is_share=True),
     ],
     "Importance ratio": [
         Panel("Mean importance ratio", by_model("ratio/{}_mean"), from_zero=False),
@@ -240,9 +238,7 @@ def add_curves(
         invisible = dict(line_width=0, **options)
         figure.add_trace(scatter(steps[kept], high, **invisible))
         shade = f"rgba({', '.join(str(int(style.colour[n : n + 2], 16)) for n in (1, 3, 5))}, 0.2)"
-        figure.add_trace(
-            scatter(steps[kept], low, fill="tonexty", fillcolor=shade, **invisible)
-        )
+        figure.add_trace(scatter(steps[kept], low, fill="tonexty", fillcolor=shade, **invisible))
     elif is_smoothed:
         faint = line | dict(width=1, dash="solid")
         figure.add_trace(scatter(steps[kept], raw[0][kept], line=faint, opacity=0.3, **options))
@@ -256,17 +252,20 @@ def scatter(steps: np.ndarray, values: np.ndarray, **options: Any) -> go.Scatter
     return go.Scatter(x=steps.astype(np.int32), y=values.astype(np.float32), **options)
 
 
-def empty_figure(
-    *, unit: str = "", is_share: bool = False, from_zero: bool = True
-) -> go.Figure:
-    """Axes without a curve. The page's script sets the colours that depend on light and dark."""
+def empty_figure(*, unit: str = "", is_share: bool = False, from_zero: bool = True) -> go.Figure:
+    """Axes without a curve. The page's style has the colours that depend on light and dark."""
     figure = go.Figure()
     figure.update_layout(
         template="none",
+        font_family='system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif',
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        modebar_bgcolor="rgba(0,0,0,0)",
         height=270,
         margin=dict(l=56, r=12, t=8, b=40),
         showlegend=False,
         hovermode="x unified",
+        hoverlabel_namelength=-1,
         dragmode="zoom",
     )
     figure.update_xaxes(title=dict(text="step", standoff=6), zeroline=False)

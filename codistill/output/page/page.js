@@ -1,5 +1,5 @@
 "use strict";
-// Figures are plotly's; this fits their colours to light and dark, and shows and filters rollouts.
+// Figures are plotly's; this shows and filters rollouts and switches between light and dark.
 // Texts of a run reach the page through textContent alone, so no text can become a tag or a script.
 const data = JSON.parse(document.getElementById("data").textContent);
 const plots = [...document.querySelectorAll(".plot")];
@@ -24,33 +24,8 @@ function isDark() {
   return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
 }
 
-function figureColours() {
-  const text = getComputedStyle(document.body).color;
-  const card = getComputedStyle(document.querySelector(".card"));
-  const colours = { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)" };
-  colours["font.color"] = text;
-  colours["font.family"] = getComputedStyle(document.body).fontFamily;
-  colours["modebar.bgcolor"] = "rgba(0,0,0,0)";
-  colours["modebar.color"] = card.borderBottomColor;
-  colours["modebar.activecolor"] = text;
-  colours["hoverlabel.bgcolor"] = card.backgroundColor;
-  colours["hoverlabel.bordercolor"] = card.borderBottomColor;
-  colours["hoverlabel.font.color"] = text;
-  for (const axis of ["xaxis", "yaxis"]) {
-    colours[`${axis}.gridcolor`] = card.borderBottomColor;
-    colours[`${axis}.linecolor`] = card.borderBottomColor;
-  }
-  return colours;
-}
-
-function nameTheme() {
-  document.getElementById("theme").textContent = isDark() ? "Light mode" : "Dark mode";
-}
-
 function showTheme() {
-  nameTheme();
-  const colours = figureColours();
-  for (const plot of plots) Plotly.relayout(plot, colours);
+  document.getElementById("theme").textContent = isDark() ? "Light mode" : "Dark mode";
 }
 
 document.getElementById("theme").addEventListener("click", () => {
@@ -58,25 +33,15 @@ document.getElementById("theme").addEventListener("click", () => {
   showTheme();
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTheme);
+showTheme();
 
 // ---- figures -----------------------------------------------------------------------------------
-
-// Sets {"font.color": ...} in a layout of nested objects, so that a figure is drawn only once.
-function coloured(layout) {
-  for (const [key, value] of Object.entries(figureColours())) {
-    const parts = key.split(".");
-    const last = parts.pop();
-    parts.reduce((inner, part) => (inner[part] ??= {}), layout)[last] = value;
-  }
-  return layout;
-}
 
 for (const plot of plots) {
   const figure = data.figures[plot.dataset.figure];
   const options = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] };
-  Plotly.newPlot(plot, figure.data, coloured(figure.layout), options);
+  Plotly.newPlot(plot, figure.data, figure.layout, options);
 }
-nameTheme();
 
 for (const chip of document.querySelectorAll(".chip")) {
   const indices = (plot) => plot.data.flatMap((trace, n) => (trace.legendgroup === chip.dataset.name ? [n] : []));
