@@ -1,11 +1,12 @@
 """Tools beside codistill-train.
 
     python -m codistill doctor --config FILE [--section.key value ...]
-    python -m codistill report runs/NAME
+    python -m codistill report runs/NAME [runs/OTHER ...]
 
 doctor: say what is installed and which kernel backend and engine run, and check the configuration
-and its inputs; exit code 2 if they are wrong. report: draw curves.png and print the summary of a
-run that has ended. COMMAND --help lists the options of a command.
+and its inputs; exit code 2 if they are wrong. report: write one HTML page about runs, with their
+curves, configuration and rollouts; draw curves.png and print the summary of those that have ended.
+COMMAND --help lists the options of a command.
 """
 
 import importlib
