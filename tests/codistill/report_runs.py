@@ -15,7 +15,7 @@ KEYS = (
     *("rollout/truncated_fraction", "rollout/logp_gap_mean", "time/rollout", "time/score"),
     *("time/update_small", "time/update_large", "time/sync", "time/step"),
     *(
-        f"{key}"
+        key
         for model in ("small", "large")
         for key in (
             f"ratio/{model}_mean",
