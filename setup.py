@@ -26,6 +26,7 @@ TRAIN = [
     "matplotlib>=3.10,<4",
     "math-verify>=0.9,<0.10",
     "pebble>=5.1,<6",
+    "plotly>=6,<8",
     "pyarrow>=21",
     "pydantic>=2.12,<3",
     "pydantic-settings>=2.12,<3",
@@ -51,6 +52,7 @@ EXTRAS = {
     "bench-hopper": ["quack-kernels==0.6.5"],
     "dev": [
         *("mypy==2.4.1", "pytest>=9,<10", "ruff==0.15.14", "setuptools>=78", "types-PyYAML"),
+        "playwright==1.65.2",
         *LOG,
     ],
     "docs": Path("docs/requirements.txt").read_text().split(),
@@ -101,7 +103,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=[*find_packages(include=["codistill", "codistill.*"]), *find_packages("kernels")],
-    package_data={"codistill_kernels": ["py.typed"], "codistill": ["output/templates/*"]},
+    package_data={
+        "codistill": ["output/page/*.jinja", "output/page/*.css", "output/page/*.js"]
+        + ["output/templates/*"],
+        "codistill_kernels": ["py.typed"],
+    },
     package_dir={"codistill_kernels": "kernels/codistill_kernels"},
     install_requires=REQUIRES,
     extras_require=EXTRAS,

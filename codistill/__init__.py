@@ -10,6 +10,7 @@ REQUIRED = (
     "matplotlib",
     "math_verify",
     "pebble",
+    "plotly",
     "pyarrow",
     "pydantic",
     "pydantic_settings",

@@ -1,13 +1,14 @@
 """Tools beside codistill-train.
 
     python -m codistill doctor --config FILE [--section.key value ...]
-    python -m codistill report runs/NAME
+    python -m codistill report runs/NAME [runs/OTHER ...]
     python -m codistill export runs/NAME [--step K] [--output DIR]
     python -m codistill plan --config FILE [--machine.gpus N] [--section.key value ...]
 
 doctor   say what is installed and which kernel backend and engine run, and check the configuration
          and its inputs; exit code 2 if they are wrong
-report   draw curves.png and print the summary of a run that has ended
+report   write one HTML page about runs, with their curves, configuration and rollouts; draw
+         curves.png and print the summary of those that have ended
 export   write the models of a checkpoint in Hugging Face format, each with a model card
 plan     memory and time of a step on GPUs, by formulas
 

@@ -16,11 +16,12 @@ from codistill.failures import Failure, RunError, phase
 from codistill.files import is_disk_full, read_object, read_rows
 from codistill.inputs import load_inputs, make_grader
 from codistill.model.policy import quiet_transformers
-from codistill.output import report
 from codistill.output.console import Progress, print_summary
+from codistill.output.curves import plot
 from codistill.output.loggers import Loggers
 from codistill.output.model_card import Cards
 from codistill.output.run_directory import RunDirectory, run_lock
+from codistill.output.summary import summarize
 from codistill.stopping import STOPPED, StopSignals
 from codistill.trainer import Trainer
 
@@ -180,11 +181,11 @@ class Loop:
 
     def finish(self, directory: RunDirectory) -> None:
         trainer = self.trainer
-        summary = report.summarize(
+        summary = summarize(
             self.folder, steps=trainer.total_steps, problems=len(trainer.inputs.held_out)
         )
         directory.write_summary(summary)
-        report.plot(self.folder)
+        plot(self.folder)
         print_summary(self.console, summary, self.folder)
 
     def on_first(self, write: Callable[[RunDirectory], Any]) -> None:

@@ -86,6 +86,9 @@ def test_wheel_serves_every_python_and_torch(wheel):
     names = names_in(wheel)
     assert {LIBRARY, "codistill_kernels/py.typed", "codistill/__main__.py"} <= names
     assert "codistill/output/templates/model_card.md" in names
+    page = ROOT / "codistill" / "output" / "page"
+    templates = [path for path in page.iterdir() if path.suffix not in (".py", "")]
+    assert templates and {str(path.relative_to(ROOT)) for path in templates} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     (entry_points,) = (name for name in names if name.endswith("/entry_points.txt"))
     assert not any(name.startswith(("tests", "bench", "csrc")) for name in names)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from codistill.output.report import EVALUATIONS_AVERAGED
+from codistill.output.summary import EVALUATIONS_AVERAGED
 
 PHASES = ("rollout", "score", "update_small", "update_large", "sync")
 ROWS = 12

@@ -1,4 +1,4 @@
-"""Curves and summary of a run, from its files."""
+"""curves.png: the curves of one run, from its files."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,8 +10,6 @@ from codistill.files import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-EVALUATIONS_AVERAGED = 3
 
 
 class Line(NamedTuple):
@@ -48,28 +46,8 @@ PANELS = {
         Line("sync", "time/sync", "C7"),
     ],
 }
-
-
-def summarize(folder: Path, *, steps: int, problems: int) -> dict[str, Any]:
-    """Accuracy before and after training of each model that learned, and what the run cost.
-
-    After: the mean over the last EVALUATIONS_AVERAGED evaluations that measured the model; the
-    evaluation before the first step is never one of them, and without it there is no accuracy.
-    steps, problems: how many steps were trained, how many problems are held out.
-    """
-    evaluations = read_rows(folder / "evaluations.jsonl")
-    first: dict[str, Any] = next((row for row in evaluations if row["step"] == 0), {})
-    later = [row for row in evaluations if row["step"] > 0]
-    summary: dict[str, Any] = {
-        "steps": steps,
-        "problems": problems,
-        "seconds": sum(row.get("time/step") or 0 for row in read_rows(folder / "metrics.jsonl")),
-    }
-    for name in ("small", "large"):
-        last = [row[name] for row in later[-EVALUATIONS_AVERAGED:] if name in row]
-        if name in first and last:
-            summary[name] = {"before": first[name], "after": sum(last) / len(last)}
-    return summary
+SHARES = ("accuracy", "importance ratio")
+"""Panels whose numbers are shares, shown in percent."""
 
 
 def plot(folder: Path) -> Path:
@@ -88,6 +66,7 @@ def plot(folder: Path) -> Path:
         if title == "accuracy":
             draw_evaluations(axis, evaluations)
         finish_panel(axis, title)
+    figure.suptitle(folder.resolve().name, fontsize=14)
     path = folder / "curves.png"
     files.write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=110))
     pyplot.close(figure)
@@ -100,7 +79,7 @@ def draw_line(axis: "Axes", line: Line, metrics: list[dict[str, Any]]) -> None:
     if not rows:
         return
     steps, values = ([row[key] for row in rows] for key in ("step", line.key))
-    axis.plot(steps, values, color=line.color, alpha=0.25, linewidth=0.8)
+    axis.plot(steps, values, color=line.color, alpha=0.3, linewidth=0.8)
     axis.plot(steps, moving_average(values), color=line.color, label=line.label)
 
 
@@ -115,12 +94,24 @@ def draw_evaluations(axis: "Axes", evaluations: list[dict[str, float]]) -> None:
 
 def finish_panel(axis: "Axes", title: str) -> None:
     """Title, grid and scale; the legend stands below the panel, where it covers no line."""
-    axis.set(title=title, xlabel="step", ylim=(min(0, axis.get_ylim()[0]), None))
-    axis.grid(alpha=0.3)
+    axis.set_title(title, loc="left", fontsize=12, fontweight="bold")
+    axis.set_xlabel("step")
+    axis.set_ylim(*limits(*axis.get_ylim()))
+    axis.grid(alpha=0.25, linewidth=0.8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(length=0)
+    if title in SHARES:
+        axis.yaxis.set_major_formatter("{x:.0%}")
     if axis.lines:
         axis.legend(
             fontsize=9, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12)
         )
+
+
+def limits(low: float, high: float) -> tuple[float, float]:
+    """The ends of an axis: 0 or what is lower, and room above the highest curve."""
+    low = min(0.0, low)
+    return low, high + 0.03 * (high - low)
 
 
 def moving_average(values: list[float]) -> np.ndarray:
