@@ -242,12 +242,12 @@ def compile_variant(variant: Variant) -> Row:
     )
 
 
-def run_tool(cubin: bytes, name: str, option: str) -> str:
+def run_tool(cubin: bytes, name: str, *options: str) -> str:
     """What one of the CUDA tools that come with Triton prints about a kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(TOOLS / name), option, file.name]
+        command = [str(TOOLS / name), *options, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -261,7 +261,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 def disassembled(cubin: bytes) -> list[str]:
     """Opcodes of the program, without the NOPs that fill its end."""
-    text = run_tool(cubin, "nvdisasm", "-c")
+    text = run_tool(cubin, "nvdisasm", "-c", "-ndf")  # labels of branches are not read
     # /*0a10*/  @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
     found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)", text, re.MULTILINE)
     return [code for code in found if code != "NOP"]

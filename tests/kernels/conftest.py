@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,23 @@ def exp2_of_a_gpu(x: np.ndarray) -> np.ndarray:
     """ex2.approx.ftz: a result that would be subnormal is 0."""
     result = np.exp2(x)
     return np.where(result < np.float32(2.0**-126), np.float32(0), result)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patch_language_once():
+    """The interpreter puts its functions into triton.language at every launch, and again at every
+    call from one function of a kernel to another: half of its time. Here they stay in."""
+    if not INTERPRETED:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", lambda function: interpreter._LangPatchScope())
+        yield
+    scope.restore()
 
 
 @pytest.fixture(autouse=True)
