@@ -13,104 +13,22 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
 from pebble import ProcessExpired, ProcessPool
 
+from codistill.comparing import is_correct, is_only_text
 from codistill.config.base import ConfigError
 from codistill.stopping import STOPS
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
-BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
-BARE = re.compile(r"[^{}$\s]+")
-WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}")
-SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]\+?(-?\d+)(?![\w^]|\.\d)")
-POWER = r"\1 \\times 10^{\2}"
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
-# The time limit is that of `Grader`, so math-verify's own is off.
-OPTIONS: dict[str, Any] = dict(parsing_timeout=None, raise_on_error=True)
 
 
 def format_reward(text: str) -> float:
     """0.25 for each of the four tags that occurs exactly once; 1.0 at most (appendix B)."""
     return sum(0.25 for tag in TAGS if text.count(tag) == 1)
-
-
-def is_correct(text: str, answers: Sequence[str]) -> bool:
-    """Whether `text` gives one of the gold `answers`, as mathematics, not as a string.
-
-    A text without an answer is wrong.
-
-    Raises:
-        ValueError: math-verify finds nothing in a gold answer.
-        Exception: whatever math-verify, or sympy below it, raises on the prediction.
-    """
-    from math_verify import verify
-
-    gold = [reading for answer in answers for reading in parse_gold(answer)]
-    # verify is not symmetric: the gold answer comes first.
-    return verify(gold, parse_prediction(text), timeout_seconds=None, raise_on_error=True)
-
-
-def parse_prediction(text: str) -> list:
-    """What math-verify reads in the answer of a completion; any of its readings may be right.
-
-    The answer is what stands in the last <answer> </answer> pair, else in the last \\boxed{}, else
-    what math-verify finds in the whole text. In the first two cases it is read as a formula, and if
-    there are words in it also as a sentence that may hold a formula.
-    """
-    from math_verify import parse
-
-    tagged = ANSWER.findall(text)
-    answer = tagged[-1] if tagged else last_boxed(text)
-    if answer is None:
-        return parse(text, **OPTIONS)
-    readings = parse_formula(answer)
-    return readings + parse(answer, **OPTIONS) if WORD.search(answer) else readings
-
-
-def last_boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{} (or \\fbox{}), in braces or not; None if there is none."""
-    starts = [match.end() for match in BOXED.finditer(text)]
-    rest = text[starts[-1] :] if starts else ""
-    if not rest.startswith("{"):
-        bare = BARE.match(rest)
-        return bare.group() if bare else None
-    depth = 0
-    for end, letter in enumerate(rest):
-        depth += {"{": 1, "}": -1}.get(letter, 0)
-        if depth == 0:
-            return rest[1:end].strip() or None
-    return None
-
-
-def parse_formula(answer: str) -> list:
-    """What math-verify reads in an answer. Powers of ten are written out first: math-verify takes
-    the e of 1e-5 for Euler's number."""
-    from math_verify import parse
-
-    return parse(f"\\boxed{{{SCIENTIFIC.sub(POWER, answer)}}}", **OPTIONS)
-
-
-@lru_cache(maxsize=1024)
-def parse_gold(answer: str) -> list:
-    """What math-verify reads in a gold answer: a sympy expression, or only its text.
-
-    Raises:
-        ValueError: math-verify reads nothing.
-    """
-    readings = parse_formula(answer)
-    if not readings:
-        raise ValueError(f"math-verify finds nothing in the gold answer {answer!r}")
-    return readings
-
-
-def is_only_text(answer: str) -> bool:
-    """Whether a gold answer is no mathematics, so that only the same text is right."""
-    return all(isinstance(reading, str) for reading in parse_gold(answer))
 
 
 @dataclass(frozen=True)
