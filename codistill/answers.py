@@ -12,7 +12,8 @@ ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 BOXED = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 BARE = re.compile(r"[^{}$\s]+")
 
-# Sentences.
+MAX_SENTENCES = 4000
+"""Characters at the end of a text in which sentences are looked for."""
 MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 JOINED = re.compile(r"\s*(?:,|;|,?\s*and|,?\s*or)\s*")
 ANSWER_IS = re.compile(
@@ -35,7 +36,6 @@ NUMBER = re.compile(
 )
 WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}")
 
-# Spelling.
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "0123456789+-n")
 SYMBOLS = {
@@ -120,14 +120,12 @@ def answers_in(text: str) -> list[str]:
 def passages(answer: str) -> Iterator[str]:
     """The answer itself and, if it is a sentence, what it states."""
     yield answer
-    answer = answer.replace("\u200b", "").strip()
+    answer = answer[-MAX_SENTENCES:].strip()
     if not (WORD.search(MATH.sub("", answer)) or "\n" in answer):
         return
-    named = None
-    for named in ANSWER_IS.finditer(answer):
-        pass
-    if named is not None:
-        yield from stated(sentence_at(answer, named.end()))
+    named = list(ANSWER_IS.finditer(answer))
+    if named:
+        yield from stated(sentence_at(answer, named[-1].end()))
         return
     lines = [line for line in answer.splitlines() if line.strip()]
     last = lines[-1] if lines else ""
@@ -174,8 +172,7 @@ def stated(sentence: str) -> Iterator[str]:
         yield rest
     numbers = list(NUMBER.finditer(rest))
     if numbers and not HEDGE.search(rest[: numbers[-1].start()]):
-        yield rest[numbers[-1].start() :]
-        yield numbers[-1].group()
+        yield re.split(r"[,;](?=\s)", rest[numbers[-1].start() :])[0]  # with its unit
 
 
 def last_boxed(text: str) -> str | None:
@@ -215,6 +212,11 @@ def spelled(answer: str) -> str:
     if not re.search(r"[(\[]|\\\{", text):  # in brackets a comma separates coordinates
         text = THOUSANDS.sub(lambda number: number.group().replace(",", ""), text)
     return trimmed(" ".join(text.split()))
+
+
+def is_visible(letter: str) -> bool:
+    """Whether a character is no control or format character, such as NUL and zero-width space."""
+    return letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cf")
 
 
 def trimmed(text: str) -> str:

@@ -23,7 +23,7 @@ CHOICE = re.compile(r"(?:option |choice )?\(?([A-J])(?:$|[.):] ?.*)", re.IGNOREC
 IN_TEXT = re.compile(r"\\text\{([^{}]*)\}")
 WORDS = re.compile(r"[A-Za-z]{2,}(?:[ -][A-Za-z]{2,})*")
 VERBS = r"(?:is|are|has|have|was|were|had|wins|won|runs|ran|will|does|did|can)\b"
-BASE = re.compile(r"([0-9A-Fa-f]+) ?_ ?\{?(?:\\text\{)? ?(\d{1,2}|two|eight|ten) ?\}?\}?")
+BASE = re.compile(r"([0-9A-Fa-f]+) ?_ ?\{? ?(\d{1,2}) ?\}?")
 DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
 NUMBER = re.compile(
     rf"(?P<sign>[-+]?) ?(?:(?P<decimal>{DECIMAL})(?: ?\\times 10\^\{{(?P<exponent>-?\d+)\}})?"
@@ -171,6 +171,8 @@ def readings(gold: str, text: str) -> Iterator[tuple[str, str]]:
             yield gold, "=".join(theirs[-len(ours) :]).strip()
         elif len(theirs) == len(ours) + 1 and SYMBOL.fullmatch(theirs[0].strip()):
             yield gold, "=".join(theirs[1:]).strip()
+        else:
+            yield gold, text
     elif len(ours) == 2 and len(theirs) == 1 and SYMBOL.fullmatch(ours[0].strip()):
         yield ours[1].strip(), text
 
@@ -198,7 +200,7 @@ class Answer:
         value = value.rstrip("% ")
         based = BASE.fullmatch(value)
         digits, base = (based[1].upper(), based[2]) if based else (None, "10")
-        if digits and base in ("10", "ten"):
+        if digits and base == "10":
             value, digits = digits, None
         return Answer(text, value, unit, is_percent, digits, base, number_of(value))
 
@@ -235,7 +237,7 @@ def unit_name(unit: str) -> str:
 
 
 def same_unit(gold: str, unit: str) -> bool:
-    """Whether one of two units is missing, or goes on where the other ends: cent, cent per ounce."""
+    """Whether a unit is missing, or goes on where the other ends: cent, cent per ounce."""
     return (
         not gold
         or not unit

@@ -17,13 +17,18 @@ from pathlib import Path
 from typing import Any, Self
 
 from pebble import ProcessExpired, ProcessPool
+from rich.console import Console
+from rich.progress import track
 
+from codistill import gold_cache
 from codistill.comparing import is_correct, is_only_text
 from codistill.config.base import ConfigError
 from codistill.stopping import STOPS
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
+CHUNK = 32
+"""Gold answers per step of the progress bar."""
 
 
 def format_reward(text: str) -> float:
@@ -146,32 +151,58 @@ class Grader:
     def check_golds(self, key: str, path: Path, golds: Sequence[Sequence[str]]) -> None:
         """Refuse gold answers that no completion can be graded against; warn of mere text.
 
+        What was found is kept in the user's cache: answers that were checked before take no time.
+
         key, path: the key of the configuration and the file that the answers come from.
-        golds: the answers of each row. An answer that is not a plain number takes about 4 ms.
+        golds: the answers of each row.
 
         Raises:
-            ConfigError: math-verify finds nothing in an answer, fails or exceeds the time limit.
+            ConfigError: an answer has nothing to compare, math-verify fails or exceeds the time
+                limit.
         """
         rows: dict[str, int] = {}
         for number, answers in enumerate(golds, start=1):
             for answer in answers:
                 if not NUMBER.fullmatch(answer):
                     rows.setdefault(answer, number)
-        texts = []
-        outcomes = self.call(is_only_text, [(answer,) for answer in rows])
-        for answer, outcome in zip(rows, outcomes, strict=True):
-            if isinstance(outcome, Exception):  # from math-verify, sympy or the time limit
-                where = f"expected an answer in row {rows[answer]} that math-verify can read"
-                reason = f"{answer!r}: {type(outcome).__name__}: {outcome}"
-                raise ConfigError(f"{key} = {str(path)!r}: {where}, found {reason}") from outcome
-            if outcome:
-                texts.append(answer)
+        texts = gold_cache.load_texts(list(rows))
+        if texts is None:
+            texts = self.only_texts(key, path, rows)
+            gold_cache.save_texts(list(rows), texts)
         if texts:
             logging.getLogger(__name__).warning(
                 "%s: to math-verify %d answers are mere text: only the same text is right "
                 "(first in row %d: %r)",
                 *(key, len(texts), rows[texts[0]], texts[0]),
             )
+
+    def only_texts(self, key: str, path: Path, rows: dict[str, int]) -> list[str]:
+        """The gold answers that are only text, of `rows`: answers and the rows they stand in.
+        A terminal shows how far the check is. Raises ConfigError as `check_golds`."""
+        golds = list(rows)
+        chunks = [golds[first : first + CHUNK] for first in range(0, len(golds), CHUNK)]
+        console = Console(stderr=True)
+        texts = []
+        for chunk in track(
+            chunks,
+            description=f"checking the answers of {key}",
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        ):
+            outcomes = self.call(is_only_text, [(answer,) for answer in chunk])
+            for answer, outcome in zip(chunk, outcomes, strict=True):
+                check_gold(key, path, rows[answer], answer, outcome)
+            texts += [answer for answer, found in zip(chunk, outcomes, strict=True) if found]
+        return texts
+
+
+def check_gold(key: str, path: Path, row: int, answer: str, outcome: Any) -> None:
+    """Raise ConfigError if an answer could not be checked: by an exception or the time limit."""
+    if isinstance(outcome, Exception):
+        where = f"expected an answer in row {row} that can be compared"
+        reason = f"{answer!r}: {type(outcome).__name__}: {outcome}"
+        raise ConfigError(f"{key} = {str(path)!r}: {where}, found {reason}") from outcome
 
 
 def with_alarm(timeout: float, function: Callable, *arguments: Any) -> Any:
