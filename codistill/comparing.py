@@ -141,8 +141,10 @@ def is_word_or_option(gold: str) -> bool:
 
 
 def same_words(gold: str, text: str) -> bool:
-    """Whether a text is these words, or a sentence that begins with them as its subject; for the
-    letter of an option, whether that option is chosen."""
+    """Whether a text is these words, or a sentence that begins with them as its subject.
+
+    The letter of an option may be followed by what the option says: B. 12.
+    """
     gold, text = (" ".join(IN_TEXT.sub(r" \1 ", each).split()) for each in (gold, text))
     option, choice = OPTION.fullmatch(gold), CHOICE.fullmatch(text)
     if option:
@@ -303,5 +305,6 @@ def same_value(gold: Answer, answer: Answer) -> bool:
 
 def is_long_decimal(value: str) -> bool:
     """Whether this is a decimal with so many digits that it may be rounded from another number."""
-    digits = re.fullmatch(r"[-+]? ?(\d*\.\d+)", value)
-    return bool(digits) and len(digits[1].replace(".", "").lstrip("0")) >= PLAIN_DIGITS
+    if not re.fullmatch(r"[-+]? ?\d*\.\d+", value):
+        return False
+    return len(re.sub(r"\D", "", value).lstrip("0")) >= PLAIN_DIGITS

@@ -93,6 +93,7 @@ def is_list(text: str) -> bool:
 
 
 def members(text: str) -> int:
+    """How many members a list has, equal ones included."""
     return 1 + len(re.findall(r",? ?\b(?:and|or)\b|,", text))
 
 
