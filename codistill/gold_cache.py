@@ -11,7 +11,7 @@ from codistill.comparing import GRADER_VERSION
 
 
 def load_texts(golds: Sequence[str]) -> list[str] | None:
-    """Those of `golds` that are only text to math-verify; None if these have not been checked by
+    """The `golds` that are only text to math-verify; None if they have not been checked by
     this grader with this math-verify, or the cache is damaged."""
     try:
         texts = json.loads(file_of(golds).read_text(encoding="utf-8"))

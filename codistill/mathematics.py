@@ -16,7 +16,7 @@ MAX_DEPTH = 20
 MAX_DIGITS = 2000
 DIGITS = 40
 TOLERANCE = 1e-25
-"""Of two expressions, relative: far above the rounding of `DIGITS` digits."""
+"""Relative difference of two values that are equal: far above the rounding of `DIGITS` digits."""
 LARGEST_EXACT = 10**2000
 """Larger numbers are equal where `DIGITS` digits are: all digits would take too long."""
 PROBES = 4
