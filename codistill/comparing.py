@@ -111,9 +111,11 @@ def same(gold: str, passage: str) -> bool:
     if len(passage) > max(MAX_LENGTH, 2 * len(gold)):
         return False
     text = spelled(passage)
+    name, _, named = text.partition("=")  # N = X says X
+    texts = [text, text.rstrip("! "), named.strip() if SYMBOL.fullmatch(name.strip()) else text]
     if is_word_or_option(gold):
-        return same_words(gold, text)
-    if plain(gold) in (plain(text), plain(text.rstrip("! "))):
+        return any(same_words(gold, each) for each in texts)
+    if plain(gold) in map(plain, texts):
         return True
     if not text or NEGATION.search(text) or has_no_value(gold) or has_no_value(text):
         return False
