@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from codistill.answers import last_boxed
 from codistill.config import ConfigError, require
 from codistill.config.base import printable
 from codistill.config.data import DataConfig
-from codistill.grading import last_boxed
 from codistill.rows import read_rows
 from codistill.templates import CHAT, Message, broken_character, encode, render
 

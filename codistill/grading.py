@@ -13,104 +13,27 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
 from pebble import ProcessExpired, ProcessPool
+from rich.console import Console
+from rich.progress import track
 
+from codistill import gold_cache
+from codistill.comparing import is_correct, is_only_text
 from codistill.config.base import ConfigError
 from codistill.stopping import STOPS
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
-BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
-BARE = re.compile(r"[^{}$\s]+")
-WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}")
-SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]\+?(-?\d+)(?![\w^]|\.\d)")
-POWER = r"\1 \\times 10^{\2}"
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
-# The time limit is that of `Grader`, so math-verify's own is off.
-OPTIONS: dict[str, Any] = dict(parsing_timeout=None, raise_on_error=True)
+CHUNK = 32
+"""Gold answers per step of the progress bar."""
 
 
 def format_reward(text: str) -> float:
     """0.25 for each of the four tags that occurs exactly once; 1.0 at most (appendix B)."""
     return sum(0.25 for tag in TAGS if text.count(tag) == 1)
-
-
-def is_correct(text: str, answers: Sequence[str]) -> bool:
-    """Whether `text` gives one of the gold `answers`, as mathematics, not as a string.
-
-    A text without an answer is wrong.
-
-    Raises:
-        ValueError: math-verify finds nothing in a gold answer.
-        Exception: whatever math-verify, or sympy below it, raises on the prediction.
-    """
-    from math_verify import verify
-
-    gold = [reading for answer in answers for reading in parse_gold(answer)]
-    # verify is not symmetric: the gold answer comes first.
-    return verify(gold, parse_prediction(text), timeout_seconds=None, raise_on_error=True)
-
-
-def parse_prediction(text: str) -> list:
-    """What math-verify reads in the answer of a completion; any of its readings may be right.
-
-    The answer is what stands in the last <answer> </answer> pair, else in the last \\boxed{}, else
-    what math-verify finds in the whole text. In the first two cases it is read as a formula, and if
-    there are words in it also as a sentence that may hold a formula.
-    """
-    from math_verify import parse
-
-    tagged = ANSWER.findall(text)
-    answer = tagged[-1] if tagged else last_boxed(text)
-    if answer is None:
-        return parse(text, **OPTIONS)
-    readings = parse_formula(answer)
-    return readings + parse(answer, **OPTIONS) if WORD.search(answer) else readings
-
-
-def last_boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{} (or \\fbox{}), in braces or not; None if there is none."""
-    starts = [match.end() for match in BOXED.finditer(text)]
-    rest = text[starts[-1] :] if starts else ""
-    if not rest.startswith("{"):
-        bare = BARE.match(rest)
-        return bare.group() if bare else None
-    depth = 0
-    for end, letter in enumerate(rest):
-        depth += {"{": 1, "}": -1}.get(letter, 0)
-        if depth == 0:
-            return rest[1:end].strip() or None
-    return None
-
-
-def parse_formula(answer: str) -> list:
-    """What math-verify reads in an answer. Powers of ten are written out first: math-verify takes
-    the e of 1e-5 for Euler's number."""
-    from math_verify import parse
-
-    return parse(f"\\boxed{{{SCIENTIFIC.sub(POWER, answer)}}}", **OPTIONS)
-
-
-@lru_cache(maxsize=1024)
-def parse_gold(answer: str) -> list:
-    """What math-verify reads in a gold answer: a sympy expression, or only its text.
-
-    Raises:
-        ValueError: math-verify reads nothing.
-    """
-    readings = parse_formula(answer)
-    if not readings:
-        raise ValueError(f"math-verify finds nothing in the gold answer {answer!r}")
-    return readings
-
-
-def is_only_text(answer: str) -> bool:
-    """Whether a gold answer is no mathematics, so that only the same text is right."""
-    return all(isinstance(reading, str) for reading in parse_gold(answer))
 
 
 @dataclass(frozen=True)
@@ -228,32 +151,58 @@ class Grader:
     def check_golds(self, key: str, path: Path, golds: Sequence[Sequence[str]]) -> None:
         """Refuse gold answers that no completion can be graded against; warn of mere text.
 
+        What was found is kept in the user's cache: answers that were checked before take no time.
+
         key, path: the key of the configuration and the file that the answers come from.
-        golds: the answers of each row. An answer that is not a plain number takes about 4 ms.
+        golds: the answers of each row.
 
         Raises:
-            ConfigError: math-verify finds nothing in an answer, fails or exceeds the time limit.
+            ConfigError: an answer has nothing to compare, math-verify fails or exceeds the time
+                limit.
         """
         rows: dict[str, int] = {}
         for number, answers in enumerate(golds, start=1):
             for answer in answers:
                 if not NUMBER.fullmatch(answer):
                     rows.setdefault(answer, number)
-        texts = []
-        outcomes = self.call(is_only_text, [(answer,) for answer in rows])
-        for answer, outcome in zip(rows, outcomes, strict=True):
-            if isinstance(outcome, Exception):  # from math-verify, sympy or the time limit
-                where = f"expected an answer in row {rows[answer]} that math-verify can read"
-                reason = f"{answer!r}: {type(outcome).__name__}: {outcome}"
-                raise ConfigError(f"{key} = {str(path)!r}: {where}, found {reason}") from outcome
-            if outcome:
-                texts.append(answer)
+        texts = gold_cache.load_texts(list(rows))
+        if texts is None:
+            texts = self.only_texts(key, path, rows)
+            gold_cache.save_texts(list(rows), texts)
         if texts:
             logging.getLogger(__name__).warning(
                 "%s: to math-verify %d answers are mere text: only the same text is right "
                 "(first in row %d: %r)",
                 *(key, len(texts), rows[texts[0]], texts[0]),
             )
+
+    def only_texts(self, key: str, path: Path, rows: dict[str, int]) -> list[str]:
+        """The gold answers that are only text, of `rows`: answers and the rows they stand in.
+        A terminal shows how far the check is. Raises ConfigError as `check_golds`."""
+        golds = list(rows)
+        chunks = [golds[first : first + CHUNK] for first in range(0, len(golds), CHUNK)]
+        console = Console(stderr=True)
+        texts = []
+        for chunk in track(
+            chunks,
+            description=f"checking the answers of {key}",
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        ):
+            outcomes = self.call(is_only_text, [(answer,) for answer in chunk])
+            for answer, outcome in zip(chunk, outcomes, strict=True):
+                check_gold(key, path, rows[answer], answer, outcome)
+            texts += [answer for answer, found in zip(chunk, outcomes, strict=True) if found]
+        return texts
+
+
+def check_gold(key: str, path: Path, row: int, answer: str, outcome: Any) -> None:
+    """Raise ConfigError if an answer could not be checked: by an exception or the time limit."""
+    if isinstance(outcome, Exception):
+        where = f"expected an answer in row {row} that can be compared"
+        reason = f"{answer!r}: {type(outcome).__name__}: {outcome}"
+        raise ConfigError(f"{key} = {str(path)!r}: {where}, found {reason}") from outcome
 
 
 def with_alarm(timeout: float, function: Callable, *arguments: Any) -> Any:

@@ -239,7 +239,7 @@ def test_help_is_quick_and_needs_no_torch():
         ({"data": {"train": "{wrong}"}}, "ground_truth or answer or solution, found question"),
         (
             {"data": {"eval": "{bad}"}},
-            "an answer in row 2 that math-verify can read",
+            "an answer in row 2 that can be compared",
         ),
         (
             {"small": {"path": "./nowhere"}},

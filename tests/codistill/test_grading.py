@@ -1,5 +1,6 @@
 """Is an answer right, does a text have its form, and what the grader does when it cannot say."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -7,10 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from codistill import gold_cache
+from codistill.comparing import is_correct, is_only_text
 from codistill.config import ConfigError
 from codistill.failures import RunError
 from codistill.grading import (
@@ -18,13 +22,20 @@ from codistill.grading import (
     Grades,
     GradingError,
     format_reward,
-    is_correct,
-    is_only_text,
     with_alarm,
 )
 
 ROOT = Path(__file__).parents[2]
-HANGS = "<answer>999999999^{999999999}</answer>"  # sympy computes the number
+TABLE = ROOT / "tests" / "data" / "grading.jsonl"
+CASES = [json.loads(line) for line in TABLE.read_text().splitlines()]
+HANGS = "<answer>9^{(9^9)!}</answer>"  # sympy computes the number
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """The folder of the user's cache, an own one of the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "codistill"
 
 
 @pytest.mark.parametrize(
@@ -40,40 +51,32 @@ def test_format_reward(text, reward):
     assert format_reward(text) == reward
 
 
-@pytest.mark.parametrize(
-    ("text", "answer", "correct"),
-    [
-        ("<think>1</think><answer>102</answer>", "102", True),
-        ("<answer>102</answer><answer>103</answer>", "102", False),
-        ("<think>102</think><answer>103</answer>", "102", False),
-        ("so it is \\boxed{\\frac{1}{2}}", "0.5", True),
-        ("first \\boxed{1}, no: \\boxed{2}, and 3 more", "2", True),
-        ("first \\boxed{1}, no: \\boxed{2}, and 3 more", "1", False),
-        ("<answer>\\frac{1}{2}</answer>", "\\frac{2}{4}", True),
-        ("<answer></answer>", "102", False),
-        ("", "102", False),
-        ("<answer>x+1</answer>", "1+x", True),
-        ("<answer>$\\frac{1}{2}$</answer>", "$0.5$", True),
-        ("<answer>4 \\times 10^{3}</answer>", "4000", True),
-        ("<answer>\\left(\\frac{3}{2}, -13\\right)</answer>", "(1.5, -13)", True),
-        ("<answer>1 \\times 10^{-5}</answer>", "1e-5", True),
-        ("<answer>2.5E+3</answer>", "2500", True),
-        ("<answer>-5+e</answer>", "1e-5", False),
-        ("<answer>2e^3</answer>", "2000", False),
-        ("<answer>5r^5</answer>", "5", False),
-        ("<answer>1<x<2</answer>", "1", False),
-        ("<answer>The answer is 5</answer>", "5", True),
-        ("<answer>The answer is $\\boxed{5}$.</answer>", "5", True),
-        ("\\boxed{5 \\text{ apples}}", "5", True),
-        ("\\boxed{5 apples}", "5", True),
-        ("it is 3, so the answer is 5", "5", True),
-        # Not symmetric: a set may answer for a relation, a relation does not answer for a set.
-        ("<answer>(1,2)</answer>", "1<x<2", True),
-        ("<answer>1<x<2</answer>", "(1,2)", False),
-    ],
-)
-def test_answers_are_compared_as_mathematics(text, answer, correct):
-    assert is_correct(text, [answer]) is correct
+def test_golden_table():
+    """Cases of every kind, each with a verdict of ours: tests/data/grading.jsonl."""
+    wrong = [
+        f"{case['kind']}: {case['text']!r} for {case['gold']!r} must be {case['correct']}"
+        for case in CASES
+        if case["kind"] != "hostile" and is_correct(case["text"], [case["gold"]]) != case["correct"]
+    ]
+    assert len(CASES) >= 250 and not wrong, "\n".join(wrong)
+
+
+def test_hostile_answers_neither_hang_nor_crash():
+    cases = [case for case in CASES if case["kind"] == "hostile"]
+    texts = [case["text"] for case in cases]
+    for long in (
+        "1" * 2**20,
+        "(" * 2**20,
+        "\\boxed{" * 2**17,
+        "<answer>" * 2**17,
+        "$1 is " * 2**18,
+    ):
+        texts += [long, f"<answer>{long}</answer>"]
+    golds = [[case["gold"]] for case in cases] + [["3"]] * (len(texts) - len(cases))
+    with Grader(timeout=2, processes=2) as grader:
+        grades = grader.grade([*texts, "\\boxed{3}"], [*golds, ["3"]])
+    assert [text for text, right in zip(texts, grades.correct, strict=False) if right] == []
+    assert grades.correct[-1] and grades.failures == 0
 
 
 @pytest.mark.parametrize(("text", "correct"), [("2", True), ("1/3", True), ("3", False)])
@@ -82,9 +85,9 @@ def test_any_of_several_answers_is_right(text, correct):
 
 
 def test_text_that_is_no_mathematics():
-    assert not is_only_text("\\frac{1}{2}") and is_only_text("???")
-    assert is_correct("<answer>???</answer>", ["???"])
-    with pytest.raises(ValueError, match="finds nothing in the gold answer ''"):
+    assert not is_only_text("\\frac{1}{2}") and not is_only_text("Evelyn")
+    assert is_only_text("???") and is_only_text("$\\{x|-2\\leq x < 1\\}$")
+    with pytest.raises(ValueError, match="nothing can be compared with the gold answer ''"):
         is_only_text("")
 
 
@@ -159,7 +162,7 @@ def test_a_grading_process_is_ready_before_the_time_runs():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_gold_answers_that_cannot_be_graded_are_refused(grader, caplog):
+def test_gold_answers_that_cannot_be_graded_are_refused(grader, caplog, cache):
     path = Path("a.jsonl")
     grader.check_golds("data.train", path, [["1"], ["\\frac12", "x+1"]])
     assert not caplog.records
@@ -170,8 +173,35 @@ def test_gold_answers_that_cannot_be_graded_are_refused(grader, caplog):
     ]
     with pytest.raises(ConfigError) as error:
         grader.check_golds("data.train", path, [["1"], ["2", "}"]])
-    expected = "data.train = 'a.jsonl': expected an answer in row 2 that math-verify can read"
+    expected = "data.train = 'a.jsonl': expected an answer in row 2 that can be compared"
     assert str(error.value).startswith(expected) and "'}'" in str(error.value)
+
+
+def test_gold_answers_are_checked_once(grader, cache, monkeypatch, caplog):
+    check = partial(grader.check_golds, "data.train", Path("a.jsonl"), [["???"], ["x+1"]])
+    check()
+    (file,) = cache.rglob("*.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(grader, "call", None)
+        check()  # from the cache, with its warning
+        assert len(caplog.messages) == 2 and caplog.messages[0] == caplog.messages[1]
+        for version in (gold_cache, "GRADER_VERSION", 0), (gold_cache, "version", lambda name: "0"):
+            with monkeypatch.context() as other, pytest.raises(TypeError):
+                other.setattr(*version)
+                check()
+        with pytest.raises(TypeError):
+            grader.check_golds("data.train", Path("a.jsonl"), [["???"], ["x+2"]])
+    for damaged in (b"", b"{}", b'["another"]', b"\xff"):
+        file.write_bytes(damaged)
+        check()
+        assert json.loads(file.read_bytes()) == ["???"]
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(grader, cache, caplog):
+    cache.parent.mkdir(exist_ok=True)
+    cache.write_text("a file where the folder should be")
+    grader.check_golds("data.train", Path("a.jsonl"), [["???"]])
+    assert len(caplog.messages) == 1
 
 
 def test_a_training_step_whose_gradings_all_fail_stops_the_run(make_trainer, caplog):
