@@ -35,6 +35,7 @@ from codistill.config import ConfigError, require
 from codistill.config.base import first_line
 from codistill.config.schema import TrainingConfig
 from codistill.downloads import check_model_folder
+from codistill.texts import StopStrings
 from codistill_kernels import linear_logps, linear_policy_loss
 from codistill_kernels.integrations.transformers import linear_head
 
@@ -130,13 +131,14 @@ class Policy(nn.Module):
         uniforms: np.ndarray,
         temperature: float,
         end_token_ids: tuple[int, ...] = (),
+        stop: StopStrings | None = None,
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Tokens after each prompt, from softmax(logits / temperature), and their log-probabilities
         (nats), with a KV cache; the most probable tokens at temperature 0.
 
         uniforms: [S, T] in [0, 1); token t of row s is the inverse distribution function of
-        uniforms[s, t]. T tokens each, fewer where `end_token_ids` have ended all rows. Without
-        these there are T forward passes, whatever is sampled: each is a collective.
+        uniforms[s, t]. T tokens each, fewer where `end_token_ids` or stop strings have ended all
+        rows. Without both there are T forward passes, whatever is sampled: each is a collective.
         """
         width = max(map(len, prompts))
         device = next(self.parameters()).device
@@ -146,6 +148,7 @@ class Policy(nn.Module):
         draws = torch.tensor(uniforms, dtype=torch.float64, device=device)
         ends = torch.tensor(end_token_ids, dtype=torch.int64, device=device)
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        watches = [] if stop is None else [stop.watch() for _ in prompts]
         cache, tokens, logps = None, [], []
         with self.unpacked():
             for draw in draws.T:
@@ -162,10 +165,13 @@ class Policy(nn.Module):
                 logps.append(logp)
                 mask = torch.nn.functional.pad(mask, (0, 1), value=1)
                 positions = positions[:, -1:] + 1
-                if end_token_ids:
-                    ended |= torch.isin(ids[:, 0], ends)
-                    if ended.all():
-                        break
+                ended |= torch.isin(ids[:, 0], ends)
+                if watches:
+                    drawn_ids = zip(watches, ids[:, 0].tolist(), strict=True)
+                    stopped = [watch.add(token) for watch, token in drawn_ids]
+                    ended |= torch.tensor(stopped, device=device)
+                if (end_token_ids or watches) and ended.all():
+                    break
         return torch.cat(tokens, dim=1).tolist(), torch.cat(logps, dim=1).tolist()
 
     @contextmanager

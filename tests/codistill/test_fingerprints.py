@@ -50,7 +50,7 @@ def test_a_model_of_the_hub_is_known_by_its_commit(monkeypatch):
 def test_problems_in_a_folder_are_known_by_file(tmp_path):
     for name in ("state.json", "data-00000.arrow"):
         (tmp_path / name).write_text(name)
-    before = of_data(tmp_path)
+    before = of_data("data.train", [tmp_path])
     (tmp_path / "data-00000.arrow").write_text("other")
     (tmp_path / "data-00001.arrow").write_text("new")
-    assert changed(before, of_data(tmp_path)) == ["data-00000.arrow", "data-00001.arrow"]
+    assert changed(before, of_data("data.train", [tmp_path])) == ["data-00000.arrow", "data-00001.arrow"]
