@@ -122,8 +122,6 @@ class ProblemMaker:
                 if self.config.unusable == "stop":
                     raise self.refused(error, file, number, row) from error
                 self.skipped[error.reason] += 1
-            except ConfigError:
-                raise
             except ValueError as error:
                 raise self.refused(error, file, number, row) from error
 

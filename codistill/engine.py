@@ -18,6 +18,7 @@ from torch import Tensor
 
 from codistill import distributed
 from codistill.config.schema import EngineKind
+from codistill.downloads import source
 from codistill.failures import RunError
 from codistill.model.policy import Policy, load_causal_lm
 from codistill.texts import StopStrings
@@ -202,7 +203,7 @@ class VLLMEngine:
 
         self.spec = spec
         self.llm = vllm.LLM(
-            model=spec.path,
+            model=source(spec.path),
             dtype=str(spec.dtype).removeprefix("torch."),
             max_model_len=spec.max_model_tokens,
             kv_cache_memory_bytes=int(spec.kv_cache_gib * 2**30),

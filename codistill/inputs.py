@@ -214,9 +214,10 @@ def changes_of_files(config: Config, stored: Fingerprints, prints: Fingerprints)
             continue
         if key != "data.eval":
             section, _, name = key.partition(".")
+            value = config.model_dump(mode="json")[section][name]
             raise ConfigError(
-                f"{key} = {str(getattr(getattr(config, section), name))!r}: expected what the run "
-                f"began with, changed since: {', '.join(names)}; a new name starts anew"
+                f"{key} = {value!r}: expected what the run began with, changed since: "
+                f"{', '.join(names)}; a new name starts anew"
             )
         changes[f"contents of {key}"] = (brief(stored[key]), brief(prints[key]))
     return changes

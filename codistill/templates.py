@@ -64,8 +64,8 @@ def render(
         ConfigError: the tokenizer's chat template fails.
     """
     if template == CHAT:
-        is_text = isinstance(problem, str)
-        messages = [{"role": "user", "content": problem}] if is_text else problem
+        messages: list[Message] = []
+        messages += [{"role": "user", "content": problem}] if isinstance(problem, str) else problem
         if system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
         pinned = {"strftime_now": DATE.strftime} if asks_for_the_date(tokenizer) else {}

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
@@ -29,12 +30,13 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
+from codistill import distributed
 from codistill.attention import packed_attention
 from codistill.batch import Ragged, TokenBatch
 from codistill.config import ConfigError, require
 from codistill.config.base import first_line
 from codistill.config.schema import TrainingConfig
-from codistill.downloads import check_model_folder
+from codistill.downloads import check_model_folder, source
 from codistill.texts import StopStrings
 from codistill_kernels import linear_logps, linear_policy_loss
 from codistill_kernels.integrations.transformers import linear_head
@@ -264,7 +266,7 @@ def load_causal_lm(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
     """
     try:
         lm, found = AutoModelForCausalLM.from_pretrained(
-            path,
+            source(path),
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
@@ -286,7 +288,7 @@ def check_trainable(key: str, path: str, num_tokens: int) -> None:
     """
     try:
         with torch.device("meta"):
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(source(path), trust_remote_code=False)
             lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         Policy(lm, vocab_size=num_tokens)
     except Exception as error:  # transformers computes with what the file says
@@ -295,9 +297,9 @@ def check_trainable(key: str, path: str, num_tokens: int) -> None:
     rows = len(linear_head(lm)["lm_head_weight"])
     expected = f"a row for each of the tokenizer's {num_tokens} tokens; there are {rows}"
     require(num_tokens <= rows, key, path, expected)
-    if not Path(path).is_dir():
+    if not Path(source(path)).is_dir():
         return
-    shapes = check_model_folder(key, Path(path))
+    shapes = check_model_folder(key, Path(source(path)))
     for name, weight in lm.state_dict().items():
         shape, found = tuple(weight.shape), shapes.get(name, tuple(weight.shape))
         require(found == shape, key, path, f"{name} of {shape} as in config.json; it is {found}")
@@ -324,9 +326,11 @@ def load_policy(
     """A sharded policy, ready to train.
 
     Raises:
-        ConfigError: under configuration key `key`, the model is none that can be trained.
+        ConfigError: under configuration key `key`, the model is none that can be trained, or a
+            weight of it is not finite.
     """
     lm = load_causal_lm(path, dtype=torch.float32).to(device).eval()
+    check_finite(key, path, lm)
     try:
         gap = gap_to_definition(Policy(lm, vocab_size=vocab_size))
     except (ValueError, NotImplementedError) as error:
@@ -334,6 +338,20 @@ def load_policy(
     expected = f"a model of known attention and head; log-probabilities are {gap:.1e} nats off"
     require(gap <= GAP_LIMIT, key, path, expected)
     return prepare(lm, options, vocab_size, device)
+
+
+def check_finite(key: str, path: str, lm: PreTrainedModel) -> None:
+    """Raise ConfigError on all processes for a weight with a NaN or an infinity. Collective.
+
+    Rows of tokens that no prompt has count too: a rollout may have them in a later step. Each
+    process looks at its share of the weights.
+    """
+    weights = list(lm.named_parameters())[dist.get_rank() :: dist.get_world_size()]
+    wrong = [name for name, weight in weights if not weight.isfinite().all()]
+    error = ValueError(wrong[0]) if wrong else None
+    found = distributed.first_error(error)
+    name = "" if found is None else found.partition(": ")[2]
+    require(found is None, key, path, f"weights that are finite; {name} has a NaN or an infinity")
 
 
 def prepare(
