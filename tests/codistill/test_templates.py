@@ -146,5 +146,5 @@ def test_both_come_from_the_configuration(tmp_path):
     (problem,) = load_problems("data.train", config, tokenizer, max_prompt_tokens=9)
     assert problem.prompt == "system: two; user: one; "
     for key in ("system", "chat_template_arguments"):
-        with pytest.raises(ConfigError, match=f"{key} = .*: expected nothing without template ch"):
+        with pytest.raises(ValueError, match=f"{key} = .*: expected nothing without template chat"):
             DataConfig(train="a", eval="a", **{key: keys[key]})

@@ -1,4 +1,4 @@
-"""The text of a completion: token by token, up to a stop string, with and without special tokens."""
+"""The text of a completion: by token, up to a stop string, with and without special tokens."""
 
 import copy
 import importlib.util
