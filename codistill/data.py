@@ -171,7 +171,8 @@ def chosen_fields(
     require(
         bool(problem and answer),
         *(key, str(file)),
-        f"rows with {expected}, found {printable(', '.join(names))}",
+        f"rows with {expected}, found {printable(', '.join(names))}; data.problem_field and "
+        "data.answer_field name others",
     )
     return problem, answer
 

@@ -122,10 +122,15 @@ def rows_of_lines(text: str) -> list:
 
 
 def read_json(path: Path) -> list:
-    """The rows of a file with a list of objects, or with one object per line as in .jsonl: such
-    files are often named .json too."""
+    """The rows of a file with a list of objects, with one object on many lines, or with one object
+    per line as in .jsonl: such files are often named .json too."""
     text = read_text(path)
-    return json.loads(text) if text.lstrip().startswith("[") else rows_of_lines(text)
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    try:
+        return [json.loads(text)]
+    except ValueError:
+        return rows_of_lines(text)
 
 
 def read_csv(path: Path) -> list:

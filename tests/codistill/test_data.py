@@ -162,7 +162,12 @@ def test_contradictions_are_problems_with_two_answers(tmp_path, tokenizer):
     assert contradictions(problems) == 1
 
 
-def test_json_may_hold_a_row_a_line(tmp_path, tokenizer):
+def test_json_may_hold_one_row_on_many_lines(tmp_path, tokenizer):
+    (tmp_path / "row.json").write_text(json.dumps(ROWS[0], indent=2))
+    assert [problem.answers for problem in load(tmp_path / "row.json", tokenizer)] == [("2",)]
+
+
+def test_json_may_hold_a_row_per_line(tmp_path, tokenizer):
     path = save(tmp_path / "rows.jsonl", ROWS).rename(tmp_path / "rows.json")
     assert [problem.answers for problem in load(path, tokenizer)] == [("2",), ("4",)]
 
@@ -338,7 +343,8 @@ def test_a_named_field_that_is_missing(tmp_path, tokenizer):
         configured(save(tmp_path / "a.jsonl", rows), tokenizer, answer_field="reward_model.gold")
     assert str(error.value).endswith(
         "expected rows with problem or question or prompt and reward_model.gold, found problem, "
-        "reward_model, reward_model.style, reward_model.truth"
+        "reward_model, reward_model.style, reward_model.truth; data.problem_field and "
+        "data.answer_field name others"
     )
 
 

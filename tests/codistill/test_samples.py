@@ -44,8 +44,8 @@ def test_a_step_can_be_computed_from_its_file(written):
         if config["rollout"]["truncated"] == "zero_reward" and row["truncated"]:
             row["r"] = 0.0
         row["kd_expected"] = 0.0 if config["algorithm"] == "grpo" else kd_reward(config, row)
-        assert row.get("kd", 0.0) == pytest.approx(row["kd_expected"], abs=1e-6)
-        assert row["score"] == pytest.approx(row["r"] + row["kd_expected"], abs=1e-6)
+        assert row.get("kd", 0.0) == pytest.approx(row["kd_expected"], rel=1e-6, abs=1e-6)
+        assert row["score"] == pytest.approx(row["r"] + row["kd_expected"], rel=1e-6, abs=1e-6)
     assert len(rows) == 4 * count and ("kd" in rows[0]) == (config["algorithm"] != "grpo")
     writer = "large" if config["algorithm"] == "grpo" else "small"
     for first in range(0, len(rows), count):
@@ -62,9 +62,9 @@ def test_a_step_can_be_computed_from_its_file(written):
             values = np.array([row[source] for row in kept])
             expected = values - values.mean()
             if config["advantage"]["scale"] == "std":
-                expected /= values.std(ddof=1) + 1e-6
+                expected /= values.std(ddof=1)
             found = [row[name] for row in kept]
-            assert found == pytest.approx(expected, abs=1e-6)
+            assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)
             assert all(row[name] is None for row in group if not row["kept"])
         assert {name for name in kept[0] if name.startswith("advantage/")} == set(advantages)
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-import torch.distributed as dist
-from processes import spawn
 from safetensors.torch import load_file, save_file
 
 from codistill.config import Config, ConfigError
@@ -39,19 +37,6 @@ def test_a_weight_that_is_not_finite_is_found(models, tmp_path, process_group, n
         f"large.path = {str(path)!r}: expected weights that are finite; {name} has a NaN or an "
         "infinity"
     )
-
-
-def find_on_both(rank: int, folder: str, path: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    with pytest.raises(ConfigError, match="finite; lm_head.weight has a NaN"):
-        load_policy("large.path", path, TrainingConfig(), 18, torch.device("cpu"))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def test_every_process_is_told_of_it(models, tmp_path):
-    path = spoiled(models, tmp_path, "lm_head.weight", math.nan)
-    spawn(find_on_both, str(tmp_path), str(path), processes=2)
 
 
 @pytest.fixture
