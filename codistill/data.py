@@ -1,9 +1,10 @@
 """Problems: read from a file, made into prompts, drawn in an order that seed and step fix."""
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
@@ -14,15 +15,21 @@ from codistill.answers import last_boxed
 from codistill.config import ConfigError, require
 from codistill.config.base import printable
 from codistill.config.data import DataConfig
-from codistill.rows import read_rows
+from codistill.grading import Grader
+from codistill.rows import parts_of, read_rows
 from codistill.templates import CHAT, Message, broken_character, encode, render
 
 PROBLEM_FIELDS = ("problem", "question", "prompt")
-VERL_ANSWER = "reward_model.ground_truth"
-ANSWER_FIELDS = ("final_answer", "ground_truth", VERL_ANSWER, "answer", "solution")
+ANSWER_FIELDS = (
+    *("final_answer", "ground_truth", "reward_model.ground_truth", "answer", "solution"),
+)
 """From the most to the least specific: an `answer` beside a `final_answer` is a long text."""
 
 REDRAW_STREAM = 2**34  # larger than the number of any epoch, whose random streams are others
+
+
+CONTEXT_FIELDS = ("body", "choices", "context", "options", "passage")
+"""What a problem is often incomplete without; no prompt shows these fields."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,17 @@ class Problem:
     prompt_ids: list[int]
     columns: dict[str, Any] = field(default_factory=dict)
     """The row as it is in the file, for reward functions."""
+    file: Path = Path()
+    row: int = 0
+    """Its number in the file, from 1."""
+
+
+class UnusableRow(ValueError):
+    """A row that no problem can be made of; reason: what is said of all such rows together."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def load_problems(
@@ -44,67 +62,152 @@ def load_problems(
     tokenizer: Any,
     *,
     max_prompt_tokens: int,
+    grader: Grader | None = None,
 ) -> list[Problem]:
-    """The problems of the file under this key of the configuration.
+    """The problems of the files under this key of the configuration.
+
+    grader: finds answers that cannot be graded, where unusable rows are skipped.
 
     Raises:
-        ConfigError: the file is missing, cannot be read or has no row, a field of a row is missing,
-            empty or no text, or a prompt is empty or too long.
+        ConfigError: a file is missing, cannot be read or has no row, or a row is unusable and
+            `data.unusable` is "stop", or all are: a field is missing, empty or no text, or the
+            prompt is empty or too long.
     """
-    path = {"data.train": config.train, "data.eval": config.eval}[key]
-    rows = read_rows(key, path)
-    require(bool(rows), key, str(path), "at least one problem, found none")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    problem_field, answer_field = chosen_fields(key, path, rows, names)
+    paths = {"data.train": config.train, "data.eval": [config.eval]}[key]
+    files = [part for path in paths for part in parts_of(key, path)]
+    tables = [(file, read_rows(key, file)) for file in files]
+    where = ", ".join(map(str, paths))
+    count = sum(len(rows) for _, rows in tables)
+    require(count > 0, key, where, "at least one problem, found none")
     if config.template == CHAT and not tokenizer.chat_template:
         raise ConfigError(
             "data.template = 'chat': expected a tokenizer with a chat template, small.path has none"
         )
-    problems = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            content = problem_of(problem_field, row.get(problem_field), config.template)
-            answers = answers_of(answer_field, row)
-            prompt = render(config.template, content, tokenizer)
-        except ValueError as error:
-            found = f"row {number}, which has {printable(', '.join(map(str, row)))}"
-            raise ConfigError(f"{key} = {str(path)!r}: {error} in {found}") from error
+    maker = ProblemMaker(key, config, tokenizer, max_prompt_tokens)
+    problems = [problem for file, rows in tables for problem in maker.problems(file, rows)]
+    if config.unusable == "skip" and grader is not None:
+        unreadable = set(grader.unreadable([problem.answers for problem in problems]))
+        maker.skipped["with an answer that cannot be graded"] += len(unreadable)
+        problems = [p for number, p in enumerate(problems) if number not in unreadable]
+    reasons = ", ".join(f"{n} {reason}" for reason, n in maker.skipped.items() if n)
+    skipped = f"{count - len(problems)} of {count} rows skipped: {reasons}"
+    require(bool(problems), key, where, f"at least one row to use, {skipped}")
+    if reasons:
+        logging.getLogger(__name__).warning("%s: %s", key, skipped)
+    names = list(dict.fromkeys(name for _, rows in tables for row in rows for name in row))
+    return [replace(p, columns=dict.fromkeys(names) | p.columns) for p in problems]
+
+
+class ProblemMaker:
+    """Makes problems of rows; counts the reasons for which it skips some."""
+
+    def __init__(
+        self, key: str, config: DataConfig, tokenizer: Any, max_prompt_tokens: int
+    ) -> None:
+        self.key, self.config, self.tokenizer = key, config, tokenizer
+        self.max_prompt_tokens = max_prompt_tokens
+        self.skipped: Counter[str] = Counter()
+
+    def problems(self, file: Path, rows: list[dict[str, Any]]) -> Iterator[Problem]:
+        """The problems of one file, whose rows have their problem and answer in the same fields.
+
+        Raises ConfigError for a row that is unusable and not to be skipped.
+        """
+        if not rows:
+            return
+        fields = chosen_fields(self.key, file, rows, self.config)
+        for number, row in enumerate(rows, start=1):
+            try:
+                yield self.problem(file, number, row, *fields)
+            except UnusableRow as error:
+                if self.config.unusable == "stop":
+                    raise self.refused(error, file, number, row) from error
+                self.skipped[error.reason] += 1
+            except ValueError as error:
+                raise self.refused(error, file, number, row) from error
+
+    def refused(
+        self, error: ValueError, file: Path, number: int, row: dict[str, Any]
+    ) -> ConfigError:
+        found = f"row {number}, which has {printable(', '.join(row))}"
+        return ConfigError(f"{self.key} = {str(file)!r}: {error} in {found}")
+
+    def problem(
+        self, file: Path, number: int, row: dict[str, Any], problem_field: str, answer_field: str
+    ) -> Problem:
+        """Raises ValueError if the row makes none."""
+        config, tokenizer = self.config, self.tokenizer
+        content = problem_of(problem_field, row, config.template)
+        answers = answers_of(answer_field, row)
+        arguments = config.chat_template_arguments
+        prompt = render(
+            config.template, content, tokenizer, system=config.system, arguments=arguments
+        )
         prompt_ids = encode(prompt, tokenizer)
-        require(bool(prompt_ids), key, str(path), f"a prompt of tokens in row {number}, found none")
-        if len(prompt_ids) > max_prompt_tokens:
-            raise ConfigError(
-                f"rollout.max_prompt_tokens = {max_prompt_tokens}: expected at least "
-                f"{len(prompt_ids)}, the length of the prompt in row {number} of {path}"
+        if not prompt_ids:
+            raise UnusableRow("without a token in the prompt", "expected a prompt of tokens")
+        if len(prompt_ids) > self.max_prompt_tokens:
+            raise UnusableRow(
+                f"with a prompt of more than {self.max_prompt_tokens} tokens",
+                f"expected rollout.max_prompt_tokens of at least {len(prompt_ids)}, the length of "
+                "the prompt",
             )
         text = content if isinstance(content, str) else content[-1]["content"]
-        columns = dict.fromkeys(names) | row
-        problems.append(Problem(text, answers, prompt, prompt_ids, columns))
-    return problems
+        return Problem(text, answers, prompt, prompt_ids, row, file, number)
 
 
 def chosen_fields(
-    key: str, path: Path, rows: list[dict[str, Any]], names: list[str]
+    key: str, file: Path, rows: list[dict[str, Any]], config: DataConfig
 ) -> tuple[str, str]:
-    """The fields that hold problem and answer: the first of those known that the file has."""
-    found = {*names} | ({VERL_ANSWER} if any(map(verl_answer, rows)) else set())
-    known = (PROBLEM_FIELDS, ANSWER_FIELDS)
-    problem, answer = (next((f for f in fields if f in found), "") for fields in known)
+    """The fields that hold problem and answer: those of the configuration, else the first of those
+    known that the file has."""
+    names = dict.fromkeys(name for row in rows for name in field_names(row))
+    wanted = (
+        (config.problem_field,) if config.problem_field else PROBLEM_FIELDS,
+        (config.answer_field,) if config.answer_field else ANSWER_FIELDS,
+    )
+    found = [next((f for f in fields if f in names or has_value(rows, f)), "") for fields in wanted]
+    problem, answer = found
+    expected = " and ".join(" or ".join(fields) for fields in wanted)
     require(
         bool(problem and answer),
-        key,
-        str(path),
-        f"rows with {' or '.join(PROBLEM_FIELDS)} and {' or '.join(ANSWER_FIELDS)}, "
-        f"found {printable(', '.join(map(str, names)))}",
+        *(key, str(file)),
+        f"rows with {expected}, found {printable(', '.join(names))}; data.problem_field and "
+        "data.answer_field name others",
     )
     return problem, answer
 
 
-def problem_of(name: str, value: Any, template: str) -> str | list[Message]:
+def field_names(row: dict[str, Any]) -> Iterator[str]:
+    """Names of a row's fields, and of the fields in them, dotted."""
+    for name, value in row.items():
+        yield name
+        if isinstance(value, dict):
+            yield from (f"{name}.{inner}" for inner in value)
+
+
+def has_value(rows: list[dict[str, Any]], name: str) -> bool:
+    """Whether any row has something in the field of this name."""
+    return any(value_of(row, name) is not None for row in rows)
+
+
+def value_of(row: dict[str, Any], name: str) -> Any:
+    """What is in the field of this name, which may be dotted; None without it."""
+    if name in row:
+        return row[name]
+    places = [place for place, letter in enumerate(name) if letter == "."]
+    parts = ((row.get(name[:place]), name[place + 1 :]) for place in places)
+    found = (value_of(inner, rest) for inner, rest in parts if isinstance(inner, dict))
+    return next((value for value in found if value is not None), None)
+
+
+def problem_of(name: str, row: dict[str, Any], template: str) -> str | list[Message]:
     """The problem in field `name`: a text, or messages for the chat template.
 
     Raises:
         ValueError: it is neither, or blank.
     """
+    value = value_of(row, name)
     if isinstance(value, list) and value and all(map(is_message, value)):
         if template != CHAT:
             raise ValueError(f"expected data.template = 'chat' for the messages of {name}")
@@ -112,8 +215,11 @@ def problem_of(name: str, value: Any, template: str) -> str | list[Message]:
         for turn in messages:
             check_text(name, turn["content"])
         return messages
+    expected = f"expected a text or a list of messages as {name}"
+    if name in PROBLEM_FIELDS and name not in row and any(f in row for f in PROBLEM_FIELDS):
+        raise ValueError(f"{expected}, as in other rows,")
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"expected a text or a list of messages as {name}")
+        raise UnusableRow("without problem", expected)
     check_text(name, value)
     return value
 
@@ -131,27 +237,24 @@ def answers_of(name: str, row: dict[str, Any]) -> tuple[str, ...]:
     Raises:
         ValueError: there is none, or one of them cannot be used.
     """
-    answers = gold_answers(name, verl_answer(row) if name == VERL_ANSWER else row.get(name))
+    answers = gold_answers(name, value_of(row, name))
     if not answers and name == "solution":
-        raise ValueError("expected a solution with a \\boxed{} answer")
+        raise UnusableRow("without answer", "expected a solution with a \\boxed{} answer")
     if not answers:
-        raise ValueError(f"expected a text, a number or a list of them as {name}")
+        expected = f"expected a text, a number or a list of them as {name}"
+        raise UnusableRow("without answer", expected)
     for answer in answers:
         check_text(name, answer)
     return answers
 
 
-def verl_answer(row: dict[str, Any]) -> Any:
-    """`reward_model.ground_truth` of verl's files; None where there is none."""
-    nested = row.get("reward_model")
-    return nested.get("ground_truth") if isinstance(nested, dict) else None
-
-
 def check_text(name: str, text: str) -> None:
-    """Raise ValueError for characters that no text has: NUL, or half of a surrogate pair."""
+    """Raise UnusableRow for characters that no text has: NUL, or half of a surrogate pair."""
     broken = broken_character(text)
     if broken is not None:
-        raise ValueError(f"expected a text without {broken!r} as {name}")
+        raise UnusableRow(
+            "with characters that no text has", f"expected a text without {broken!r} as {name}"
+        )
 
 
 def gold_answers(name: str, value: Any) -> tuple[str, ...]:
@@ -176,6 +279,24 @@ def answer_text(value: Any) -> str:
     if not isinstance(value, float | Decimal) or not math.isfinite(value):
         return ""
     return str(int(value)) if value == int(value) else f"{Decimal(str(value)):f}"
+
+
+def golds_of_files(problems: Sequence[Problem]) -> dict[Path, list[tuple[str, ...]]]:
+    """The answers of each row of each file; none where a row was skipped."""
+    golds: dict[Path, list[tuple[str, ...]]] = {}
+    for problem in problems:
+        rows = golds.setdefault(problem.file, [])
+        rows += [()] * (problem.row - 1 - len(rows))
+        rows.append(problem.answers)
+    return golds
+
+
+def hidden_fields(problem_field: str | None, problems: Sequence[Problem]) -> list[str]:
+    """Fields with what a problem is often incomplete without, and no prompt shows."""
+    names = {name for problem in problems for name, value in problem.columns.items() if value} - {
+        problem_field
+    }
+    return sorted(name for name in names if name.lower() in CONTEXT_FIELDS)
 
 
 def overlap(problems: Sequence[Problem], held_out: Sequence[Problem]) -> int:

@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
 from codistill.config import ConfigError, require
 from codistill.config.base import first_line
 
 POINTER = b"version https://git-lfs.github.com/spec/"
+NEEDED, GENERATION = ("config.json", "tokenizer_config.json"), "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 Shapes = dict[str, tuple[int, ...]]
@@ -20,6 +22,31 @@ def is_lfs_pointer(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(len(POINTER)) == POINTER
+
+
+def cached_folder(name: str) -> Path | None:
+    """Where the cache of the Hugging Face Hub has the whole model of this name; None if it lacks a
+    file, or does not know whether there is one.
+
+    A model that is there is read from there: the Hub is not asked for a newer one, which takes
+    minutes without a network.
+    """
+    files = {file: try_to_load_from_cache(name, file) for file in (*NEEDED, GENERATION)}
+    if files[GENERATION] is None or not all(isinstance(files[file], str) for file in NEEDED):
+        return None
+    folder = Path(str(files[NEEDED[0]])).parent
+    try:
+        is_whole = all((folder / file).is_file() for file in weight_files("path", folder))
+    except ConfigError:
+        return None
+    return folder if is_whole else None
+
+
+def source(path: str) -> str:
+    """What transformers and vLLM are to load: the folder that a model is in, also that of a cached
+    Hub name; else the name."""
+    folder = None if Path(path).is_dir() else cached_folder(path)
+    return path if folder is None else str(folder)
 
 
 def check_model_folder(key: str, folder: Path) -> Shapes:

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,20 +18,23 @@ from torch import Tensor
 
 from codistill import distributed
 from codistill.config.schema import EngineKind
+from codistill.downloads import source
 from codistill.failures import RunError
 from codistill.model.policy import Policy, load_causal_lm
+from codistill.texts import StopStrings
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What was written after a prompt: its end token included, unless it was cut off."""
+    """What was written after a prompt, up to and with the token that ends it, unless it was cut
+    off."""
 
     token_ids: list[int]
     logps: list[float]
     """Log-probability of each token that the engine sampled (nats): of the last ones, where the
     first are a hint."""
     truncated: bool
-    """The length limit, not an end token, stopped it."""
+    """The length limit stopped it, not an end token or a stop string."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ class EngineSpec:
     dtype: torch.dtype
     device: torch.device
     kv_cache_gib: float
+    stop: StopStrings | None = None
+    """Texts that end a completion, besides `end_token_ids`."""
 
 
 def engine_kind(kind: EngineKind) -> Literal["vllm", "hf"]:
@@ -198,12 +203,12 @@ class VLLMEngine:
 
         self.spec = spec
         self.llm = vllm.LLM(
-            model=spec.path,
+            model=source(spec.path),
             dtype=str(spec.dtype).removeprefix("torch."),
             max_model_len=spec.max_model_tokens,
             kv_cache_memory_bytes=int(spec.kv_cache_gib * 2**30),
             distributed_executor_backend="external_launcher",
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=spec.stop is None,
             generation_config="vllm",  # the model's own file may add top-p or a penalty
             logprobs_mode="processed_logprobs",
             enforce_eager=spec.device.type == "cpu",
@@ -230,22 +235,39 @@ class VLLMEngine:
                 logprobs=0,
                 flat_logprobs=True,
                 stop_token_ids=list(self.spec.end_token_ids),
+                ignore_eos=True,  # the tokenizer's end token may be none of those
                 logit_bias=self.logit_bias,
-                detokenize=False,
+                **self.text_options(),
             )
             for seed in seeds
         ]
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
         outputs = self.llm.generate(inputs, params, use_tqdm=False)
         return [
-            Completion(
-                list(output.token_ids),
-                list(output.logprobs.logprobs),
-                truncated=output.finish_reason == "length",
-            )
+            self.completion(output)
             for request in outputs
             for output in sorted(request.outputs, key=lambda output: output.index)
         ]
+
+    def text_options(self) -> dict[str, Any]:
+        """How vLLM is told to look at the text, so that it writes little beyond a stop string."""
+        if self.spec.stop is None:
+            return {"detokenize": False}
+        return {
+            "stop": list(self.spec.stop.strings),
+            "include_stop_str_in_output": True,
+            "skip_special_tokens": False,
+        }
+
+    def completion(self, output: Any) -> Completion:
+        """A completion of vLLM's. Where a stop string ends it is for `cut_at_end` to say, as with
+        the other engine."""
+        token_ids, logps = list(output.token_ids), list(output.logprobs.logprobs)
+        cut_off = output.finish_reason == "length"
+        if self.spec.stop is None:
+            return Completion(token_ids, logps, cut_off)
+        token_ids, unended = cut_at_end(token_ids, self.spec.end_token_ids, self.spec.stop)
+        return Completion(token_ids, logps[: len(token_ids)], unended and cut_off)
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         # All weights in one call: vLLM takes a call for a whole model, and parts of it corrupt it.
@@ -285,16 +307,16 @@ class HFEngine:
     def generate(
         self, prompts: list[list[int]], seeds: list[int], sampling: Sampling
     ) -> list[Completion]:
-        count, ends = sampling.num_generations, self.spec.end_token_ids
+        count, ends, stop = sampling.num_generations, self.spec.end_token_ids, self.spec.stop
         rows = [prompt for prompt in prompts for _ in range(count)]
         uniforms = [np.random.default_rng(s).random((count, sampling.max_tokens)) for s in seeds]
         draws = np.concatenate([np.empty((0, sampling.max_tokens)), *uniforms])
         completions: list[Completion] = []
         for start in range(0, len(rows), self.batch_size):
             part = slice(start, start + self.batch_size)
-            written = self.policy.sample(rows[part], draws[part], sampling.temperature, ends)
+            written = self.policy.sample(rows[part], draws[part], sampling.temperature, ends, stop)
             for ids, logps in zip(*written, strict=True):
-                token_ids, truncated = cut_at_end(ids, ends)
+                token_ids, truncated = cut_at_end(ids, ends, stop)
                 completions.append(Completion(token_ids, logps[: len(token_ids)], truncated))
         return completions
 
@@ -309,12 +331,16 @@ class HFEngine:
         del self.policy
 
 
-def cut_at_end(tokens: list[int], end_token_ids: tuple[int, ...]) -> tuple[list[int], bool]:
-    """Tokens up to and with the first end token, and whether there was none."""
-    for position, token in enumerate(tokens):
-        if token in end_token_ids:
-            return tokens[: position + 1], False
-    return tokens, True
+def cut_at_end(
+    tokens: list[int], end_token_ids: tuple[int, ...], stop: StopStrings | None = None
+) -> tuple[list[int], bool]:
+    """Tokens up to and with the first end token, or the first to complete a stop string, and
+    whether there was neither."""
+    places = (place for place, token in enumerate(tokens, start=1) if token in end_token_ids)
+    end = next(places, None)
+    stopped = None if stop is None else stop.end(tokens[:end])
+    length = stopped or end
+    return tokens[:length], length is None
 
 
 def prompt_seeds(seed: int, step: int, draws: Iterable[tuple[int, int]]) -> list[int]:

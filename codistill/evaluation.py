@@ -1,7 +1,7 @@
 """Held-out accuracy, from text that an engine generates."""
 
 import logging
-from typing import Any
+from collections.abc import Callable
 
 import torch.distributed as dist
 
@@ -16,14 +16,17 @@ EVALUATION_STREAM = 2**31  # in place of a step number: evaluations draw none of
 def evaluate(
     engine: Sampler,
     grader: Grader,
-    tokenizer: Any,
+    text: Callable[[list[int]], str],
     problems: list[Problem],
     *,
     temperature: float,
     max_tokens: int,
     seed: int,
 ) -> float:
-    """Share of `problems` answered right, one completion each, work shared by all processes."""
+    """Share of `problems` answered right, one completion each, work shared by all processes.
+
+    text: of the tokens of a completion, as it is graded.
+    """
     indices = range(dist.get_rank(), len(problems), dist.get_world_size())
     share = [problems[i] for i in indices]
     completions = engine.generate(
@@ -31,7 +34,7 @@ def evaluate(
         prompt_seeds(seed, EVALUATION_STREAM, [(i, 0) for i in indices]),
         Sampling(num_generations=1, temperature=temperature, max_tokens=max_tokens),
     )
-    texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
+    texts = [text(completion.token_ids) for completion in completions]
     grades = grader.grade(texts, [problem.answers for problem in share])
     numbers = [sum(grades.correct), grades.failures, grades.timeouts]
     correct, failures, timeouts = distributed.totals(numbers)

@@ -1,12 +1,14 @@
 """Whether the files that a run reads are those it began with, wherever they lie now."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
 from codistill import files
 from codistill.config import Config
+from codistill.rows import parts_of
 
 Fingerprints = dict[str, dict[str, str]]
 """Key of the configuration -> name of a file -> what tells its content from another."""
@@ -24,21 +26,30 @@ PIECES, PIECE_BYTES = 64, 4096  # 1/4 MiB of each file of weights, however large
 def fingerprints(config: Config) -> Fingerprints:
     """What the files of problems and of all models that are loaded hold now.
 
-    Problems: sha256 of the file, or of each file in the folder. Models: `sampled` of the weights
+    Problems: sha256 of each file, or of each file in a folder. Models: `sampled` of the weights
     and sha256 of every other file; a model from the Hub is known by its commit.
     """
     prints = {
-        "data.train": of_data(config.data.train),
-        "data.eval": of_data(config.data.eval),
+        "data.train": of_data("data.train", config.data.train),
+        "data.eval": of_data("data.eval", [config.data.eval]),
     }
     return prints | {f"{name}.path": of_model(config.model(name).path) for name in config.loaded}
 
 
-def of_data(path: Path) -> dict[str, str]:
-    """The file is called "contents": it may have another name when the run goes on."""
-    if path.is_dir():
-        return {file.name: files.sha256(file) for file in sorted(path.iterdir()) if file.is_file()}
-    return {"contents": files.sha256(path)}
+def of_data(key: str, paths: Sequence[Path]) -> dict[str, str]:
+    """The only path is called "contents" if it is a file: it may have another name when the run
+    goes on. So may each of several, "contents 1" and so on."""
+    prints: dict[str, str] = {}
+    for number, path in enumerate(paths, start=1):
+        place = f" {number}" if len(paths) > 1 else ""
+        if not path.is_dir():
+            prints[f"contents{place}"] = files.sha256(path)
+            continue
+        parts = parts_of(key, path)
+        if parts == [path]:  # that datasets saved
+            parts = sorted(file for file in path.iterdir() if file.is_file())
+        prints |= {f"{file.name}{place}": files.sha256(file) for file in parts}
+    return prints
 
 
 def of_model(path: str) -> dict[str, str]:

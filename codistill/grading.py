@@ -148,6 +148,24 @@ class Grader:
         correct = [outcome is True for outcome in outcomes]
         return Grades(correct, failures=len(errors) - timeouts, timeouts=timeouts)
 
+    def unreadable(self, golds: Sequence[Sequence[str]]) -> list[int]:
+        """Numbers, from 0, of the rows with an answer that math-verify cannot read.
+
+        One that takes too long is not among them: that depends on the machine, and every process
+        must find the same rows. `check_golds` refuses it.
+
+        golds: the answers of each row.
+        """
+        answers = sorted({a for row in golds for a in row if not NUMBER.fullmatch(a)})
+        outcomes = self.call(is_only_text, [(answer,) for answer in answers])
+        wrong = {
+            answer
+            for answer, outcome in zip(answers, outcomes, strict=True)
+            if isinstance(outcome, Exception)
+            and not isinstance(outcome, TimeoutError | ProcessExpired)
+        }
+        return [number for number, row in enumerate(golds) if not wrong.isdisjoint(row)]
+
     def check_golds(self, key: str, path: Path, golds: Sequence[Sequence[str]]) -> None:
         """Refuse gold answers that no completion can be graded against; warn of mere text.
 

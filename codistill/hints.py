@@ -7,6 +7,7 @@ import numpy as np
 from codistill.config import Config
 from codistill.engine import cut_at_end
 from codistill.model.policy import Policy
+from codistill.texts import StopStrings
 
 HINT_STREAM = 2**32
 """Beside the seeds of a step's rollouts, which are below."""
@@ -27,8 +28,9 @@ def write_hints(
     *,
     temperature: float,
     end_token_ids: tuple[int, ...],
+    stop: StopStrings | None = None,
 ) -> list[list[int]]:
-    """A hint for each prompt: T tokens, fewer where an end token ends it.
+    """A hint for each prompt: T tokens, fewer where an end token or a stop string ends it.
 
     uniforms: [S, T] in [0, 1), all that is random. Every process must call, with as many prompts:
     each forward pass of a sharded model is a collective.
@@ -37,7 +39,7 @@ def write_hints(
     for start in range(0, len(prompts), ROWS):
         rows = slice(start, start + ROWS)
         tokens, _ = policy.sample(prompts[rows], uniforms[rows], temperature)
-        hints += [cut_at_end(row, end_token_ids)[0] for row in tokens]
+        hints += [cut_at_end(row, end_token_ids, stop)[0] for row in tokens]
     return hints
 
 

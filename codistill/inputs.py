@@ -8,16 +8,24 @@ from typing import Any
 from codistill import checkpoint, distributed
 from codistill.config import Config, ConfigError, load_config, require
 from codistill.config.changes import Changes, changes_between, may_change
-from codistill.data import Problem, contradictions, load_problems, overlap
+from codistill.data import (
+    Problem,
+    contradictions,
+    golds_of_files,
+    hidden_fields,
+    load_problems,
+    overlap,
+)
 from codistill.files import read_object, read_rows
 from codistill.fingerprints import INPUTS, Fingerprints, brief, changed, fingerprints
-from codistill.grading import Grader
+from codistill.grading import TAGS, Grader
 from codistill.losses import make_policy_loss
 from codistill.model.policy import check_trainable
 from codistill.model.pretrained import check_models, end_token_ids, load_tokenizers
 from codistill.output.loggers import check_loggers
 from codistill.reward_functions import RewardFunction, load_functions
 from codistill.templates import CHAT, DATE, asks_for_the_date
+from codistill.texts import StopStrings
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,17 @@ class Inputs:
     """Keys of the configuration that are not as before, where a run goes on."""
     fingerprints: Fingerprints = field(default_factory=dict)
     """What tells the files of problems and models from others."""
+    stop: StopStrings | None = None
+    """Texts that end a completion, besides `end_token_ids`."""
+    skip_special_tokens: bool = True
+    """Whether `text` has no special tokens."""
+
+    def text(self, token_ids: list[int]) -> str:
+        """The text of a completion, as it is graded: without the end token."""
+        ends = token_ids[-1:] and token_ids[-1] in self.end_token_ids
+        return self.tokenizer.decode(
+            token_ids[:-1] if ends else token_ids, skip_special_tokens=self.skip_special_tokens
+        )
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -53,8 +72,12 @@ def load_inputs(config: Config) -> Inputs:
         check_trainable(f"{name}.path", config.model(name).path, len(tokenizer))
     ends = end_token_ids(f"{config.writer}.path", config.model(config.writer).path, tokenizer)
     limit = config.rollout.max_prompt_tokens
-    problems = load_problems("data.train", config.data, tokenizer, max_prompt_tokens=limit)
-    held_out = load_problems("data.eval", config.data, tokenizer, max_prompt_tokens=limit)
+    with make_grader(config) as grader:
+        terms: dict[str, Any] = dict(max_prompt_tokens=limit, grader=grader)
+        problems = load_problems("data.train", config.data, tokenizer, **terms)
+        held_out = load_problems("data.eval", config.data, tokenizer, **terms)
+        if distributed.is_first():
+            check_problems(config, problems, held_out, grader)
     rounds = config.rollout.sampling_rounds
     require(
         rounds == 1 or len(problems) >= 2 * config.rollout.prompts_per_step,
@@ -67,19 +90,42 @@ def load_inputs(config: Config) -> Inputs:
     prints = fingerprints(config)
     changes = changes_of_run(config, len(problems), prints)
     if distributed.is_first():
-        check_problems(config, problems, held_out)
         if config.data.template == CHAT and asks_for_the_date(tokenizer):
             message = "data.template: the date that the chat template asks for is always %s"
             logging.getLogger(__name__).info(message, DATE)
-    return Inputs(tokenizer, ends, problems, held_out, functions, changes, prints)
+        warn_of_hidden_tags(config, tokenizer)
+    strings = tuple(config.rollout.stop)
+    return Inputs(
+        *(tokenizer, ends, problems, held_out, functions, changes, prints),
+        stop=StopStrings(tokenizer, strings) if strings else None,
+        skip_special_tokens=config.rollout.skip_special_tokens,
+    )
 
 
-def check_problems(config: Config, problems: list[Problem], held_out: list[Problem]) -> None:
+def warn_of_hidden_tags(config: Config, tokenizer: Any) -> None:
+    """Warn of tags that the format reward asks for and that no graded text will have."""
+    if not (config.reward.format and config.rollout.skip_special_tokens):
+        return
+    ids = {tag: tokenizer.encode(tag, add_special_tokens=False) for tag in TAGS}
+    hidden = [t for t in TAGS if t not in tokenizer.decode(ids[t], skip_special_tokens=True)]
+    if hidden:
+        logging.getLogger(__name__).warning(
+            "reward.format: %s are special tokens, which are not in the text that is graded; "
+            "rollout.skip_special_tokens = false shows them",
+            ", ".join(hidden),
+        )
+
+
+def check_problems(
+    config: Config, problems: list[Problem], held_out: list[Problem], grader: Grader
+) -> None:
     """Raise ConfigError for an answer that cannot be graded; warn of what may be a mistake."""
-    with make_grader(config) as grader:
-        grader.check_golds("data.train", config.data.train, [p.answers for p in problems])
-        grader.check_golds("data.eval", config.data.eval, [p.answers for p in held_out])
     logger = logging.getLogger(__name__)
+    for key, found in (("data.train", problems), ("data.eval", held_out)):
+        for file, golds in golds_of_files(found).items():
+            grader.check_golds(key, file, golds)
+        if fields := hidden_fields(config.data.problem_field, found):
+            logger.warning("%s: no prompt shows the fields %s", key, ", ".join(fields))
     for key, found in (("data.train", problems), ("data.eval", held_out)):
         if count := contradictions(found):
             logger.warning("%s: %d problems occur again with another answer", key, count)
@@ -171,9 +217,10 @@ def changes_of_files(config: Config, stored: Fingerprints, prints: Fingerprints)
             continue
         if key != "data.eval":
             section, _, name = key.partition(".")
+            value = config.model_dump(mode="json")[section][name]
             raise ConfigError(
-                f"{key} = {str(getattr(getattr(config, section), name))!r}: expected what the run "
-                f"began with, changed since: {', '.join(names)}; a new name starts anew"
+                f"{key} = {value!r}: expected what the run began with, changed since: "
+                f"{', '.join(names)}; a new name starts anew"
             )
         changes[f"contents of {key}"] = (brief(stored[key]), brief(prints[key]))
     return changes

@@ -15,7 +15,7 @@ from codistill import distributed
 from codistill.batch import Ragged, TokenBatch, pack
 from codistill.config import Config
 from codistill.data import Problem, counted, draw, redraw
-from codistill.engine import Completion, Sampler, Sampling, prompt_seeds
+from codistill.engine import Completion, Sampler, Sampling, cut_at_end, prompt_seeds
 from codistill.grading import Grader
 from codistill.hints import hint_length, hint_uniforms, write_hints
 from codistill.inputs import Inputs
@@ -222,7 +222,7 @@ class Generation:
     ) -> tuple[list[int], list[Completion]]:
         """Tokens of each rollout's hint, and the rollouts: hint and what the engine made of it."""
         rollout, seed = self.config.rollout, self.config.seed
-        count, ends = rollout.num_generations, self.inputs.end_token_ids
+        count, ends, stop = rollout.num_generations, self.inputs.end_token_ids, self.inputs.stop
         prompts = [self.inputs.problems[i].prompt_ids for i, _ in share for _ in range(count)]
         assert self.hinter is not None
         with metrics.timer("time/hint"):
@@ -232,9 +232,10 @@ class Generation:
                 hint_uniforms(seed, step, share, count, length),
                 temperature=rollout.temperature,
                 end_token_ids=ends,
+                stop=stop,
             )
         # A hint that ended is the whole rollout.
-        open_rows = [row for row, hint in enumerate(hints) if hint[-1] not in ends]
+        open_rows = [row for row, hint in enumerate(hints) if cut_at_end(hint, ends, stop)[1]]
         members = [(i * count + j, before) for i, before in share for j in range(count)]
         seeds = prompt_seeds(seed, step, members)
         written = self.engine.generate(
@@ -244,7 +245,10 @@ class Generation:
         )
         completions = [Completion(hint, [], truncated=False) for hint in hints]
         for row, rest in zip(open_rows, written, strict=True):
-            completions[row] = Completion(hints[row] + rest.token_ids, rest.logps, rest.truncated)
+            # A stop string may begin in the hint, which the engine takes for a part of the prompt.
+            whole, unended = cut_at_end(hints[row] + rest.token_ids, ends, stop)
+            logps = rest.logps[: len(whole) - len(hints[row])]
+            completions[row] = Completion(whole, logps, unended and rest.truncated)
         return [len(hint) for hint in hints], completions
 
     def graded(
@@ -256,8 +260,7 @@ class Generation:
     ) -> Rollouts:
         """Everything is [S]."""
         token_ids = [completion.token_ids for completion in completions]
-        decode = self.inputs.tokenizer.decode
-        texts = [decode(ids, skip_special_tokens=True) for ids in token_ids]
+        texts = [self.inputs.text(ids) for ids in token_ids]
         terms = self.rewards(problems, texts, token_ids, metrics)
         rollouts = Rollouts.of(problems, texts, completions, hint_lengths, terms)
         lengths, count = rollouts.completions.lengths, self.config.rollout.num_generations

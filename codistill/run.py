@@ -124,7 +124,8 @@ class Loop:
         progress.add(step, numbers)
         last = step == self.trainer.total_steps
         if last or step % config.evaluation.every == 0:
-            self.on_first(lambda directory: directory.add_samples(step, rollouts, scored))
+            tokenizer = self.trainer.inputs.tokenizer
+            self.on_first(lambda folder: folder.add_samples(step, rollouts, scored, tokenizer))
             self.evaluate(step)
         if last or step % config.checkpoint.every == 0:
             self.save(step)

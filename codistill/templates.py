@@ -26,6 +26,8 @@ whenever it goes on. Llama 3's templates name this date where they know no other
 
 Message = dict[str, str]
 """A turn of a conversation: role and content."""
+Argument = bool | int | float | str
+"""What a chat template may be given besides the conversation."""
 
 
 def is_template(template: str) -> bool:
@@ -44,21 +46,36 @@ def asks_for_the_date(tokenizer: Any) -> bool:
     return "strftime_now" in str(tokenizer.chat_template)
 
 
-def render(template: str, problem: str | list[Message], tokenizer: Any) -> str:
+def render(
+    template: str,
+    problem: str | list[Message],
+    tokenizer: Any,
+    *,
+    system: str | None = None,
+    arguments: dict[str, Argument] | None = None,
+) -> str:
     """Text of a prompt, up to where the completion begins.
 
     problem: messages with the template chat, whose last is the user's; else a text.
+    system: with the template chat, a message before those of a problem that begins with none.
+    arguments: of the chat template.
 
     Raises:
         ConfigError: the tokenizer's chat template fails.
     """
     if template == CHAT:
-        is_text = isinstance(problem, str)
-        messages = [{"role": "user", "content": problem}] if is_text else problem
+        messages: list[Message] = []
+        messages += [{"role": "user", "content": problem}] if isinstance(problem, str) else problem
+        if system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
         pinned = {"strftime_now": DATE.strftime} if asks_for_the_date(tokenizer) else {}
         try:
             return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **pinned
+                messages,
+                tokenize=False,
+                add_generation_prompt=True,
+                **pinned,
+                **(arguments or {}),
             )
         except Exception as error:  # a template is a program, which may raise anything
             message = " ".join(str(error).split())

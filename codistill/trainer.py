@@ -91,6 +91,7 @@ class Trainer:
             dtype=self.dtype,
             device=self.device,
             kv_cache_gib=rollout.kv_cache_gib,
+            stop=self.inputs.stop,
         )
 
     def load_policy(self, name: str) -> Policy:
@@ -270,7 +271,7 @@ class Trainer:
         return evaluate(
             engine,
             self.grader,
-            self.inputs.tokenizer,
+            self.inputs.text,
             self.inputs.held_out,
             temperature=self.config.evaluation.temperature,
             max_tokens=self.config.rollout.max_completion_tokens,

@@ -61,7 +61,7 @@ class Section(BaseModel):
         annotation = cls.model_fields[str(info.field_name)].annotation
         is_table = isinstance(value, dict) and section_of(annotation) is None
         values = value.values() if is_table else [value]
-        if annotation is not bool and any(isinstance(item, bool) for item in values):
+        if not mentions(annotation, bool) and any(isinstance(item, bool) for item in values):
             raise ValueError("expected no true or false")
         return value
 
@@ -76,6 +76,11 @@ class CommandOptions(Section, BaseSettings):
         cls, settings_cls: type[BaseSettings], init_settings: Any, **sources: Any
     ) -> tuple:
         return (init_settings,)  # CliApp puts the command line before this
+
+
+def mentions(annotation: Any, kind: type) -> bool:
+    """Whether a value of this type may be, or may hold, one of type `kind`."""
+    return annotation is kind or any(mentions(part, kind) for part in get_args(annotation))
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

@@ -1,19 +1,50 @@
 """The sections of the configuration about problems and rewards."""
 
-from typing import Annotated, Self
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from codistill.config.base import Section, UserPath, require
-from codistill.templates import is_template
+from codistill.templates import CHAT, Argument, broken_character, is_template
+
+
+def truth(value: Any) -> Any:
+    """A text that says true or false is that: the command line has texts alone."""
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+
+
+def several(value: Any) -> Any:
+    """One path is a list of one."""
+    return [value] if isinstance(value, str | Path) else value
 
 
 class DataConfig(Section):
-    train: UserPath = Field(
-        description="training problems: .jsonl, .json, .csv (these also as .gz), .parquet or a "
-        "folder that datasets saved, with a problem and an answer in each row"
+    train: Annotated[list[UserPath], BeforeValidator(several)] = Field(
+        min_length=1,
+        description="training problems: .jsonl, .json, .csv (these also as .gz), .parquet, a "
+        "folder of .parquet or .jsonl files, one that datasets saved, or a list of any of these, "
+        "with a problem and an answer in each row",
     )
     eval: UserPath = Field(description="held-out problems, in a file of the same kinds")
+    problem_field: str | None = Field(
+        None,
+        min_length=1,
+        description="field of a row with the problem, a.b for the field b of a field a; by default "
+        "the first of problem, question and prompt that a file has",
+    )
+    answer_field: str | None = Field(
+        None,
+        min_length=1,
+        description="field of a row with the answer; by default the first of final_answer, "
+        "ground_truth, reward_model.ground_truth, answer and solution that a file has",
+    )
+    unusable: Literal["stop", "skip"] = Field(
+        "stop",
+        description="rows without a problem or an answer, with an answer that cannot be graded, or "
+        "with a prompt of more than rollout.max_prompt_tokens. stop: they are an error; skip: they "
+        "are left out, and counted",
+    )
     template: str = Field(
         "{problem}",
         max_length=10**4,
@@ -21,10 +52,29 @@ class DataConfig(Section):
         "chat template), or a text in which {problem} is replaced by the problem",
     )
 
+    system: str | None = Field(
+        None,
+        min_length=1,
+        max_length=10**4,
+        description="with template chat: a system message before each problem that has none",
+    )
+    chat_template_arguments: dict[str, Annotated[Argument, BeforeValidator(truth)]] = Field(
+        {},
+        description="with template chat: arguments of the tokenizer's chat template, such as "
+        "enable_thinking: false",
+    )
+
     @model_validator(mode="after")
     def check(self) -> Self:
         expected = "r1, boxed, chat or a text with {problem}"
         require(is_template(self.template), "template", self.template, expected)
+        if self.template != CHAT:
+            require(self.system is None, "system", self.system, "nothing without template chat")
+            arguments = self.chat_template_arguments
+            expected = "nothing without template chat"
+            require(not arguments, "chat_template_arguments", arguments, expected)
+        broken = None if self.system is None else broken_character(self.system)
+        require(broken is None, "system", self.system, f"a text without {broken!r}")
         return self
 
 

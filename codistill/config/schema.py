@@ -6,7 +6,7 @@ what it does and its unit; `python train.py --help` prints them all.
 
 import math
 from pathlib import Path
-from typing import Any, Literal, Self, assert_never
+from typing import Annotated, Any, Literal, Self, assert_never
 
 from pydantic import Field, model_validator
 
@@ -67,6 +67,17 @@ class RolloutConfig(Section):
         le=2,
         description="divides the logits, in the engine and in the trainer alike; in vLLM at "
         "most 2, and never less than 0.01",
+    )
+    stop: list[Annotated[str, Field(min_length=1, max_length=1000)]] = Field(
+        [],
+        max_length=100,
+        description="texts that end a completion, at the first token with which its text has one "
+        "of them; it keeps that token. Special tokens count as text",
+    )
+    skip_special_tokens: bool = Field(
+        True,
+        description="special tokens are no part of the text that is graded and that reward "
+        "functions get; the end token never is",
     )
     truncated: Literal["keep", "mask", "zero_reward"] = Field(
         "keep",

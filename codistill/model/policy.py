@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
@@ -28,13 +29,15 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
+from codistill import distributed
 from codistill.attention import packed_attention
 from codistill.batch import Ragged, TokenBatch
 from codistill.config import ConfigError, require
 from codistill.config.base import first_line
 from codistill.config.schema import TrainingConfig
-from codistill.downloads import check_model_folder
+from codistill.downloads import check_model_folder, source
 from codistill.model.pretrained import meta_model
+from codistill.texts import StopStrings
 from codistill_kernels import linear_logps, linear_policy_loss
 from codistill_kernels.integrations.transformers import linear_head
 
@@ -130,13 +133,14 @@ class Policy(nn.Module):
         uniforms: np.ndarray,
         temperature: float,
         end_token_ids: tuple[int, ...] = (),
+        stop: StopStrings | None = None,
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Tokens after each prompt, from softmax(logits / temperature), and their log-probabilities
         (nats), with a KV cache; the most probable tokens at temperature 0.
 
         uniforms: [S, T] in [0, 1); token t of row s is the inverse distribution function of
-        uniforms[s, t]. T tokens each, fewer where `end_token_ids` have ended all rows. Without
-        these there are T forward passes, whatever is sampled: each is a collective.
+        uniforms[s, t]. T tokens each, fewer where `end_token_ids` or stop strings have ended all
+        rows. Without both there are T forward passes, whatever is sampled: each is a collective.
         """
         width = max(map(len, prompts))
         device = next(self.parameters()).device
@@ -146,6 +150,7 @@ class Policy(nn.Module):
         draws = torch.tensor(uniforms, dtype=torch.float64, device=device)
         ends = torch.tensor(end_token_ids, dtype=torch.int64, device=device)
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        watches = [] if stop is None else [stop.watch() for _ in prompts]
         cache, tokens, logps = None, [], []
         with self.unpacked():
             for draw in draws.T:
@@ -162,10 +167,13 @@ class Policy(nn.Module):
                 logps.append(logp)
                 mask = torch.nn.functional.pad(mask, (0, 1), value=1)
                 positions = positions[:, -1:] + 1
-                if end_token_ids:
-                    ended |= torch.isin(ids[:, 0], ends)
-                    if ended.all():
-                        break
+                ended |= torch.isin(ids[:, 0], ends)
+                if watches:
+                    drawn_ids = zip(watches, ids[:, 0].tolist(), strict=True)
+                    stopped = [watch.add(token) for watch, token in drawn_ids]
+                    ended |= torch.tensor(stopped, device=device)
+                if (end_token_ids or watches) and ended.all():
+                    break
         return torch.cat(tokens, dim=1).tolist(), torch.cat(logps, dim=1).tolist()
 
     @contextmanager
@@ -258,7 +266,7 @@ def load_causal_lm(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
     """
     try:
         lm, found = AutoModelForCausalLM.from_pretrained(
-            path,
+            source(path),
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
@@ -287,9 +295,9 @@ def check_trainable(key: str, path: str, num_tokens: int) -> None:
     rows = len(linear_head(lm)["lm_head_weight"])
     expected = f"a row for each of the tokenizer's {num_tokens} tokens; there are {rows}"
     require(num_tokens <= rows, key, path, expected)
-    if not Path(path).is_dir():
+    if not Path(source(path)).is_dir():
         return
-    shapes = check_model_folder(key, Path(path))
+    shapes = check_model_folder(key, Path(source(path)))
     for name, weight in lm.state_dict().items():
         shape, found = tuple(weight.shape), shapes.get(name, tuple(weight.shape))
         require(found == shape, key, path, f"{name} of {shape} as in config.json; it is {found}")
@@ -316,9 +324,11 @@ def load_policy(
     """A sharded policy, ready to train.
 
     Raises:
-        ConfigError: under configuration key `key`, the model is none that can be trained.
+        ConfigError: under configuration key `key`, the model is none that can be trained, or a
+            weight of it is not finite.
     """
     lm = load_causal_lm(path, dtype=torch.float32).to(device).eval()
+    check_finite(key, path, lm)
     try:
         gap = gap_to_definition(Policy(lm, vocab_size=vocab_size))
     except (ValueError, NotImplementedError) as error:
@@ -326,6 +336,20 @@ def load_policy(
     expected = f"a model of known attention and head; log-probabilities are {gap:.1e} nats off"
     require(gap <= GAP_LIMIT, key, path, expected)
     return prepare(lm, options, vocab_size, device)
+
+
+def check_finite(key: str, path: str, lm: PreTrainedModel) -> None:
+    """Raise ConfigError on all processes for a weight with a NaN or an infinity. Collective.
+
+    Rows of tokens that no prompt has count too: a rollout may have them in a later step. Each
+    process looks at its share of the weights.
+    """
+    weights = list(lm.named_parameters())[dist.get_rank() :: dist.get_world_size()]
+    wrong = [name for name, weight in weights if not weight.isfinite().all()]
+    error = ValueError(wrong[0]) if wrong else None
+    found = distributed.first_error(error)
+    name = "" if found is None else found.partition(": ")[2]
+    require(found is None, key, path, f"weights that are finite; {name} has a NaN or an infinity")
 
 
 def prepare(

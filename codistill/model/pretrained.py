@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,7 +21,7 @@ from transformers import (
 
 from codistill.config import Config, ConfigError, require
 from codistill.config.base import first_line
-from codistill.downloads import check_model_folder, read_object
+from codistill.downloads import GENERATION, check_model_folder, read_object, source
 from codistill_kernels.integrations.transformers import scaling
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -49,12 +49,11 @@ def check_models(config: Config) -> None:
 
 def find_model(key: str, path: str) -> None:
     """Raise ConfigError unless this is a folder with a whole model, or a name the Hub knows."""
-    if Path(path).is_dir():
-        check_model_folder(key, Path(path))
-        return
     expected = "a folder that exists, or a Hub name"
-    require(HUB_NAME.fullmatch(path) is not None, key, path, expected)
-    if isinstance(try_to_load_from_cache(path, "config.json"), str):
+    is_folder = Path(path).is_dir()
+    require(is_folder or HUB_NAME.fullmatch(path) is not None, key, path, expected)
+    if Path(source(path)).is_dir():
+        check_model_folder(key, Path(source(path)))
         return
     try:
         HfApi().model_info(path, timeout=HUB_SECONDS)
@@ -65,7 +64,7 @@ def find_model(key: str, path: str) -> None:
 def load_model_config(key: str, path: str) -> Any:
     """The model's config.json, whose head must be one that is understood."""
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source(path), trust_remote_code=False)
         scaling(config)
     except Exception as error:  # transformers computes with what the file says
         expected = f"a model that is understood; {first_line(error)}"
@@ -76,7 +75,7 @@ def load_model_config(key: str, path: str) -> Any:
 def meta_model(path: str) -> PreTrainedModel:
     """The model that config.json describes, with the shapes of its weights alone."""
     with torch.device("meta"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source(path), trust_remote_code=False)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
@@ -88,7 +87,7 @@ def num_parameters(path: str) -> int:
 def load_tokenizer(key: str, path: str) -> PreTrainedTokenizerBase:
     """Raises ConfigError under configuration key `key` if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source(path), trust_remote_code=False)
     except Exception as error:  # tokenizers raises classes of its own
         expected = f"a model with a tokenizer: {first_line(error)}"
         raise ConfigError(f"{key} = {path!r}: expected {expected}") from error
@@ -124,10 +123,11 @@ def end_token_ids(key: str, path: str, tokenizer: PreTrainedTokenizerBase) -> tu
 
     Raises ConfigError under configuration key `key` if there is none, or one that is no token.
     """
-    if (Path(path) / "generation_config.json").is_file():  # else transformers takes it as absent
-        read_object(key, Path(path), "generation_config.json")
+    folder = Path(source(path))
+    if (folder / GENERATION).is_file():  # else transformers takes it as absent
+        read_object(key, folder, GENERATION)
     try:
-        ids = GenerationConfig.from_pretrained(path).eos_token_id
+        ids = GenerationConfig.from_pretrained(source(path)).eos_token_id
     except OSError:  # the model has no generation_config.json
         ids = None
     ids = tokenizer.eos_token_id if ids is None else ids

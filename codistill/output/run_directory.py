@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-import pyarrow as pa
 import pyarrow.parquet
 import yaml
 
 from codistill import distributed, files
 from codistill.config import Config, ConfigError
 from codistill.fingerprints import INPUTS, Fingerprints
+from codistill.output.samples import samples_table
 from codistill.rollout import Rollouts
 from codistill.scoring import Scored
 
@@ -124,25 +124,9 @@ class RunDirectory:
     def add_evaluation(self, accuracy: dict[str, float]) -> None:
         files.append_line(self.path / "evaluations.jsonl", row_text(accuracy))
 
-    def add_samples(self, step: int, rollouts: Rollouts, scored: Scored) -> None:
+    def add_samples(self, step: int, rollouts: Rollouts, scored: Scored, tokenizer: Any) -> None:
         """Write the first process's rollouts of one step."""
-        kept = set(scored.credit.kept.tolist())
-        kd_rewards = scored.credit.kd_rewards
-        kd = {} if kd_rewards is None else {"kd": kd_rewards.tolist()}
-        table = pa.table(
-            {
-                "prompt": [problem.prompt for problem in rollouts.problems],
-                "answer": [" or ".join(problem.answers) for problem in rollouts.problems],
-                "completion": rollouts.texts,
-                "tokens": rollouts.completions.lengths.tolist(),
-                "truncated": rollouts.truncated.tolist(),
-                "accuracy": rollouts.accuracy.tolist(),
-                "format": rollouts.format.tolist(),
-                **{f"reward/{name}": v.tolist() for name, v in rollouts.functions.items()},
-                **kd,
-                "kept": [row in kept for row in range(len(rollouts.texts))],
-            }
-        )
+        table = samples_table(rollouts, scored, tokenizer)
         files.write_whole(
             self.path / "samples" / f"step_{step:06d}.parquet",
             lambda unfinished: pyarrow.parquet.write_table(table, unfinished),

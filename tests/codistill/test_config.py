@@ -248,7 +248,7 @@ def test_help_is_quick_and_needs_no_torch():
         ({"large": {"path": "{other}"}}, "expected the tokenizer of small.path"),
         (
             {"rollout": {"max_prompt_tokens": 3}},
-            "rollout.max_prompt_tokens = 3: expected at least 4",
+            "expected rollout.max_prompt_tokens of at least 4, the length of the prompt in row 1",
         ),
         (
             {"rollout": {"max_completion_tokens": 57}, "training": {"tokens_per_micro_batch": 65}},

@@ -15,8 +15,18 @@ import pytest
 
 from codistill.config import ConfigError
 from codistill.config.data import DataConfig
-from codistill.data import contradictions, counted, draw, gold_answers, load_problems, overlap
+from codistill.data import (
+    contradictions,
+    counted,
+    draw,
+    gold_answers,
+    golds_of_files,
+    hidden_fields,
+    load_problems,
+    overlap,
+)
 from codistill.engine import cut_at_end, prompt_seeds
+from codistill.grading import Grader
 
 
 def test_every_epoch_draws_every_problem_once():
@@ -152,7 +162,12 @@ def test_contradictions_are_problems_with_two_answers(tmp_path, tokenizer):
     assert contradictions(problems) == 1
 
 
-def test_json_may_hold_a_row_a_line(tmp_path, tokenizer):
+def test_json_may_hold_one_row_on_many_lines(tmp_path, tokenizer):
+    (tmp_path / "row.json").write_text(json.dumps(ROWS[0], indent=2))
+    assert [problem.answers for problem in load(tmp_path / "row.json", tokenizer)] == [("2",)]
+
+
+def test_json_may_hold_a_row_per_line(tmp_path, tokenizer):
     path = save(tmp_path / "rows.jsonl", ROWS).rename(tmp_path / "rows.json")
     assert [problem.answers for problem in load(path, tokenizer)] == [("2",), ("4",)]
 
@@ -212,7 +227,7 @@ def test_gold_answers(name, value, expected):
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("a.txt", "", "a .jsonl, .json or .csv file, which may be a .gz, a .parquet file, or a"),
+        ("a.txt", "", "a .jsonl, .json or .csv file, which may be a .gz, a .parquet file, a fol"),
         ("a.jsonl", '{"problem": "1", "answer": "1"}\n{"pro', "line 2: Unterminated string"),
         ("a.json", '["1"]', "row 1 is no object with fields"),
         ("a.parquet", "no parquet", "expected rows of problems: "),
@@ -256,3 +271,113 @@ def test_overlap_counts_held_out_problems_but_for_white_space(tmp_path, tokenize
     train = load(save(tmp_path / "train.jsonl", rows), tokenizer)
     rows = [{"problem": text, "answer": 1} for text in ("1+1", " 1  +\n2 ", "1+2", "4")]
     assert overlap(train, load(save(tmp_path / "eval.jsonl", rows), tokenizer)) == 2
+
+
+def configured(path: Path | list[Path], tokenizer, grader=None, **keys) -> list:
+    config = DataConfig(train=path, eval="unused", **{"template": "{problem}="} | keys)
+    return load_problems("data.train", config, tokenizer, max_prompt_tokens=9, grader=grader)
+
+
+UNUSABLE = [
+    {"problem": "1+1", "answer": "2"},
+    {"problem": "1+2", "answer": ""},
+    {"problem": "1+2", "answer": None},
+    {"problem": " ", "answer": "2"},
+    {"problem": "1\u0000", "answer": "2"},
+    {"problem": "1+1+1+1+1", "answer": "5"},
+    {"problem": "2+2", "answer": "}"},
+    {"problem": "2+3", "answer": "5"},
+]
+
+
+def test_unusable_rows_are_skipped_and_counted(tmp_path, tokenizer, grader, caplog):
+    path = save(tmp_path / "rows.jsonl", UNUSABLE)
+    problems = configured(path, tokenizer, grader, unusable="skip")
+    assert [(p.problem, p.row) for p in problems] == [("1+1", 1), ("2+3", 8)]
+    assert caplog.messages == [
+        "data.train: 6 of 8 rows skipped: 2 without answer, 1 without problem, 1 with characters "
+        "that no text has, 1 with a prompt of more than 9 tokens, 1 with an answer that cannot be "
+        "graded"
+    ]
+    assert golds_of_files(problems) == {path: [("2",), *[()] * 6, ("5",)]}
+    with pytest.raises(ConfigError, match="or a list of them as answer in row 2, which has"):
+        configured(path, tokenizer, grader)
+    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, UNUSABLE[1:7])))
+    with pytest.raises(ConfigError, match="expected at least one row to use, 6 of 6 rows skipped"):
+        configured(tmp_path / "bad.jsonl", tokenizer, grader, unusable="skip")
+
+
+def test_rows_of_another_spelling_are_not_skipped(tmp_path, tokenizer):
+    rows = [{"problem": "1", "answer": "1"}, {"question": "1", "answer": "1"}]
+    with pytest.raises(ConfigError, match="as problem, as in other rows, in row 2, which has ques"):
+        configured(save(tmp_path / "rows.jsonl", rows), tokenizer, unusable="skip")
+
+
+def test_an_answer_that_takes_too_long_is_not_skipped(tmp_path):
+    with Grader(timeout=20) as slow:
+        assert slow.unreadable([("2",), ("}",), ("\\frac{1}{2}", "}")]) == [1, 2]
+        slow.call = lambda function, items: [TimeoutError()] * len(items)
+        assert slow.unreadable([("}",)]) == []  # time is not the same on every process
+
+
+@pytest.mark.parametrize(
+    ("row", "keys"),
+    [
+        ({"content": "1", "gt": 2, "answer": "long"}, ("content", "gt")),
+        ({"x": {"y": {"z": "1"}, "gt": "2"}, "answer": "3"}, ("x.y.z", "x.gt")),
+        ({"x.y": "1", "x": {"y": "3"}, "answer": "2"}, ("x.y", None)),
+        ({"problem": "1", "a.b": {"c": "2"}}, (None, "a.b.c")),
+    ],
+    ids=["names", "nested", "dot in a name", "nested in such"],
+)
+def test_fields_may_be_named(tmp_path, tokenizer, row, keys):
+    path = save(tmp_path / "rows.jsonl", [row])
+    problem_field, answer_field = keys
+    (problem,) = configured(path, tokenizer, problem_field=problem_field, answer_field=answer_field)
+    assert (problem.problem, problem.answers, problem.columns) == ("1", ("2",), row)
+
+
+def test_a_named_field_that_is_missing(tmp_path, tokenizer):
+    rows = [{"problem": "1", "reward_model": {"style": "rule", "truth": "2"}}]
+    with pytest.raises(ConfigError) as error:
+        configured(save(tmp_path / "a.jsonl", rows), tokenizer, answer_field="reward_model.gold")
+    assert str(error.value).endswith(
+        "expected rows with problem or question or prompt and reward_model.gold, found problem, "
+        "reward_model, reward_model.style, reward_model.truth; data.problem_field and "
+        "data.answer_field name others"
+    )
+
+
+def test_several_files_each_with_its_own_fields(tmp_path, tokenizer):
+    first = save(tmp_path / "b.jsonl", ROWS)
+    second = save(tmp_path / "a.parquet", [{"problem": "3", "answer": "3"}])
+    problems = configured([first, second], tokenizer)
+    assert [(p.problem, p.file.name, p.row) for p in problems] == [
+        *(("1+1", "b.jsonl", 1), ("2+2", "b.jsonl", 2)),
+        ("3", "a.parquet", 1),
+    ]
+    assert problems[2].columns["level"] is None and problems[0].columns["problem"] is None
+    (tmp_path / "c.jsonl").write_text('{"problem": "1"}')
+    with pytest.raises(ConfigError, match="^data.train = '.*c.jsonl': expected rows with"):
+        configured([first, tmp_path / "c.jsonl"], tokenizer)
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".jsonl"])
+def test_a_folder_of_parts_is_read_in_the_order_of_names(tmp_path, tokenizer, ending):
+    rows = [{"problem": str(n), "answer": str(n)} for n in range(3)]
+    for n in (2, 0, 1):
+        save(tmp_path / f"train-0000{n}-of-00003{ending}", [rows[n]])
+    (tmp_path / "README.md").write_text("no rows")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert [p.problem for p in configured(tmp_path, tokenizer)] == ["0", "1", "2"]
+    save(tmp_path / f"test-00000-of-00001{ending}", [rows[0]])
+    with pytest.raises(ConfigError, match="expected a folder of one set, found test, train: name"):
+        configured(tmp_path, tokenizer)
+
+
+def test_fields_that_no_prompt_shows(tmp_path, tokenizer):
+    """A story or choices beside the question, as in ASDiv and MMLU."""
+    rows = [{"question": "1", "answer": "1", "Body": "2", "choices": None, "options": ["1"]}]
+    problems = configured(save(tmp_path / "rows.jsonl", rows), tokenizer)
+    assert hidden_fields(None, problems) == ["Body", "options"]
+    assert hidden_fields("Body", problems) == ["options"]

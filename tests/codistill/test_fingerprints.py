@@ -50,7 +50,30 @@ def test_a_model_of_the_hub_is_known_by_its_commit(monkeypatch):
 def test_problems_in_a_folder_are_known_by_file(tmp_path):
     for name in ("state.json", "data-00000.arrow"):
         (tmp_path / name).write_text(name)
-    before = of_data(tmp_path)
+    before = of_data("data.train", [tmp_path])
     (tmp_path / "data-00000.arrow").write_text("other")
     (tmp_path / "data-00001.arrow").write_text("new")
-    assert changed(before, of_data(tmp_path)) == ["data-00000.arrow", "data-00001.arrow"]
+    assert changed(before, of_data("data.train", [tmp_path])) == [
+        "data-00000.arrow",
+        "data-00001.arrow",
+    ]
+
+
+def test_several_files_may_have_other_names_and_not_another_order(tmp_path):
+    for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
+        (tmp_path / name).write_text(name[0])
+    (tmp_path / "d.jsonl").write_text("a")
+    a, b, c, d = (tmp_path / f"{name}.jsonl" for name in "abcd")
+    before = of_data("data.train", [a, b])
+    assert of_data("data.train", [d, b]) == before
+    assert changed(before, of_data("data.train", [b, a])) == ["contents 1", "contents 2"]
+    assert changed(before, of_data("data.train", [a, b, c])) == ["contents 3"]
+
+
+def test_only_the_parts_of_a_folder_count(tmp_path):
+    (tmp_path / "part.jsonl").write_text("1")
+    before = of_data("data.train", [tmp_path])
+    (tmp_path / "README.md").write_text("of no matter")
+    assert of_data("data.train", [tmp_path]) == before
+    (tmp_path / "more.jsonl").write_text("2")
+    assert changed(before, of_data("data.train", [tmp_path])) == ["more.jsonl"]

@@ -123,7 +123,9 @@ def test_files_may_move_and_not_change(settings, folder, models, tmp_path):
 
     lines = (moved / "train.jsonl").read_text().splitlines(keepends=True)
     (moved / "train.jsonl").write_text("".join(reversed(lines)))
-    with pytest.raises(ConfigError, match=r"^data.train = '.*began with, changed since: contents"):
+    with pytest.raises(
+        ConfigError, match=r"^data.train = \['.*began with, changed since: contents"
+    ):
         changes_of_run(config, 8)
     (moved / "train.jsonl").write_text("".join(lines))
 

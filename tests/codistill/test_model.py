@@ -27,7 +27,7 @@ def refused(path) -> str:
     return str(error.value)
 
 
-def test_models_that_cannot_be_trained_are_refused_in_one_line(tmp_path):
+def test_models_that_cannot_be_trained_are_refused_in_one_line(tmp_path, process_group):
     gpt2 = transformers.GPT2Config(vocab_size=24, n_embd=32, n_layer=1, n_head=2)
     transformers.GPT2LMHeadModel(gpt2).save_pretrained(tmp_path / "gpt2")
     assert "GPT2LMHeadModel has no decoder layers" in refused(tmp_path / "gpt2")
@@ -146,7 +146,7 @@ def test_no_dropout(tmp_path, process_group):
     assert torch.equal(first, second)
 
 
-def test_flash_is_refused_where_it_does_not_run(models):
+def test_flash_is_refused_where_it_does_not_run(models, process_group):
     options = TrainingConfig(attention="flash")
     with pytest.raises(ConfigError, match="training.attention = 'flash': expected sdpa or auto"):
         load_policy("large.path", str(models["large"]), options, 18, torch.device("cpu"))

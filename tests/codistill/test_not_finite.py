@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from tiny import FakeGrader
 from torch.distributed.tensor import DTensor
 
+from codistill.config import ConfigError
+from codistill.model.policy import check_finite
 from codistill.output.metrics import StepMetrics
 from codistill.scoring import check_numbers
 
@@ -35,6 +37,14 @@ def reduced(rank: int, folder: str) -> None:
         with pytest.raises(FloatingPointError, match="^the large model gives log-probabilities"):
             check_numbers({"small": torch.ones(2), "large": wrong})
     check_numbers({"small": torch.ones(2), "large": torch.zeros(0)})
+    linear = torch.nn.Linear(2, 2)
+    check_finite("small.path", "a", linear)
+    for name, weight in linear.named_parameters():  # each process looks at one of the two
+        before = weight.detach().clone()
+        weight.data[0] = math.inf
+        with pytest.raises(ConfigError, match=f"^small.path = 'a': .* finite; {name} has a NaN"):
+            check_finite("small.path", "a", linear)
+        weight.data.copy_(before)
     dist.barrier()
 
 

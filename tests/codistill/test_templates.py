@@ -105,3 +105,46 @@ def test_templates_of_the_paper():
         "Question: 1+1. Answer:"
     )
     assert render("{problem} = {problem}", "x", None) == "x = x"
+
+
+ROLES = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}; {% endfor %}"
+    "{% if thinking is not defined or thinking %}<think>{% endif %}{{ n }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("one", "system: be short; user: one; <think>"),
+        ([{"role": "user", "content": "one"}], "system: be short; user: one; <think>"),
+        (
+            [{"role": "system", "content": "be long"}, {"role": "user", "content": "one"}],
+            "system: be long; user: one; <think>",
+        ),
+    ],
+    ids=["text", "messages", "with their own"],
+)
+def test_a_system_message_is_before_a_problem_that_has_none(content, expected):
+    tokenizer = make_tokenizer(adds="$A", chat=ROLES)
+    assert render("chat", content, tokenizer, system="be short") == expected
+
+
+def test_arguments_of_the_chat_template():
+    tokenizer = make_tokenizer(adds="$A", chat=ROLES)
+    assert render("chat", "one", tokenizer, arguments={"thinking": False}) == "user: one; "
+    assert render("chat", "one", tokenizer, arguments={"n": 3}) == "user: one; <think>3"
+    with pytest.raises(ConfigError, match="the chat template of small.path fails: .*tokenize"):
+        render("chat", "one", tokenizer, arguments={"tokenize": True})
+
+
+def test_both_come_from_the_configuration(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"problem": "one", "answer": "1"}\n')
+    keys = {"template": "chat", "system": "two", "chat_template_arguments": {"thinking": "false"}}
+    config = DataConfig(train=tmp_path / "a.jsonl", eval=tmp_path / "a.jsonl", **keys)
+    tokenizer = make_tokenizer(adds="$A", chat=ROLES)
+    (problem,) = load_problems("data.train", config, tokenizer, max_prompt_tokens=9)
+    assert problem.prompt == "system: two; user: one; "
+    for key in ("system", "chat_template_arguments"):
+        with pytest.raises(ValueError, match=f"{key} = .*: expected nothing without template chat"):
+            DataConfig(train="a", eval="a", **{key: keys[key]})
