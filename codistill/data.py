@@ -1,12 +1,13 @@
 """Problems: read from a file, made into prompts, drawn in an order that seed and step fix."""
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,15 @@ PROBLEM_FIELDS = ("problem", "question", "prompt")
 VERL_ANSWER = "reward_model.ground_truth"
 ANSWER_FIELDS = ("final_answer", "ground_truth", VERL_ANSWER, "answer", "solution")
 """From the most to the least specific: an `answer` beside a `final_answer` is a long text."""
+
+KNOWN_SIZES = {
+    **dict.fromkeys(("minerva", "minervamath"), 272),
+    "math500": 500,
+    **dict.fromkeys(("amc", "amc23", "amc2024"), 40),
+    "olympiadbench": 675,
+}
+"""How many problems the sets of the paper's tables have, by name in small letters and digits. Their
+accuracies are multiples of one over so many, except one of Minerva."""
 
 REDRAW_STREAM = 2**34  # larger than the number of any epoch, whose random streams are others
 
@@ -39,26 +49,29 @@ class Problem:
 
 
 def load_problems(
-    key: Literal["data.train", "data.eval"],
+    key: str,
     config: DataConfig,
     tokenizer: Any,
     *,
     max_prompt_tokens: int,
+    path: Path | None = None,
 ) -> list[Problem]:
-    """The problems of the file under this key of the configuration.
+    """The problems of the file that the configuration has under `key`.
+
+    path: that file; by default the one of the training problems.
 
     Raises:
         ConfigError: the file is missing, cannot be read or has no row, a field of a row is missing,
             empty or no text, or a prompt is empty or too long.
     """
-    path = {"data.train": config.train, "data.eval": config.eval}[key]
+    path = path or config.train
     rows = read_rows(key, path)
     require(bool(rows), key, str(path), "at least one problem, found none")
     names = list(dict.fromkeys(name for row in rows for name in row))
     problem_field, answer_field = chosen_fields(key, path, rows, names)
     if config.template == CHAT and not tokenizer.chat_template:
         raise ConfigError(
-            "data.template = 'chat': expected a tokenizer with a chat template, small.path has none"
+            "data.template = 'chat': expected a tokenizer with a chat template, the model's has none"
         )
     problems = []
     for number, row in enumerate(rows, start=1):
@@ -182,6 +195,17 @@ def overlap(problems: Sequence[Problem], held_out: Sequence[Problem]) -> int:
     """How many held-out problems are training problems too, white space aside."""
     known = {" ".join(problem.problem.split()) for problem in problems}
     return sum(" ".join(problem.problem.split()) in known for problem in held_out)
+
+
+def warn_of_size(name: str, count: int) -> None:
+    """Warn where a set has the name of a well-known one and another number of problems."""
+    known = "".join(letter for letter in name.lower() if letter.isalnum())
+    expected = KNOWN_SIZES.get(known, count)
+    if count != expected:
+        logging.getLogger(__name__).warning(
+            "%s has %d problems here, and %d in the paper: their numbers do not compare",
+            *(name, count, expected),
+        )
 
 
 def contradictions(problems: Sequence[Problem]) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 from codistill import checkpoint, distributed
 from codistill.config import Config, ConfigError, load_config, require
 from codistill.config.changes import Changes, changes_between, may_change
-from codistill.data import Problem, contradictions, load_problems, overlap
+from codistill.config.schema import held_out_key
+from codistill.data import Problem, contradictions, load_problems, overlap, warn_of_size
 from codistill.files import read_object, read_rows
 from codistill.fingerprints import INPUTS, Fingerprints, brief, changed, fingerprints
 from codistill.grading import Grader
@@ -27,7 +28,8 @@ class Inputs:
     end_token_ids: tuple[int, ...]
     """Tokens that end a completion of the writer."""
     problems: list[Problem]
-    held_out: list[Problem]
+    held_out: dict[str, list[Problem]]
+    """By name of the set, "" where there is one without a name."""
     reward_functions: list[RewardFunction] = field(default_factory=list)
     changes: Changes = field(default_factory=dict)
     """Keys of the configuration that are not as before, where a run goes on."""
@@ -51,7 +53,12 @@ def load_inputs(config: Config) -> Inputs:
     ends = end_token_ids(f"{config.writer}.path", config.model(config.writer).path, tokenizer)
     limit = config.rollout.max_prompt_tokens
     problems = load_problems("data.train", config.data, tokenizer, max_prompt_tokens=limit)
-    held_out = load_problems("data.eval", config.data, tokenizer, max_prompt_tokens=limit)
+    held_out = {
+        name: load_problems(
+            held_out_key(name), config.data, tokenizer, max_prompt_tokens=limit, path=path
+        )
+        for name, path in config.held_out.items()
+    }
     rounds = config.rollout.sampling_rounds
     require(
         rounds == 1 or len(problems) >= 2 * config.rollout.prompts_per_step,
@@ -71,20 +78,26 @@ def load_inputs(config: Config) -> Inputs:
     return Inputs(tokenizer, ends, problems, held_out, functions, changes, prints)
 
 
-def check_problems(config: Config, problems: list[Problem], held_out: list[Problem]) -> None:
+def check_problems(
+    config: Config, problems: list[Problem], held_out: dict[str, list[Problem]]
+) -> None:
     """Raise ConfigError for an answer that cannot be graded; warn of what may be a mistake."""
-    with make_grader(config) as grader:
-        grader.check_golds("data.train", config.data.train, [p.answers for p in problems])
-        grader.check_golds("data.eval", config.data.eval, [p.answers for p in held_out])
+    sets = [("data.train", config.data.train, problems)]
+    sets += [(held_out_key(name), config.held_out[name], held_out[name]) for name in held_out]
     logger = logging.getLogger(__name__)
-    for key, found in (("data.train", problems), ("data.eval", held_out)):
+    with make_grader(config) as grader:
+        for key, path, found in sets:
+            grader.check_golds(key, path, [problem.answers for problem in found])
+    for key, _, found in sets:
         if count := contradictions(found):
             logger.warning("%s: %d problems occur again with another answer", key, count)
-    if common := overlap(problems, held_out):
-        logger.warning(
-            "data.eval: %d of %d problems are in data.train too: they are not held out",
-            *(common, len(held_out)),
-        )
+    for name, found in held_out.items():
+        warn_of_size(name, len(found))
+        if common := overlap(problems, found):
+            logger.warning(
+                "%s: %d of %d problems are in data.train too: they are not held out",
+                *(held_out_key(name), common, len(found)),
+            )
 
 
 def make_grader(config: Config) -> Grader:
@@ -96,7 +109,7 @@ def changes_of_run(config: Config, num_problems: int, prints: Fingerprints) -> C
     """The keys that are not as before, if there is a checkpoint to go on from.
 
     prints: what the files of problems and models are now. Their paths may change, their contents
-    may not, those of data.eval excepted.
+    may not, those of held-out problems excepted.
 
     Raises:
         ConfigError: a key or a file has changed that the numbers of a step depend on, the run has
@@ -166,7 +179,7 @@ def changes_of_files(config: Config, stored: Fingerprints, prints: Fingerprints)
         names = changed(stored[key], prints[key])
         if not names:
             continue
-        if key != "data.eval":
+        if key in ("data.train", *(f"{name}.path" for name in config.loaded)):
             section, _, name = key.partition(".")
             raise ConfigError(
                 f"{key} = {str(getattr(getattr(config, section), name))!r}: expected what the run "

@@ -177,7 +177,9 @@ class Loop:
     def finish(self, directory: RunDirectory) -> None:
         trainer = self.trainer
         summary = report.summarize(
-            self.folder, steps=trainer.total_steps, problems=len(trainer.inputs.held_out)
+            self.folder,
+            steps=trainer.total_steps,
+            problems=sum(map(len, trainer.inputs.held_out.values())),
         )
         directory.write_summary(summary)
         report.plot(self.folder)

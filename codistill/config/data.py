@@ -1,5 +1,6 @@
 """The sections of the configuration about problems and rewards."""
 
+import re
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
@@ -8,12 +9,23 @@ from codistill.config.base import Section, UserPath, require
 from codistill.templates import is_template
 
 
+SET_NAMES = "a name of at most 60 letters, digits and . _ - + @, which begins with no ."
+
+
+def is_set_name(name: str) -> bool:
+    """Whether a set of problems can be called this in a table, and in the names of its files."""
+    return re.fullmatch(r"[\w\-+@][\w.\-+@]{0,59}", name) is not None
+
+
 class DataConfig(Section):
     train: UserPath = Field(
         description="training problems: .jsonl, .json, .csv (these also as .gz), .parquet or a "
         "folder that datasets saved, with a problem and an answer in each row"
     )
-    eval: UserPath = Field(description="held-out problems, in a file of the same kinds")
+    eval: UserPath | None = Field(
+        None,
+        description="held-out problems, in a file of the same kinds; evaluation.sets takes several",
+    )
     template: str = Field(
         "{problem}",
         max_length=10**4,

@@ -1,5 +1,6 @@
 """Curves and summary of a run, from its files."""
 
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -51,7 +52,8 @@ PANELS = {
 
 
 def summarize(folder: Path, *, steps: int, problems: int) -> dict[str, Any]:
-    """Accuracy before and after training of each model that learned, and what the run cost.
+    """Accuracy before and after training of each model that learned, and of its sets if they have
+    names, and what the run cost.
 
     After: the mean over the last EVALUATIONS_AVERAGED evaluations that measured the model; the
     evaluation before the first step is never one of them, and without it there is no accuracy.
@@ -65,11 +67,16 @@ def summarize(folder: Path, *, steps: int, problems: int) -> dict[str, Any]:
         "problems": problems,
         "seconds": sum(row.get("time/step") or 0 for row in read_rows(folder / "metrics.jsonl")),
     }
-    for name in ("small", "large"):
+    for name in measured(evaluations):
         last = [row[name] for row in later[-EVALUATIONS_AVERAGED:] if name in row]
         if name in first and last:
             summary[name] = {"before": first[name], "after": sum(last) / len(last)}
     return summary
+
+
+def measured(evaluations: list[dict[str, float]]) -> list[str]:
+    """The keys of evaluations.jsonl that are accuracies: MODEL, and MODEL/SET of sets with names."""
+    return list(dict.fromkeys(name for row in evaluations for name in row if name != "step"))
 
 
 def plot(folder: Path) -> Path:
@@ -105,12 +112,25 @@ def draw_line(axis: "Axes", line: Line, metrics: list[dict[str, Any]]) -> None:
 
 
 def draw_evaluations(axis: "Axes", evaluations: list[dict[str, float]]) -> None:
-    """Held-out accuracy, which is never smoothed."""
-    for name, color in (("small", SMALL), ("large", LARGE)):
+    """Held-out accuracy, which is never smoothed: of each model, bold where it is a mean, and of
+    each set that has a name."""
+    names = measured(evaluations)
+    sets = (name for name in names if "/" in name)
+    markers = dict(zip(sets, cycle("svD^Pp*X"), strict=False))
+    for name in names:
+        model, _, _ = name.partition("/")
+        is_mean = any(other.startswith(f"{name}/") for other in names)
         rows = [row for row in evaluations if name in row]
-        if rows:
-            steps, values = ([row[key] for row in rows] for key in ("step", name))
-            axis.plot(steps, values, "o-", markersize=4, color=color, label=f"held-out, {name}")
+        steps, values = ([row[key] for row in rows] for key in ("step", name))
+        axis.plot(
+            steps,
+            values,
+            f"{markers.get(name, 'o')}-",
+            markersize=4,
+            linewidth=3 if is_mean else 1.5,
+            color={"small": SMALL, "large": LARGE}[model],
+            label=f"held-out, {name}" + (", mean" if is_mean else ""),
+        )
 
 
 def finish_panel(axis: "Axes", title: str) -> None:
