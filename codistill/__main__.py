@@ -1,19 +1,22 @@
 """Tools beside codistill-train.
 
     python -m codistill doctor --config FILE [--section.key value ...]
+    python -m codistill eval --model DIR --data NAME=FILE --template r1 --output DIR
     python -m codistill report runs/NAME
 
 doctor: say what is installed and which kernel backend and engine run, and check the configuration
-and its inputs; exit code 2 if they are wrong. report: draw curves.png and print the summary of a
+and its inputs; exit code 2 if they are wrong. eval: accuracy of models on sets of problems, mean
+and standard deviation over seeds, as a table. report: draw curves.png and print the summary of a
 run that has ended. COMMAND --help lists the options of a command.
 """
 
 import importlib
 import sys
 
+from codistill import distributed
 from codistill.config import ConfigError, require
 
-COMMANDS = ("doctor", "report")
+COMMANDS = ("doctor", "eval", "report")
 
 
 def main() -> int:
@@ -26,7 +29,7 @@ def main() -> int:
         require(name in COMMANDS, "command", name, f"one of {', '.join(COMMANDS)}")
         importlib.import_module(f"codistill.commands.{name}").main(sys.argv[2:])
     except ConfigError as error:
-        print(f"codistill: {error}", file=sys.stderr)
+        distributed.complain(str(error))
         return 2
     return 0
 

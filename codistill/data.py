@@ -71,7 +71,7 @@ def load_problems(
     problem_field, answer_field = chosen_fields(key, path, rows, names)
     if config.template == CHAT and not tokenizer.chat_template:
         raise ConfigError(
-            "data.template = 'chat': expected a tokenizer with a chat template, the model's has none"
+            "data.template = 'chat': expected a tokenizer with a chat template, this one has none"
         )
     problems = []
     for number, row in enumerate(rows, start=1):

@@ -22,6 +22,9 @@ from pebble import ProcessExpired, ProcessPool
 from codistill.config.base import ConfigError
 from codistill.stopping import STOPS
 
+GRADER_VERSION = 1
+"""Rises when the same completion may be graded otherwise than before."""
+
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
@@ -64,12 +67,17 @@ def parse_prediction(text: str) -> list:
     """
     from math_verify import parse
 
-    tagged = ANSWER.findall(text)
-    answer = tagged[-1] if tagged else last_boxed(text)
+    answer = marked_answer(text)
     if answer is None:
         return parse(text, **OPTIONS)
     readings = parse_formula(answer)
     return readings + parse(answer, **OPTIONS) if WORD.search(answer) else readings
+
+
+def marked_answer(text: str) -> str | None:
+    """What stands in the last <answer> </answer> pair, else in the last \\boxed{}; None without."""
+    tagged = ANSWER.findall(text)
+    return tagged[-1] if tagged else last_boxed(text)
 
 
 def last_boxed(text: str) -> str | None:

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from codistill import checkpoint, distributed, failures
 from codistill.config import Config
-from codistill.failures import Failure, RunError, phase
-from codistill.files import finish_folder, is_disk_full, read_object
+from codistill.failures import phase
+from codistill.files import finish_folder, read_object
 from codistill.inputs import load_inputs, make_grader
 from codistill.model.policy import export, quiet_transformers
 from codistill.output import report
@@ -30,20 +30,8 @@ def run(config: Config, signals: StopSignals) -> int:
         ConfigError: a setting or an input is missing or wrong; no model was loaded.
     """
     quiet_libraries()
-    try:
-        return train(config, signals)
-    except (RunError, FloatingPointError) as error:
-        distributed.complain(f"stopped: {error}")
-    except Failure as failure:
-        folder = config.output_dir / config.name
-        if failure.__cause__ is not None and is_disk_full(failure.__cause__):
-            distributed.complain(
-                f"stopped: no space is left on the disk of {folder}, or a quota is used up; its "
-                "checkpoints are whole: make space and start it again"
-            )
-        else:
-            failures.report(failure, folder)
-    return 1
+    folder = config.output_dir / config.name
+    return failures.exit_code(lambda: train(config, signals), folder)
 
 
 def train(config: Config, signals: StopSignals) -> int:

@@ -18,10 +18,15 @@ QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "VLLM_LOGGING_LEVEL": "ERROR"}
 """Read when torch and vLLM are imported: their warnings are not about the run."""
 
 
-def main() -> int:
-    """Run what the command line asks for; the exit code, unless a run ends the process itself."""
+def quiet_imports() -> None:
+    """Prepare the import of torch and vLLM."""
     for name, level in QUIET.items():
         os.environ.setdefault(name, level)
+
+
+def main() -> int:
+    """Run what the command line asks for; the exit code, unless a run ends the process itself."""
+    quiet_imports()
     signals = StopSignals.listen()
     try:
         config = load_config(sys.argv[1:])

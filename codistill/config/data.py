@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 from codistill.config.base import Section, UserPath, require
 from codistill.templates import is_template
 
-
 SET_NAMES = "a name of at most 60 letters, digits and . _ - + @, which begins with no ."
 
 

@@ -75,7 +75,7 @@ def summarize(folder: Path, *, steps: int, problems: int) -> dict[str, Any]:
 
 
 def measured(evaluations: list[dict[str, float]]) -> list[str]:
-    """The keys of evaluations.jsonl that are accuracies: MODEL, and MODEL/SET of sets with names."""
+    """The keys of evaluations.jsonl that are accuracies: MODEL, and MODEL/SET of named sets."""
     return list(dict.fromkeys(name for row in evaluations for name in row if name != "step"))
 
 
