@@ -14,12 +14,17 @@ from codistill import distributed
 from codistill.config import ConfigError, load_config
 from codistill.stopping import StopSignals
 
-QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "VLLM_LOGGING_LEVEL": "ERROR"}
-"""Read when torch and vLLM are imported: their warnings are not about the run."""
+QUIET = {
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    # Python's helper says what it cleans up behind a process that a signal has ended at once.
+    "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",
+}
+"""Read when torch, vLLM and helpers of this process start: their warnings are not about the run."""
 
 
 def quiet_imports() -> None:
-    """Prepare the import of torch and vLLM."""
+    """Silence what torch, vLLM and helpers of this process would print; before they start."""
     for name, level in QUIET.items():
         os.environ.setdefault(name, level)
 

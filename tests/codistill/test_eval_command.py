@@ -13,6 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from codistill.config import ConfigError, load_options
+from codistill.config.evaluation import EvalOptions
+from codistill.evaluation_run import evaluate, load_models
 from codistill.grading import Grades
 from codistill.output.evaluation_files import COLUMNS
 from codistill.output.evaluation_table import (
@@ -162,7 +165,8 @@ def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
     return output, errors
 
 
-def test_an_evaluation_that_is_stopped_goes_on(command, tmp_path):
+def test_an_evaluation_that_is_stopped_goes_on(command, models, tmp_path, monkeypatch, caplog):
+    """It may have one more model then."""
     folder = tmp_path / "out"
     process = start(command)
     deadline = time.monotonic() + 120
@@ -177,10 +181,12 @@ def test_an_evaluation_that_is_stopped_goes_on(command, tmp_path):
     first = {file: file.stat().st_mtime_ns for file in folder.glob("rows/*/sums/seed_*.parquet")}
     assert 1 <= len(first) < 12 and not (folder / "results.json").exists()
 
+    command += ["--model", str(models["large"])]
     output, _ = finish(start(command))
-    assert output.count("seed ") == 12 - len(first)
+    assert output.count("small  sums  seed ") == 12 - len(first)
+    assert output.count("large  sums  seed ") == 12
     assert {file: file.stat().st_mtime_ns for file in first} == first
-    (rows,) = folder.glob("rows/*/sums")
+    (rows,) = folder.glob("rows/small-*/sums")
     assert sorted(file.name for file in rows.iterdir()) == sorted(
         f"seed_{seed}.parquet" for seed in range(12)
     )
@@ -189,15 +195,20 @@ def test_an_evaluation_that_is_stopped_goes_on(command, tmp_path):
 
     (rows / "seed_3.parquet").unlink()
     (rows / "seed_5.parquet").write_bytes(b"PAR1")  # as a damaged disk leaves it
-    output, errors = finish(start(command))
-    assert output.count("seed ") == 2 and "seed_5.parquet: cannot be read" in errors
+    evaluate_here(command, monkeypatch)
+    assert f"{rows / 'seed_5.parquet'}: cannot be read, is written again" in caplog.messages
     assert json.loads((folder / "results.json").read_text()) == whole
+    kept = rf"temperature = 0.5: expected 1.0 as in {folder / 'settings.json'}, to go on there, or "
+    with pytest.raises(ConfigError, match=kept):
+        evaluate_here([*command, "--temperature", "0.5"], monkeypatch)
 
-    _, errors = finish(start([*command, "--temperature", "0.5"]), 2)
-    assert errors == (
-        f"codistill: temperature = 0.5: expected 1.0 as in {folder / 'settings.json'}, to go on "
-        "there, or another folder as output\n"
-    )
+
+def evaluate_here(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluate in this process, and undo what it sets in its environment in the end."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    assert evaluate(load_options(EvalOptions, command[3:]), starts=0) == 0
 
 
 def check_results(results: dict, rows: Path) -> None:
@@ -205,7 +216,7 @@ def check_results(results: dict, rows: Path) -> None:
     seeds = [pyarrow.parquet.read_table(rows / f"seed_{seed}.parquet") for seed in range(12)]
     assert all(seed["number"].to_pylist() == list(range(8)) for seed in seeds)
     assert seeds[0]["completion"] != seeds[1]["completion"]
-    (model,) = results["models"].values()
+    model = results["models"]["small"]
     found = model["sets"]["sums"]
     assert found["accuracy"]["seeds"] == [np.mean(seed["correct"].to_pylist()) for seed in seeds]
     assert found["mean_tokens"] == np.mean([seed["tokens"].to_pylist() for seed in seeds])
@@ -217,26 +228,30 @@ def check_results(results: dict, rows: Path) -> None:
     assert settings["grader"]["version"] >= 1 and "math-verify" in settings["versions"]
 
 
-def test_two_models_with_vllm_on_two_processes(command, models, tmp_path):
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param([], id="one model"), pytest.param(["large"], id="two", marks=pytest.mark.long)],
+)
+def test_vllm_on_two_processes(command, models, tmp_path, more):
+    """Each model has an engine of its own, in a process that starts anew."""
     pytest.importorskip("vllm", reason="vLLM cannot be installed on this machine")
-    problems = tmp_path / "problems.jsonl"
-    more = {
-        "--model": models["large"],
-        "--data": f"more={problems}",
+    options = {
+        "--data": f"more={tmp_path / 'problems.jsonl'}",
         "--seeds": 2,
         "--engine": "vllm",
         "--kv-cache-gib": 0.1,
     }
-    arguments = [*command, *(str(part) for pair in more.items() for part in pair)]
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
-    output, _ = finish(start(arguments, *launcher))
-    assert output.count("engine: vllm, 2 processes") == 2
+    command += [str(part) for pair in options.items() for part in pair]
+    command += [part for name in more for part in ("--model", str(models[name]))]
+    output, _ = finish(start(command, "-m", "torch.distributed.run", "--nproc-per-node", "2"))
+    names = ["small", *more]
+    assert output.count("engine: vllm, 2 processes") == len(names)
     files = list((tmp_path / "out").glob("rows/*/*/seed_*.parquet"))
-    assert len(files) == 2 * 2 * 2
+    assert len(files) == len(names) * 2 * 2
     for file in files:
         assert pyarrow.parquet.read_table(file)["number"].to_pylist() == list(range(8))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert list(results["models"]) == ["small", "large"] and results["processes"] == 2
+    assert list(results["models"]) == names and results["processes"] == 2
     text = (tmp_path / "out" / "table.md").read_text()
     assert text.startswith("| Model | sums | more | Average |\n")
 
@@ -247,16 +262,12 @@ def test_two_models_with_vllm_on_two_processes(command, models, tmp_path):
         (("--data", "sums"), "data = 'sums': expected NAME=FILE"),
         (("--data", "a/b=c"), "data = 'a/b=c': expected NAME=FILE with a name of at most 60"),
         (("--temperature", "0"), "seeds = 12: expected 1 with temperature 0"),
-        (("--max-tokens", "60"), "max_tokens = 60: expected no more than the 64 positions"),
+        (("--max-tokens", "61"), "max_tokens = 61: expected no more than the 64 positions"),
         (("--model", "nowhere/"), "model = 'nowhere/': expected a folder that exists"),
     ],
     ids=str,
 )
 def test_mistakes_are_one_line(command, changes, expected):
-    from codistill.config import ConfigError, load_options
-    from codistill.config.evaluation import EvalOptions
-    from codistill.evaluation_run import load_models
-
     with pytest.raises(ConfigError) as error:
         load_models(load_options(EvalOptions, [*command[3:], *changes]))
     assert str(error.value).startswith(expected) and "\n" not in str(error.value)
