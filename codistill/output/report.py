@@ -115,17 +115,17 @@ def draw_evaluations(axis: "Axes", evaluations: list[dict[str, float]]) -> None:
     """Held-out accuracy, which is never smoothed: of each model, bold where it is a mean, and of
     each set that has a name."""
     names = measured(evaluations)
-    sets = (name for name in names if "/" in name)
-    markers = dict(zip(sets, cycle("svD^Pp*X"), strict=False))
+    sets = dict.fromkeys(name.partition("/")[2] for name in names)
+    markers = dict(zip(sets, cycle("osvD^Pp*X"), strict=False))
     for name in names:
-        model, _, _ = name.partition("/")
+        model, _, part = name.partition("/")
         is_mean = any(other.startswith(f"{name}/") for other in names)
         rows = [row for row in evaluations if name in row]
         steps, values = ([row[key] for row in rows] for key in ("step", name))
         axis.plot(
             steps,
             values,
-            f"{markers.get(name, 'o')}-",
+            f"{markers[part]}-",
             markersize=4,
             linewidth=3 if is_mean else 1.5,
             color={"small": SMALL, "large": LARGE}[model],

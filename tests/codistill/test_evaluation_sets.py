@@ -119,3 +119,4 @@ def test_curves_and_summary_have_each_set(tmp_path):
     assert lines["small, mean"].get_linewidth() > lines["small/A"].get_linewidth()
     assert lines["small/A"].get_color() == lines["small, mean"].get_color()
     assert lines["small/A"].get_marker() != lines["small/B"].get_marker()
+    assert lines["small/A"].get_marker() == lines["large/A"].get_marker()
