@@ -1,12 +1,14 @@
 """Tools beside codistill-train.
 
     python -m codistill doctor --config FILE [--section.key value ...]
+    python -m codistill eval --model DIR --data NAME=FILE --template r1 --output DIR
     python -m codistill report runs/NAME [runs/OTHER ...]
     python -m codistill export runs/NAME [--step K] [--output DIR]
     python -m codistill plan --config FILE [--machine.gpus N] [--section.key value ...]
 
 doctor   say what is installed and which kernel backend and engine run, and check the configuration
          and its inputs; exit code 2 if they are wrong
+eval     accuracy of models on sets of problems, mean and standard deviation over seeds, as a table
 report   write one HTML page about runs, with their curves, configuration and rollouts; draw
          curves.png and print the summary of those that have ended
 export   write the models of a checkpoint in Hugging Face format, each with a model card
@@ -18,9 +20,10 @@ COMMAND --help lists the options of a command.
 import importlib
 import sys
 
+from codistill import distributed
 from codistill.config import ConfigError, require
 
-COMMANDS = ("doctor", "report", "export", "plan")
+COMMANDS = ("doctor", "eval", "report", "export", "plan")
 
 
 def main() -> int:
@@ -33,7 +36,7 @@ def main() -> int:
         require(name in COMMANDS, "command", name, f"one of {', '.join(COMMANDS)}")
         importlib.import_module(f"codistill.commands.{name}").main(sys.argv[2:])
     except ConfigError as error:
-        print(f"codistill: {error}", file=sys.stderr)
+        distributed.complain(str(error))
         return 2
     return 0
 

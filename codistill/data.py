@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from codistill.answers import last_boxed
 from codistill.config import ConfigError, require
 from codistill.config.base import printable
-from codistill.config.data import DataConfig
+from codistill.config.data import PromptConfig
 from codistill.grading import Grader
 from codistill.rows import parts_of, read_rows
 from codistill.templates import CHAT, Message, broken_character, encode, render
@@ -24,6 +24,15 @@ ANSWER_FIELDS = (
     *("final_answer", "ground_truth", "reward_model.ground_truth", "answer", "solution"),
 )
 """From the most to the least specific: an `answer` beside a `final_answer` is a long text."""
+
+KNOWN_SIZES = {
+    **dict.fromkeys(("minerva", "minervamath"), 272),
+    "math500": 500,
+    **dict.fromkeys(("amc", "amc23", "amc2024"), 40),
+    "olympiadbench": 675,
+}
+"""How many problems the sets of the paper's tables have, by name in small letters and digits. Their
+accuracies are multiples of one over so many, except one of Minerva."""
 
 REDRAW_STREAM = 2**34  # larger than the number of any epoch, whose random streams are others
 
@@ -57,14 +66,15 @@ class UnusableRow(ValueError):
 
 
 def load_problems(
-    key: Literal["data.train", "data.eval"],
-    config: DataConfig,
+    key: str,
+    config: PromptConfig,
     tokenizer: Any,
     *,
+    paths: Sequence[Path],
     max_prompt_tokens: int,
     grader: Grader | None = None,
 ) -> list[Problem]:
-    """The problems of the files under this key of the configuration.
+    """The problems of the files that the configuration has under `key`.
 
     grader: finds answers that cannot be graded, where unusable rows are skipped.
 
@@ -73,7 +83,6 @@ def load_problems(
             `data.unusable` is "stop", or all are: a field is missing, empty or no text, or the
             prompt is empty or too long.
     """
-    paths = {"data.train": config.train, "data.eval": [config.eval]}[key]
     files = [part for path in paths for part in parts_of(key, path)]
     tables = [(file, read_rows(key, file)) for file in files]
     where = ", ".join(map(str, paths))
@@ -81,7 +90,7 @@ def load_problems(
     require(count > 0, key, where, "at least one problem, found none")
     if config.template == CHAT and not tokenizer.chat_template:
         raise ConfigError(
-            "data.template = 'chat': expected a tokenizer with a chat template, small.path has none"
+            "data.template = 'chat': expected a tokenizer with a chat template, this one has none"
         )
     maker = ProblemMaker(key, config, tokenizer, max_prompt_tokens)
     problems = [problem for file, rows in tables for problem in maker.problems(file, rows)]
@@ -102,7 +111,7 @@ class ProblemMaker:
     """Makes problems of rows; counts the reasons for which it skips some."""
 
     def __init__(
-        self, key: str, config: DataConfig, tokenizer: Any, max_prompt_tokens: int
+        self, key: str, config: PromptConfig, tokenizer: Any, max_prompt_tokens: int
     ) -> None:
         self.key, self.config, self.tokenizer = key, config, tokenizer
         self.max_prompt_tokens = max_prompt_tokens
@@ -157,7 +166,7 @@ class ProblemMaker:
 
 
 def chosen_fields(
-    key: str, file: Path, rows: list[dict[str, Any]], config: DataConfig
+    key: str, file: Path, rows: list[dict[str, Any]], config: PromptConfig
 ) -> tuple[str, str]:
     """The fields that hold problem and answer: those of the configuration, else the first of those
     known that the file has."""
@@ -303,6 +312,17 @@ def overlap(problems: Sequence[Problem], held_out: Sequence[Problem]) -> int:
     """How many held-out problems are training problems too, white space aside."""
     known = {" ".join(problem.problem.split()) for problem in problems}
     return sum(" ".join(problem.problem.split()) in known for problem in held_out)
+
+
+def warn_of_size(name: str, count: int) -> None:
+    """Warn where a set has the name of a well-known one and another number of problems."""
+    known = "".join(letter for letter in name.lower() if letter.isalnum())
+    expected = KNOWN_SIZES.get(known, count)
+    if count != expected:
+        logging.getLogger(__name__).warning(
+            "%s has %d problems here, and %d in the paper: their numbers do not compare",
+            *(name, count, expected),
+        )
 
 
 def contradictions(problems: Sequence[Problem]) -> int:

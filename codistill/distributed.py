@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
 
-def start(timeout: float) -> "torch.device":
+def start(timeout: float, name: str = "") -> "torch.device":
     """Join the process group; the device of this process.
 
     A process alone has a store in memory, and gloo's port of its own is open on the loopback
     interface only. Where torchrun has started it, the group meets at the address torchrun gives.
 
     timeout: seconds that an operation waits for the other processes.
+    name: of the group; processes that form it once more under the same torchrun give another one.
     """
     import torch  # not above: --help and mistakes in the configuration do not wait for it
     import torch.distributed as dist
@@ -29,6 +30,9 @@ def start(timeout: float) -> "torch.device":
         os.environ.update(alone)  # vLLM reads them
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
         group |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    elif name:
+        store, rank, size = next(dist.rendezvous("env://", timeout=group["timeout"]))
+        group |= {"store": dist.PrefixStore(name, store), "rank": rank, "world_size": size}
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -95,8 +99,10 @@ def complain(message: str, *, first_only: bool = True) -> None:
     """Print one line on stderr, the command's name and a message, from the first process alone or
     from this one, whichever it is."""
     if is_first() or not first_only:
+        command = Path(sys.argv[0])
+        name = command.parent.name if command.name == "__main__.py" else command.name
         # In one piece: other processes write to the same place.
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: {message}\n")
+        sys.stderr.write(f"{name}: {message}\n")
         sys.stderr.flush()
 
 

@@ -97,7 +97,7 @@ def between_steps(config: Config, inputs: Inputs, weights: int) -> Iterator[tupl
     """Evaluations and checkpoints of the whole run; weights: how many are trained."""
     total = config.total_steps(len(inputs.problems))
     count = len(multiples(config.evaluation.every, total)) + 1  # before the first step, too
-    yield "evaluations", f"{count:,}, each of {len(inputs.held_out):,} problems"
+    yield "evaluations", f"{count:,}, each of {sum(map(len, inputs.held_out.values())):,} problems"
     count = len(multiples(config.checkpoint.every, total))
     each = f"{count:,}, each of {weights * CHECKPOINT_BYTES / 2**30:.2g} GiB"
     yield "checkpoints", f"{each}; the last {config.checkpoint.keep} are kept"

@@ -1,7 +1,8 @@
-"""Held-out accuracy, from text that an engine generates."""
+"""Held-out accuracy, from text that an engine generates: in training and for the command eval."""
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch.distributed as dist
 
@@ -13,7 +14,28 @@ from codistill.grading import Grader
 EVALUATION_STREAM = 2**31  # in place of a step number: evaluations draw none of a step's seeds
 
 
-def evaluate(
+@dataclass(frozen=True)
+class Answers:
+    """One graded completion of each problem that is this process's share of a set."""
+
+    indices: list[int]
+    """Of the problems, in the set."""
+    texts: list[str]
+    tokens: list[int]
+    truncated: list[bool]
+    """The length limit ended the completion."""
+    correct: list[bool]
+    """False also where grading failed or took too long."""
+    failures: int
+    """How many completions grading failed on, on all processes; and how many took too long."""
+    timeouts: int
+
+    def accuracy(self, num_problems: int) -> float:
+        """Share of all problems of the set that is answered right. Collective."""
+        return distributed.totals([sum(self.correct)])[0] / num_problems
+
+
+def answer(
     engine: Sampler,
     grader: Grader,
     text: Callable[[list[int]], str],
@@ -22,12 +44,15 @@ def evaluate(
     temperature: float,
     max_tokens: int,
     seed: int,
-) -> float:
-    """Share of `problems` answered right, one completion each, work shared by all processes.
+) -> Answers:
+    """Let the engine write one completion of each problem, and grade it; work shared by all
+    processes.
 
     text: of the tokens of a completion, as it is graded.
+    temperature: 0 is greedy. max_tokens: longest completion.
+    seed: the same one gives the same completions, whatever else has been drawn.
     """
-    indices = range(dist.get_rank(), len(problems), dist.get_world_size())
+    indices = list(range(dist.get_rank(), len(problems), dist.get_world_size()))
     share = [problems[i] for i in indices]
     completions = engine.generate(
         [problem.prompt_ids for problem in share],
@@ -36,11 +61,18 @@ def evaluate(
     )
     texts = [text(completion.token_ids) for completion in completions]
     grades = grader.grade(texts, [problem.answers for problem in share])
-    numbers = [sum(grades.correct), grades.failures, grades.timeouts]
-    correct, failures, timeouts = distributed.totals(numbers)
+    failures, timeouts = distributed.totals([grades.failures, grades.timeouts])
     if failures or timeouts:
         logging.getLogger(__name__).warning(
             "grading failed on %d and timed out on %d of %d held-out completions: counted as wrong",
             *(failures, timeouts, len(problems)),
         )
-    return correct / len(problems)
+    return Answers(
+        indices,
+        texts,
+        tokens=[len(completion.token_ids) for completion in completions],
+        truncated=[completion.truncated for completion in completions],
+        correct=grades.correct,
+        failures=failures,
+        timeouts=timeouts,
+    )

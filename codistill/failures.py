@@ -6,12 +6,13 @@ that says nothing of the cause. So each process writes a file, and the files tel
 
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from codistill import distributed
 from codistill.config.base import ConfigError
+from codistill.files import is_disk_full
 
 PATIENCE = 3.0
 """Seconds to wait for the files of other processes; chosen, untested."""
@@ -42,6 +43,29 @@ def phase(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise Failure(name) from error
+
+
+def exit_code(work: Callable[[], int], folder: Path) -> int:
+    """What `work` returns; 1 if it fails, after one line that says why.
+
+    folder: what the work writes to.
+
+    Raises:
+        ConfigError: the work did.
+    """
+    try:
+        return work()
+    except (RunError, FloatingPointError) as error:
+        distributed.complain(f"stopped: {error}")
+    except Failure as failure:
+        if failure.__cause__ is not None and is_disk_full(failure.__cause__):
+            distributed.complain(
+                f"stopped: no space is left on the disk of {folder}, or a quota is used up; what "
+                "it has saved is whole: make space and start it again"
+            )
+        else:
+            report(failure, folder)
+    return 1
 
 
 def log_path(folder: Path, rank: int) -> Path:

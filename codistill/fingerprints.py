@@ -8,6 +8,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from codistill import files
 from codistill.config import Config
+from codistill.config.schema import held_out_key
 from codistill.rows import parts_of
 
 Fingerprints = dict[str, dict[str, str]]
@@ -29,10 +30,9 @@ def fingerprints(config: Config) -> Fingerprints:
     Problems: sha256 of each file, or of each file in a folder. Models: `sampled` of the weights
     and sha256 of every other file; a model from the Hub is known by its commit.
     """
-    prints = {
-        "data.train": of_data("data.train", config.data.train),
-        "data.eval": of_data("data.eval", [config.data.eval]),
-    }
+    data = {"data.train": config.data.train}
+    data |= {held_out_key(name): [path] for name, path in config.held_out.items()}
+    prints = {key: of_data(key, paths) for key, paths in data.items()}
     return prints | {f"{name}.path": of_model(config.model(name).path) for name in config.loaded}
 
 

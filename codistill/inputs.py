@@ -8,6 +8,7 @@ from typing import Any
 from codistill import checkpoint, distributed
 from codistill.config import Config, ConfigError, load_config, require
 from codistill.config.changes import Changes, changes_between, may_change
+from codistill.config.schema import held_out_key
 from codistill.data import (
     Problem,
     contradictions,
@@ -15,6 +16,7 @@ from codistill.data import (
     hidden_fields,
     load_problems,
     overlap,
+    warn_of_size,
 )
 from codistill.files import read_object, read_rows
 from codistill.fingerprints import INPUTS, Fingerprints, brief, changed, fingerprints
@@ -25,7 +27,7 @@ from codistill.model.pretrained import check_models, end_token_ids, load_tokeniz
 from codistill.output.loggers import check_loggers
 from codistill.reward_functions import RewardFunction, load_functions
 from codistill.templates import CHAT, DATE, asks_for_the_date
-from codistill.texts import StopStrings
+from codistill.texts import StopStrings, graded_text
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Inputs:
     end_token_ids: tuple[int, ...]
     """Tokens that end a completion of the writer."""
     problems: list[Problem]
-    held_out: list[Problem]
+    held_out: dict[str, list[Problem]]
+    """By name of the set, "" where there is one without a name."""
     reward_functions: list[RewardFunction] = field(default_factory=list)
     changes: Changes = field(default_factory=dict)
     """Keys of the configuration that are not as before, where a run goes on."""
@@ -49,9 +52,11 @@ class Inputs:
 
     def text(self, token_ids: list[int]) -> str:
         """The text of a completion, as it is graded: without the end token."""
-        ends = token_ids[-1:] and token_ids[-1] in self.end_token_ids
-        return self.tokenizer.decode(
-            token_ids[:-1] if ends else token_ids, skip_special_tokens=self.skip_special_tokens
+        return graded_text(
+            self.tokenizer,
+            token_ids,
+            self.end_token_ids,
+            skip_special_tokens=self.skip_special_tokens,
         )
 
 
@@ -74,8 +79,13 @@ def load_inputs(config: Config) -> Inputs:
     limit = config.rollout.max_prompt_tokens
     with make_grader(config) as grader:
         terms: dict[str, Any] = dict(max_prompt_tokens=limit, grader=grader)
-        problems = load_problems("data.train", config.data, tokenizer, **terms)
-        held_out = load_problems("data.eval", config.data, tokenizer, **terms)
+        problems = load_problems(
+            "data.train", config.data, tokenizer, paths=config.data.train, **terms
+        )
+        held_out = {
+            name: load_problems(held_out_key(name), config.data, tokenizer, paths=[path], **terms)
+            for name, path in config.held_out.items()
+        }
         if distributed.is_first():
             check_problems(config, problems, held_out, grader)
     rounds = config.rollout.sampling_rounds
@@ -117,23 +127,29 @@ def warn_of_hidden_tags(config: Config, tokenizer: Any) -> None:
 
 
 def check_problems(
-    config: Config, problems: list[Problem], held_out: list[Problem], grader: Grader
+    config: Config,
+    problems: list[Problem],
+    held_out: dict[str, list[Problem]],
+    grader: Grader,
 ) -> None:
     """Raise ConfigError for an answer that cannot be graded; warn of what may be a mistake."""
     logger = logging.getLogger(__name__)
-    for key, found in (("data.train", problems), ("data.eval", held_out)):
+    sets = {"data.train": problems} | {held_out_key(n): found for n, found in held_out.items()}
+    for key, found in sets.items():
         for file, golds in golds_of_files(found).items():
             grader.check_golds(key, file, golds)
         if fields := hidden_fields(config.data.problem_field, found):
             logger.warning("%s: no prompt shows the fields %s", key, ", ".join(fields))
-    for key, found in (("data.train", problems), ("data.eval", held_out)):
+    for key, found in sets.items():
         if count := contradictions(found):
             logger.warning("%s: %d problems occur again with another answer", key, count)
-    if common := overlap(problems, held_out):
-        logger.warning(
-            "data.eval: %d of %d problems are in data.train too: they are not held out",
-            *(common, len(held_out)),
-        )
+    for name, found in held_out.items():
+        warn_of_size(name, len(found))
+        if common := overlap(problems, found):
+            logger.warning(
+                "%s: %d of %d problems are in data.train too: they are not held out",
+                *(held_out_key(name), common, len(found)),
+            )
 
 
 def make_grader(config: Config) -> Grader:
@@ -145,7 +161,7 @@ def changes_of_run(config: Config, num_problems: int, prints: Fingerprints) -> C
     """The keys that are not as before, if there is a checkpoint to go on from.
 
     prints: what the files of problems and models are now. Their paths may change, their contents
-    may not, those of data.eval excepted.
+    may not, those of held-out problems excepted.
 
     Raises:
         ConfigError: a key or a file has changed that the numbers of a step depend on, the run has
@@ -215,7 +231,7 @@ def changes_of_files(config: Config, stored: Fingerprints, prints: Fingerprints)
         names = changed(stored[key], prints[key])
         if not names:
             continue
-        if key != "data.eval":
+        if key in ("data.train", *(f"{name}.path" for name in config.loaded)):
             section, _, name = key.partition(".")
             value = config.model_dump(mode="json")[section][name]
             raise ConfigError(

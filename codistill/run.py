@@ -12,8 +12,8 @@ from rich.console import Console
 from codistill import checkpoint, distributed, failures
 from codistill.config import Config
 from codistill.exports import export_models
-from codistill.failures import Failure, RunError, phase
-from codistill.files import is_disk_full, read_object, read_rows
+from codistill.failures import phase
+from codistill.files import read_object, read_rows
 from codistill.inputs import load_inputs, make_grader
 from codistill.model.policy import quiet_transformers
 from codistill.output.console import Progress, print_summary
@@ -33,20 +33,8 @@ def run(config: Config, signals: StopSignals) -> int:
         ConfigError: a setting or an input is missing or wrong; no model was loaded.
     """
     quiet_libraries()
-    try:
-        return train(config, signals)
-    except (RunError, FloatingPointError) as error:
-        distributed.complain(f"stopped: {error}")
-    except Failure as failure:
-        folder = config.output_dir / config.name
-        if failure.__cause__ is not None and is_disk_full(failure.__cause__):
-            distributed.complain(
-                f"stopped: no space is left on the disk of {folder}, or a quota is used up; its "
-                "checkpoints are whole: make space and start it again"
-            )
-        else:
-            failures.report(failure, folder)
-    return 1
+    folder = config.output_dir / config.name
+    return failures.exit_code(lambda: train(config, signals), folder)
 
 
 def train(config: Config, signals: StopSignals) -> int:
@@ -183,7 +171,9 @@ class Loop:
     def finish(self, directory: RunDirectory) -> None:
         trainer = self.trainer
         summary = summarize(
-            self.folder, steps=trainer.total_steps, problems=len(trainer.inputs.held_out)
+            self.folder,
+            steps=trainer.total_steps,
+            problems=sum(map(len, trainer.inputs.held_out.values())),
         )
         directory.write_summary(summary)
         plot(self.folder)

@@ -36,6 +36,9 @@ class StopSignals:
     process that waits for another one may never do.
     """
 
+    unsaved = "before the first step: nothing to save"
+    """What is said of an end at once."""
+
     def __init__(self) -> None:
         self.received = False
         self.saves = False
@@ -81,7 +84,7 @@ class StopSignals:
         if number == signal.SIGHUP:
             self.leave_terminal()
         if not self.saves:
-            end(f"stopped by {number.name} before the first step: nothing to save")
+            end(f"stopped by {number.name} {self.unsaved}")
         if not self.received:
             self.received, self.first_time = True, time.monotonic()
         elif time.monotonic() - self.first_time > ECHO:

@@ -41,6 +41,20 @@ class TextStream:
         )
 
 
+def graded_text(
+    tokenizer: Any,
+    token_ids: list[int],
+    end_token_ids: Sequence[int],
+    *,
+    skip_special_tokens: bool,
+) -> str:
+    """The text of a completion, as it is graded: without the end token."""
+    ends = token_ids[-1:] and token_ids[-1] in end_token_ids
+    return tokenizer.decode(
+        token_ids[:-1] if ends else token_ids, skip_special_tokens=skip_special_tokens
+    )
+
+
 def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
     """The text of each token; one after the other they are the whole, special tokens shown."""
     stream = TextStream(tokenizer)

@@ -16,14 +16,24 @@ from codistill.config import ConfigError, load_config
 from codistill.stopping import StopSignals
 
 DRY_RUN = "--dry-run"
-QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "VLLM_LOGGING_LEVEL": "ERROR"}
-"""Read when torch and vLLM are imported: their warnings are not about the run."""
+QUIET = {
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    # Python's helper says what it cleans up behind a process that a signal has ended at once.
+    "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",
+}
+"""Read when torch, vLLM and helpers of this process start: their warnings are not about the run."""
+
+
+def quiet_imports() -> None:
+    """Silence what torch, vLLM and helpers of this process would print; before they start."""
+    for name, level in QUIET.items():
+        os.environ.setdefault(name, level)
 
 
 def main() -> int:
     """Run what the command line asks for; the exit code, unless a run ends the process itself."""
-    for name, level in QUIET.items():
-        os.environ.setdefault(name, level)
+    quiet_imports()
     signals = StopSignals.listen()
     try:
         config = load_config([word for word in sys.argv[1:] if word != DRY_RUN])

@@ -14,7 +14,7 @@ from torch import Tensor
 from codistill.batch import TokenBatch
 from codistill.config import Config, require
 from codistill.engine import EngineSpec, HFEngine, RestartingEngine
-from codistill.evaluation import evaluate
+from codistill.evaluation import answer
 from codistill.grading import Grader
 from codistill.inputs import Inputs
 from codistill.learner import Learner
@@ -256,27 +256,34 @@ class Trainer:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out accuracy of the writer and, at both ends of a run that trains it, of the large
-        model."""
+        model: under the model's name the mean over all sets, under model/set that of a set which
+        has a name."""
         writer = self.config.writer
-        accuracy = {"step": step, writer: self.evaluate_with(self.engine)}
+        accuracy = {"step": step, **self.evaluate_with(self.engine, writer)}
         at_ends = self.config.evaluation.large and "large" in self.learners and writer != "large"
         if at_ends and step in (0, self.total_steps):
             # Seldom, so a plain engine that lives for this evaluation only is enough.
             engine = HFEngine(self.engine_spec("large"))
             engine.sync(self.policies["large"].full_weights())
-            accuracy["large"] = self.evaluate_with(engine)
+            accuracy |= self.evaluate_with(engine, "large")
         return accuracy
 
-    def evaluate_with(self, engine: Any) -> float:
-        return evaluate(
-            engine,
-            self.grader,
-            self.inputs.text,
-            self.inputs.held_out,
-            temperature=self.config.evaluation.temperature,
-            max_tokens=self.config.rollout.max_completion_tokens,
-            seed=self.config.seed,
-        )
+    def evaluate_with(self, engine: Any, model: str) -> dict[str, float]:
+        """Accuracy of the engine's model, called `model`, as `evaluate` has it."""
+        sets = {}
+        for name, problems in self.inputs.held_out.items():
+            answers = answer(
+                engine,
+                self.grader,
+                self.inputs.text,
+                problems,
+                temperature=self.config.evaluation.temperature,
+                max_tokens=self.config.rollout.max_completion_tokens,
+                seed=self.config.seed,
+            )
+            sets[name] = answers.accuracy(len(problems))
+        named = {f"{model}/{name}": accuracy for name, accuracy in sets.items() if name}
+        return {model: sum(sets.values()) / len(sets), **named}
 
     def finish(self, numbers: dict[str, float]) -> dict[str, float]:
         """Add what is a function of reduced numbers; drop what was only needed for that."""

@@ -29,6 +29,7 @@ def main(arguments: list[str]) -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "kernels": choose("auto", device, torch.float32),
         "engine": engine_kind(config.rollout.engine),
-        "problems": f"{len(inputs.problems)} to train on, {len(inputs.held_out)} held out",
+        "problems": f"{len(inputs.problems)} to train on, "
+        f"{sum(map(len, inputs.held_out.values()))} held out",
     }
     print(", ".join(f"{name} {value}" for name, value in facts.items()))

@@ -1,5 +1,6 @@
 """The sections of the configuration about problems and rewards."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -19,14 +20,17 @@ def several(value: Any) -> Any:
     return [value] if isinstance(value, str | Path) else value
 
 
-class DataConfig(Section):
-    train: Annotated[list[UserPath], BeforeValidator(several)] = Field(
-        min_length=1,
-        description="training problems: .jsonl, .json, .csv (these also as .gz), .parquet, a "
-        "folder of .parquet or .jsonl files, one that datasets saved, or a list of any of these, "
-        "with a problem and an answer in each row",
-    )
-    eval: UserPath = Field(description="held-out problems, in a file of the same kinds")
+SET_NAMES = "a name of at most 60 letters, digits and . _ - + @, which begins with no ."
+
+
+def is_set_name(name: str) -> bool:
+    """Whether a set of problems can be called this in a table, and in the names of its files."""
+    return re.fullmatch(r"[\w\-+@][\w.\-+@]{0,59}", name) is not None
+
+
+class PromptConfig(Section):
+    """How rows of files become problems, and problems prompts."""
+
     problem_field: str | None = Field(
         None,
         min_length=1,
@@ -76,6 +80,19 @@ class DataConfig(Section):
         broken = None if self.system is None else broken_character(self.system)
         require(broken is None, "system", self.system, f"a text without {broken!r}")
         return self
+
+
+class DataConfig(PromptConfig):
+    train: Annotated[list[UserPath], BeforeValidator(several)] = Field(
+        min_length=1,
+        description="training problems: .jsonl, .json, .csv (these also as .gz), .parquet, a "
+        "folder of .parquet or .jsonl files, one that datasets saved, or a list of any of these, "
+        "with a problem and an answer in each row",
+    )
+    eval: UserPath | None = Field(
+        None,
+        description="held-out problems, in a file of the same kinds; evaluation.sets takes several",
+    )
 
 
 class RewardConfig(Section):

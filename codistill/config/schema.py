@@ -26,8 +26,9 @@ from codistill.config.base import (
     UserPathOrName,
     require,
 )
-from codistill.config.data import DataConfig, RewardConfig
+from codistill.config.data import SET_NAMES, DataConfig, RewardConfig, is_set_name
 
+StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 EngineKind = Literal["auto", "vllm", "hf"]
 LoggerKind = Literal["tensorboard", "wandb", "trackio"]
 
@@ -68,7 +69,7 @@ class RolloutConfig(Section):
         description="divides the logits, in the engine and in the trainer alike; in vLLM at "
         "most 2, and never less than 0.01",
     )
-    stop: list[Annotated[str, Field(min_length=1, max_length=1000)]] = Field(
+    stop: list[StopString] = Field(
         [],
         max_length=100,
         description="texts that end a completion, at the first token with which its text has one "
@@ -170,6 +171,11 @@ class TrainingConfig(Section):
 
 
 class EvaluationConfig(Section):
+    sets: dict[str, UserPath] = Field(
+        {},
+        description="sets of held-out problems in the place of data.eval: name and file of each, "
+        "as MATH500=math500.jsonl; an accuracy is then the mean over the sets",
+    )
     every: int = Field(
         50, gt=0, le=10**9, description="steps between evaluations of the small model"
     )
@@ -184,6 +190,8 @@ class EvaluationConfig(Section):
     def check(self) -> Self:
         sampled = self.temperature == 0 or self.temperature >= 0.01
         require(sampled, "temperature", self.temperature, "0, or at least 0.01")
+        for name in self.sets:
+            require(is_set_name(name), "sets", name, SET_NAMES)
         return self
 
 
@@ -340,6 +348,7 @@ class Config(CommandOptions):
         )
         check_hint(self)
         check_models_learn(self)
+        check_held_out(self)
         longest = self.rollout.max_prompt_tokens + self.rollout.max_completion_tokens
         require(
             self.training.tokens_per_micro_batch >= longest,
@@ -355,6 +364,11 @@ class Config(CommandOptions):
             "trainer with loss.logp_temperature = 'one': the engine knows no other temperature",
         )
         return self
+
+    @property
+    def held_out(self) -> dict[str, Path]:
+        """The files of held-out problems by the name of their set; that of data.eval is ""."""
+        return {"": self.data.eval} if self.data.eval else self.evaluation.sets
 
     @property
     def has_teacher(self) -> bool:
@@ -403,6 +417,21 @@ def check_name(name: str) -> None:
     is_folder = name.isprintable() and "/" not in name and name.strip(" .") != ""
     fits = is_folder and len(name.encode()) <= 100
     require(fits, "name", name, "the name of one folder: printable, without /, at most 100 bytes")
+
+
+def held_out_key(name: str) -> str:
+    """The key under which the configuration has the file of a set of held-out problems."""
+    return f"evaluation.sets.{name}" if name else "data.eval"
+
+
+def check_held_out(config: Config) -> None:
+    """Raise ConfigError unless exactly one of data.eval and evaluation.sets is given."""
+    file, sets = config.data.eval, config.evaluation.sets
+    if not file and not sets:
+        description = DataConfig.model_fields["eval"].description
+        raise ConfigError(f"data.eval is missing: expected {description}")
+    expected = "no value beside evaluation.sets: give one of the two"
+    require(not (file and sets), "data.eval", str(file), expected)
 
 
 def check_hint(config: Config) -> None:

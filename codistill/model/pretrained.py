@@ -34,9 +34,7 @@ def check_models(config: Config) -> None:
     rollout = config.rollout
     for name in config.loaded:
         key, path = f"{name}.path", config.model(name).path
-        find_model(key, path)
-        text_config = load_model_config(key, path).get_text_config()
-        positions = getattr(text_config, "max_position_embeddings", None)
+        positions = check_model(key, path)
         require(
             positions is None
             or rollout.max_prompt_tokens + rollout.max_completion_tokens <= positions,
@@ -45,6 +43,14 @@ def check_models(config: Config) -> None:
             f"no more than the {positions} positions of {key} = {path!r} less "
             f"rollout.max_prompt_tokens = {rollout.max_prompt_tokens}",
         )
+
+
+def check_model(key: str, path: str) -> int | None:
+    """Raise ConfigError unless the model is there, has whole weights and a head that is understood;
+    how many positions it has, None where it does not say."""
+    find_model(key, path)
+    text_config = load_model_config(key, path).get_text_config()
+    return getattr(text_config, "max_position_embeddings", None)
 
 
 def find_model(key: str, path: str) -> None:

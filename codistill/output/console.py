@@ -79,8 +79,8 @@ def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
     table = Table(title="held-out accuracy", title_justify="left")
     for name in ("model", "before", "after", "change"):
         table.add_column(name, justify="left" if name == "model" else "right")
-    for name in ("small", "large"):
-        if name not in summary:
+    for name in summary:
+        if name.partition("/")[0] not in ("small", "large"):
             continue
         before, after = summary[name]["before"], summary[name]["after"]
         change = f"{100 * (after - before):+.1f} points"

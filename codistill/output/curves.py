@@ -1,5 +1,6 @@
 """curves.png: the curves of one run, from its files."""
 
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from codistill import files
 from codistill.files import read_rows
+from codistill.output.summary import measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,12 +86,25 @@ def draw_line(axis: "Axes", line: Line, metrics: list[dict[str, Any]]) -> None:
 
 
 def draw_evaluations(axis: "Axes", evaluations: list[dict[str, float]]) -> None:
-    """Held-out accuracy, which is never smoothed."""
-    for name, color in (("small", SMALL), ("large", LARGE)):
+    """Held-out accuracy, which is never smoothed: of each model, bold where it is a mean, and of
+    each set that has a name."""
+    names = measured(evaluations)
+    sets = dict.fromkeys(name.partition("/")[2] for name in names)
+    markers = dict(zip(sets, cycle("osvD^Pp*X"), strict=False))
+    for name in names:
+        model, _, part = name.partition("/")
+        is_mean = any(other.startswith(f"{name}/") for other in names)
         rows = [row for row in evaluations if name in row]
-        if rows:
-            steps, values = ([row[key] for row in rows] for key in ("step", name))
-            axis.plot(steps, values, "o-", markersize=4, color=color, label=f"held-out, {name}")
+        steps, values = ([row[key] for row in rows] for key in ("step", name))
+        axis.plot(
+            steps,
+            values,
+            f"{markers[part]}-",
+            markersize=4,
+            linewidth=3 if is_mean else 1.5,
+            color={"small": SMALL, "large": LARGE}[model],
+            label=f"held-out, {name}" + (", mean" if is_mean else ""),
+        )
 
 
 def finish_panel(axis: "Axes", title: str) -> None:

@@ -11,7 +11,7 @@ import math
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,9 +28,16 @@ from codistill.scoring import Scored
 LOCK = "lock"
 
 
+def run_lock(config: Config) -> AbstractContextManager[None]:
+    """`folder_lock` of the run's folder."""
+    return folder_lock(config.output_dir / config.name, "output_dir", config.output_dir)
+
+
 @contextmanager
-def run_lock(config: Config) -> Iterator[None]:
-    """Keep the run's folder from all other runs while the block runs; the first process does.
+def folder_lock(folder: Path, key: str, value: Path) -> Iterator[None]:
+    """Make a folder, and keep all other runs from it while the block runs; the first process does.
+
+    key, value: what the user gave for the folder.
 
     Raises:
         ConfigError: another run has the folder, or it cannot be written to.
@@ -38,14 +45,13 @@ def run_lock(config: Config) -> Iterator[None]:
     if not distributed.is_first():
         yield
         return
-    folder = config.output_dir / config.name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+")
         acquire(file, folder)
     except OSError as error:
         raise ConfigError(
-            f"output_dir = {str(config.output_dir)!r}: expected a folder to write to: {error}"
+            f"{key} = {str(value)!r}: expected a folder to write to: {error}"
         ) from error
     with file:
         yield

@@ -366,7 +366,9 @@ def test_wrong_data(tmp_path, tokenizer, name, content, expected):
         target.write_bytes(content if isinstance(content, bytes) else content.encode())
     config = DataConfig(train=path, eval=path)
     with pytest.raises(ConfigError) as error:
-        load_problems("data.train", config, tokenizer, max_prompt_tokens=99)
+        load_problems(
+            "data.train", config, paths=config.train, tokenizer=tokenizer, max_prompt_tokens=99
+        )
     assert str(error.value).startswith(f"data.train = {str(path)!r}: expected ")
     assert expected in str(error.value) and str(error.value).isprintable()
 
@@ -377,4 +379,6 @@ def test_a_prompt_without_tokens(tmp_path, tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("\u200b", "")
     with pytest.raises(ConfigError, match="expected a prompt of tokens in row 1, which has"):
-        load_problems("data.train", config, tokenizer, max_prompt_tokens=99)
+        load_problems(
+            "data.train", config, paths=config.train, tokenizer=tokenizer, max_prompt_tokens=99
+        )

@@ -99,7 +99,9 @@ def save(path: Path, rows: list) -> Path:
 
 def load(path: Path, tokenizer, template: str = "{problem}=") -> list:
     config = DataConfig(train=path, eval=path, template=template)
-    return load_problems("data.train", config, tokenizer, max_prompt_tokens=99)
+    return load_problems(
+        "data.train", config, paths=config.train, tokenizer=tokenizer, max_prompt_tokens=99
+    )
 
 
 @pytest.mark.parametrize(
@@ -275,7 +277,14 @@ def test_overlap_counts_held_out_problems_but_for_white_space(tmp_path, tokenize
 
 def configured(path: Path | list[Path], tokenizer, grader=None, **keys) -> list:
     config = DataConfig(train=path, eval="unused", **{"template": "{problem}="} | keys)
-    return load_problems("data.train", config, tokenizer, max_prompt_tokens=9, grader=grader)
+    return load_problems(
+        "data.train",
+        config,
+        paths=config.train,
+        tokenizer=tokenizer,
+        max_prompt_tokens=9,
+        grader=grader,
+    )
 
 
 UNUSABLE = [

@@ -62,7 +62,13 @@ def test_chat_needs_a_chat_template(tmp_path):
     path.write_text('{"problem": "one", "answer": "1"}\n')
     config = DataConfig(train=path, eval=path, template="chat")
     with pytest.raises(ConfigError, match="data.template = 'chat': expected a tokenizer with a"):
-        load_problems("data.train", config, make_tokenizer(adds="$A"), max_prompt_tokens=9)
+        load_problems(
+            "data.train",
+            config,
+            paths=config.train,
+            tokenizer=make_tokenizer(adds="$A"),
+            max_prompt_tokens=9,
+        )
 
 
 def test_a_chat_template_has_the_same_date_every_day():
@@ -88,7 +94,9 @@ def test_a_chat_template_that_fails_is_one_line(tmp_path, template, expected):
     config = DataConfig(train=path, eval=path, template="chat")
     tokenizer = make_tokenizer(adds="$A", chat=template)
     with pytest.raises(ConfigError) as error:
-        load_problems("data.train", config, tokenizer, max_prompt_tokens=9)
+        load_problems(
+            "data.train", config, paths=config.train, tokenizer=tokenizer, max_prompt_tokens=9
+        )
     start = f"data.train = {str(path)!r}: the chat template of small.path fails: "
     assert str(error.value).startswith(start) and expected in str(error.value)
     assert str(error.value).isprintable()
@@ -143,7 +151,9 @@ def test_both_come_from_the_configuration(tmp_path):
     keys = {"template": "chat", "system": "two", "chat_template_arguments": {"thinking": "false"}}
     config = DataConfig(train=tmp_path / "a.jsonl", eval=tmp_path / "a.jsonl", **keys)
     tokenizer = make_tokenizer(adds="$A", chat=ROLES)
-    (problem,) = load_problems("data.train", config, tokenizer, max_prompt_tokens=9)
+    (problem,) = load_problems(
+        "data.train", config, paths=config.train, tokenizer=tokenizer, max_prompt_tokens=9
+    )
     assert problem.prompt == "system: two; user: one; "
     for key in ("system", "chat_template_arguments"):
         with pytest.raises(ValueError, match=f"{key} = .*: expected nothing without template chat"):
