@@ -19,7 +19,8 @@ from torch import Tensor
 from codistill import distributed
 from codistill.config.schema import EngineKind
 from codistill.failures import RunError
-from codistill.model.policy import Policy, load_causal_lm
+from codistill.model.loading import load_causal_lm
+from codistill.model.policy import Policy
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from codistill.grading import Grader
 from codistill.inputs import Inputs
 from codistill.learner import Learner
 from codistill.losses import make_policy_loss
-from codistill.model.policy import DTYPES, Policy, freeze, load_policy
+from codistill.model.loading import load_policy
+from codistill.model.policy import DTYPES, Policy, freeze
 from codistill.objective import make_objective
 from codistill.output.metrics import StepMetrics
 from codistill.output.throughput import peak_flops

@@ -141,6 +141,12 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
     )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none",
+        description="what waits in the host's memory. optimizer: the optimizer's states, but for "
+        "its step; all: weights, gradients and states, whose step the CPU takes, and layers are on "
+        "the GPU while they run; results do not depend on it",
+    )
     max_skipped: int = Field(
         3,
         gt=0,

@@ -15,7 +15,7 @@ from codistill.config.schema import TrainingConfig
 from codistill.data import Problem, counted
 from codistill.engine import Completion
 from codistill.hints import hint_length, hint_uniforms, write_hints
-from codistill.model.policy import load_policy
+from codistill.model.loading import load_policy
 from codistill.objective import make_objective
 from codistill.rewards import RewardTerms
 from codistill.rollout import Rollouts

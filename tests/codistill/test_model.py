@@ -10,7 +10,9 @@ from tiny import packed_logps
 from codistill.batch import Ragged, TokenBatch
 from codistill.config import ConfigError
 from codistill.config.schema import TrainingConfig
-from codistill.model.policy import check_trainable, load_policy, prepare
+from codistill.model.definition import check_trainable
+from codistill.model.loading import load_policy
+from codistill.model.policy import prepare
 from codistill.model.pretrained import end_token_ids, find_model
 
 SIZES = dict(vocab_size=24, hidden_size=32, intermediate_size=32, num_hidden_layers=1)

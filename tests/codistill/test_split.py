@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor
 from codistill.batch import Ragged, TokenBatch
 from codistill.config.schema import OptimizerConfig, TrainingConfig
 from codistill.learner import Learner
-from codistill.model.policy import Policy, load_causal_lm, load_policy
+from codistill.model.loading import load_causal_lm, load_policy
+from codistill.model.policy import Policy
 from codistill.objective import Objective, Penalty
 from codistill.output.metrics import StepMetrics
 from codistill_kernels import PolicyLoss

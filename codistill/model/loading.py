@@ -1,0 +1,75 @@
+"""Models from their folders: sharded, as they are trained, or whole, as the engine `hf` has them."""
+
+import logging
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from codistill import distributed
+from codistill.config import ConfigError, require
+from codistill.config.base import first_line
+from codistill.config.schema import TrainingConfig
+from codistill.model.definition import check_definition
+from codistill.model.policy import Policy, prepare
+from codistill.model.weights import empty_model, give_memory, read_weights, readable_files
+
+
+def load_policy(
+    key: str, path: str, options: TrainingConfig, vocab_size: int, device: torch.device
+) -> Policy:
+    """A sharded policy, ready to train. Collective; each process reads its own shards.
+
+    Weights that are not in the files as the model has them are read and converted by transformers,
+    which takes a whole copy in each process.
+
+    Raises:
+        ConfigError: under configuration key `key`, the model is none that can be trained, or its
+            files do not hold its weights, all of them and no others.
+    """
+    check_definition(key, path, device)
+    home = torch.device("cpu") if options.offload == "all" else device
+    try:
+        lm = empty_model(path)
+        files = readable_files(lm, key, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{key} = {path!r}: {first_line(error)}") from error
+    if files is None:
+        message = "%s: transformers converts the weights of %s, whole in every process"
+        logging.getLogger(__name__).info(message, key, path)
+        lm = load_causal_lm(path, dtype=torch.float32).to(home)
+        return prepare(lm, options, vocab_size, device)
+    policy = prepare(lm, options, vocab_size, device)
+    give_memory(policy, weights=home, buffers=device)
+    unread: Exception | None = None
+    try:
+        read_weights(policy.lm, files)
+    except (OSError, ValueError, SafetensorError) as error:
+        unread = error
+    if message := distributed.first_error(unread):
+        raise ConfigError(f"{key} = {path!r}: {message}") from unread
+    return policy
+
+
+def load_causal_lm(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
+    """From safetensors only: other formats are pickles, which may run code.
+
+    Raises:
+        ConfigError: the weights cannot be read, some are missing and would be random numbers, or
+            there are others, which would be left out.
+    """
+    try:
+        lm, found = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"path = {path!r}: {first_line(error)}") from error
+    for what, is_flaw in (("missing_keys", "are missing"), ("unexpected_keys", "are others")):
+        names = sorted(found[what])
+        expected = f"all weights and no others, {len(names)} {is_flaw}: {', '.join(names[:3])}"
+        require(not names, "path", path, expected)
+    return lm
