@@ -1,4 +1,4 @@
-"""Models from their folders: sharded, as they are trained, or whole, as the engine `hf` has them."""
+"""Models from their folders: sharded, to be trained, or whole, for the engine `hf`."""
 
 import logging
 
