@@ -213,14 +213,14 @@ def load(folder: Path, step: int, learners: "list[Learner]") -> None:
         ConfigError: the checkpoint holds other weights than the models have, or objects that are no
             plain data.
     """
-    states = {learner.name: state(learner) for learner in learners}
     path = folder / f"step_{step}"
-    try:
-        dcp.load(states, checkpoint_id=path, planner=PlainPlanner())
-    except CheckpointException as error:
-        reason = first_line(first_failure(error))
-        raise ConfigError(f"{path}: expected a checkpoint of these models: {reason}") from error
-    for learner in learners:
+    for learner in learners:  # one by one: the states of all may not fit on the device at once
+        states = {learner.name: state(learner)}
+        try:
+            dcp.load(states, checkpoint_id=path, planner=PlainPlanner())
+        except CheckpointException as error:
+            reason = first_line(first_failure(error))
+            raise ConfigError(f"{path}: expected a checkpoint of these models: {reason}") from error
         loaded = states[learner.name]
         set_state_dict(
             learner.policy,
@@ -228,6 +228,7 @@ def load(folder: Path, step: int, learners: "list[Learner]") -> None:
             model_state_dict=loaded["model"],
             optim_state_dict=loaded["optimizer"],
         )
+        learner.release_states()
         load_schedule(learner.schedule, loaded["schedule"])
 
 

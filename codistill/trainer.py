@@ -106,6 +106,7 @@ class Trainer:
             learning_rate=self.config.model(name).learning_rate,
             total_steps=self.total_steps,
             inner_epochs=self.config.training.inner_epochs,
+            states_on_host=self.config.training.offload == "optimizer",
         )
 
     def step(self, step: int) -> tuple[dict[str, float], Rollouts, Scored]:

@@ -29,6 +29,7 @@ from codistill.config.base import (
 from codistill.config.data import DataConfig, RewardConfig
 
 EngineKind = Literal["auto", "vllm", "hf"]
+Checkpointing = Literal["none", "selective", "full"]
 
 
 class ModelConfig(Section):
@@ -138,14 +139,16 @@ class TrainingConfig(Section):
     head_dtype: Literal["same", "float32"] = Field(
         "same", description="type of embedding, last norm and lm_head: as dtype, or float32"
     )
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory, more time"
+    gradient_checkpointing: Checkpointing = Field(
+        "none",
+        description="activations that the backward pass computes again: less memory, more time. "
+        "selective: all but products and attention; full: all but what each layer begins with",
     )
     offload: Literal["none", "optimizer", "all"] = Field(
         "none",
-        description="what waits in the host's memory. optimizer: the optimizer's states, but for "
-        "its step; all: weights, gradients and states, whose step the CPU takes, and layers are on "
-        "the GPU while they run; results do not depend on it",
+        description="what stays in the host's memory. optimizer: the optimizer's states between "
+        "its steps; all: weights, gradients and states. The CPU then takes the optimizer's steps, "
+        "and a layer's weights are on the GPU while it runs",
     )
     max_skipped: int = Field(
         3,

@@ -6,8 +6,9 @@ A `Policy` is a causal language model whose forward pass ends in log-probabiliti
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import (
     AttentionInterface,
     PreTrainedModel,
@@ -32,12 +34,23 @@ from transformers.utils import is_flash_attn_2_available
 from codistill.attention import packed_attention
 from codistill.batch import TokenBatch
 from codistill.config import require
-from codistill.config.schema import TrainingConfig
+from codistill.config.schema import Checkpointing, TrainingConfig
 from codistill_kernels import linear_logps, linear_policy_loss
 from codistill_kernels.integrations.transformers import linear_head
 
 AttentionName = Literal["sdpa", "flash"]
 IMPLEMENTATIONS = {"sdpa": "codistill_packed", "flash": "flash_attention_2"}
+PRODUCTS = {
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "flash_attn::_flash_attn_varlen_forward",
+}
+"""Operators whose results selective checkpointing keeps: dear to compute again."""
 AttentionInterface.register(IMPLEMENTATIONS["sdpa"], packed_attention)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -279,8 +292,7 @@ def prepare(
     """A sharded policy of a model on the device, or of one without memory, ready to train."""
     dtype = DTYPES[options.dtype]
     drop_dropout(lm)
-    if options.gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(lm, options.gradient_checkpointing)
     attention = chosen_attention(lm, options.attention, device, dtype)
     policy = Policy(lm, vocab_size=vocab_size, attention=attention)
     head_dtype = dtype if options.head_dtype == "same" else torch.float32
@@ -288,6 +300,27 @@ def prepare(
     host = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     offload = host if options.offload == "all" else OffloadPolicy()
     return shard(policy.train(), dtype=dtype, head_dtype=head_dtype, offload=offload)
+
+
+def checkpoint_activations(lm: PreTrainedModel, which: Checkpointing) -> None:
+    """Let the backward pass compute again what `training.gradient_checkpointing` names."""
+    options: dict[str, Any] = {"use_reentrant": False}
+    match which:
+        case "none":
+            return
+        case "selective":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_products)
+        case "full":
+            pass
+        case _:
+            assert_never(which)
+    lm.gradient_checkpointing_enable(options)
+
+
+def keep_products(context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    """What selective checkpointing does with the result of an operator."""
+    kept = operator.name() in PRODUCTS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def drop_dropout(lm: PreTrainedModel) -> None:

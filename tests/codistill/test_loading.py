@@ -11,9 +11,11 @@ import transformers
 from processes import spawn
 from safetensors.torch import load_file, save_file
 
+from codistill.batch import Ragged, TokenBatch
 from codistill.config import ConfigError
 from codistill.config.schema import TrainingConfig
 from codistill.model.loading import load_causal_lm, load_policy
+from codistill.model.policy import Policy
 
 CPU = torch.device("cpu")
 OPTIONS = TrainingConfig(dtype="float32")
@@ -68,7 +70,7 @@ def load(path: Path, options: TrainingConfig = OPTIONS):
     return load_policy("small.path", str(path), options, 20, CPU)
 
 
-def assert_loaded(path: Path, options: TrainingConfig = OPTIONS) -> None:
+def assert_loaded(path: Path, options: TrainingConfig = OPTIONS) -> Policy:
     """The policy has the weights and buffers that transformers loads from the folder."""
     policy = load(path, options)
     expected = load_causal_lm(str(path), dtype=torch.float32)
@@ -83,6 +85,7 @@ def assert_loaded(path: Path, options: TrainingConfig = OPTIONS) -> None:
         assert torch.equal(buffers[name], buffer), name
     assert policy.lm.config.to_dict() == expected.config.to_dict()
     assert policy.lm.generation_config.to_dict() == expected.generation_config.to_dict()
+    return policy
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -164,12 +167,24 @@ def memory(key: str) -> int:
     return 1024 * int(text.split(f"{key}:")[1].split()[0])
 
 
+def gradients(policy: Policy) -> dict[str, torch.Tensor]:
+    """Of the log-probabilities of some tokens, whole."""
+    rows = Ragged.of([[3, 4, 5, 6], [7, 8, 9]])
+    policy(TokenBatch.build(rows, rows, [0, 1], CPU), 0.9).sum().backward()
+    grads = {name: weight.grad.full_tensor() for name, weight in policy.lm.named_parameters()}
+    assert all(grad.abs().max() > 0 for grad in grads.values())
+    return grads
+
+
 def check_two_processes(rank: int, folder: str, paths: list[str], big: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     for path in paths:
-        for offload in ("none", "all"):
-            assert_loaded(Path(path), TrainingConfig(dtype="float32", offload=offload))
+        expected = gradients(assert_loaded(Path(path)))
+        for checkpointing in ("selective", "full"):
+            choice = {"offload": "all", "gradient_checkpointing": checkpointing}
+            found = gradients(assert_loaded(Path(path), OPTIONS.model_copy(update=choice)))
+            assert all(torch.equal(found[name], expected[name]) for name in expected), choice
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = memory("VmRSS")
     policy = load(Path(big))
