@@ -1,10 +1,17 @@
 """training.offload and training.gradient_checkpointing change no number."""
 
+from collections import Counter
+
 import torch
 from tiny import FakeGrader
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from codistill import checkpoint
+from codistill.batch import Ragged, TokenBatch
+from codistill.config.schema import TrainingConfig
 from codistill.learner import HOST, move_states
+from codistill.model.loading import load_policy
+from codistill.model.policy import PRODUCTS
 from codistill.output.metrics import StepMetrics
 
 CHOICES = [("optimizer", "none"), ("all", "selective"), ("none", "full")]
@@ -31,6 +38,37 @@ def test_metrics_are_the_same_bits(make_trainer):
     assert all(row["grad_norm/large"] > 0 for row in expected)
     for choice in CHOICES:
         assert steps(make_trainer, *choice) == expected, choice
+
+
+class Count(TorchDispatchMode):
+    """How often each operator runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.calls[operator.name()] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+def test_selective_checkpointing_computes_no_product_again(models, process_group):
+    """And all the rest, as full checkpointing does."""
+    calls = {}
+    for which in ("none", "selective", "full"):
+        options = TrainingConfig(dtype="float32", gradient_checkpointing=which)
+        policy = load_policy("small.path", str(models["large"]), options, 18, HOST)
+        rows = Ragged.of([[3, 4, 5, 6], [7, 8, 9]])
+        with Count() as count:
+            policy(TokenBatch.build(rows, rows, [0, 1], HOST), 0.9).sum().backward()
+        calls[which] = count.calls
+    products = PRODUCTS & calls["full"].keys()
+    assert len(products) >= 2
+    for name in products:
+        assert calls["none"][name] == calls["selective"][name] < calls["full"][name], name
+    others = "aten::silu", "aten::rsqrt"
+    for name in others:
+        assert calls["none"][name] < calls["selective"][name] == calls["full"][name], name
 
 
 def test_states_are_on_the_device_for_the_step_alone(make_trainer, monkeypatch):
