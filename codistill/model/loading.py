@@ -35,8 +35,9 @@ def load_policy(
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{key} = {path!r}: {first_line(error)}") from error
     if files is None:
-        message = "%s: transformers converts the weights of %s, whole in every process"
-        logging.getLogger(__name__).info(message, key, path)
+        logging.getLogger(__name__).info(
+            "%s: transformers converts the weights of %s, whole in every process", key, path
+        )
         lm = load_causal_lm(path, dtype=torch.float32).to(home)
         return prepare(lm, options, vocab_size, device)
     policy = prepare(lm, options, vocab_size, device)
@@ -46,8 +47,9 @@ def load_policy(
         read_weights(policy.lm, files)
     except (OSError, ValueError, SafetensorError) as error:
         unread = error
-    if message := distributed.first_error(unread):
-        raise ConfigError(f"{key} = {path!r}: {message}") from unread
+    reason = distributed.first_error(unread)
+    if reason is not None:
+        raise ConfigError(f"{key} = {path!r}: {reason}") from unread
     return policy
 
 
