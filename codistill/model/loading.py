@@ -70,8 +70,8 @@ def load_causal_lm(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"path = {path!r}: {first_line(error)}") from error
-    for what, is_flaw in (("missing_keys", "are missing"), ("unexpected_keys", "are others")):
-        names = sorted(found[what])
-        expected = f"all weights and no others, {len(names)} {is_flaw}: {', '.join(names[:3])}"
+    for kind in ("missing", "unexpected"):
+        names = sorted(found[f"{kind}_keys"])
+        expected = f"all weights and no others, {len(names)} are {kind}: {', '.join(names[:3])}"
         require(not names, "path", path, expected)
     return lm

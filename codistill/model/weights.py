@@ -58,21 +58,20 @@ def readable_files(lm: PreTrainedModel, key: str, path: str) -> Files | None:
         folder = Path(snapshot_download(path, allow_patterns=FILES_OF_HUB))
     found: Files = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in weight_files(key, folder):
-        with safe_open(folder / name, framework="pt") as file:
-            for weight in file.keys():
-                part = file.get_slice(weight)
+    for file_name in weight_files(key, folder):
+        with safe_open(folder / file_name, framework="pt") as file:
+            for name in file.keys():
+                part = file.get_slice(name)
                 if part.get_dtype() in PLAIN:
-                    found[weight] = folder / name
-                    shapes[weight] = tuple(part.get_shape())
+                    found[name], shapes[name] = folder / file_name, tuple(part.get_shape())
     wanted = lm.state_dict()
-    twins = dict(tied_names(lm))
-    for name, weight in wanted.items():
-        if shapes.get(name) != tuple(weight.shape) and not (name in twins and name not in found):
-            return None
+    optional = {name for name, _ in tied_names(lm)} - found.keys()
+    if any(shapes.get(name) != wanted[name].shape for name in wanted.keys() - optional):
+        return None
     ignored = re.compile("|".join([OLD_BUFFER, *(lm._keys_to_ignore_on_load_unexpected or ())]))
     others = sorted(name for name in found.keys() - wanted.keys() if not ignored.search(name))
-    expected = f"the model's weights alone, {len(others)} are none of it: {', '.join(others[:3])}"
+    names = ", ".join(others[:3])
+    expected = f"all weights and no others, {len(others)} are unexpected: {names}"
     require(not others, key, path, expected)
     return found
 
