@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from codistill.config.schema import TrainingConfig
+from codistill.config.schema import Checkpointing, TrainingConfig
 from codistill.model.policy import Policy, prepare
 
 BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and two Adam moments
@@ -57,7 +57,7 @@ class Pair:
     prompt_tokens: int
     completion_tokens: int
     dtype: str
-    checkpointing: bool
+    checkpointing: Checkpointing
 
 
 PAIRS = {
@@ -69,7 +69,7 @@ PAIRS = {
         prompt_tokens=8,
         completion_tokens=16,
         dtype="float32",
-        checkpointing=False,
+        checkpointing="none",
     ),
     "cpu": Pair(
         Size(256, 1024, 4, 4, 2, 4096),
@@ -79,7 +79,7 @@ PAIRS = {
         prompt_tokens=32,
         completion_tokens=96,
         dtype="float32",
-        checkpointing=False,
+        checkpointing="none",
     ),
     # Qwen2.5-Math-1.5B and 7B, from their config.json; lengths cut to what a benchmark may take.
     "paper": Pair(
@@ -90,7 +90,7 @@ PAIRS = {
         prompt_tokens=128,
         completion_tokens=256,
         dtype="bfloat16",
-        checkpointing=True,
+        checkpointing="full",
     ),
 }
 

@@ -230,9 +230,9 @@ def load(folder: Path, step: int, learners: "list[Learner]") -> None:
         ConfigError: the checkpoint holds other weights than the models have, or objects that are no
             plain data.
     """
-    states = {learner.name: state(learner) for learner in learners}
-    read(folder / f"step_{step}", states)
-    for learner in learners:
+    for learner in learners:  # one by one: the states of all may not fit on the device at once
+        states = {learner.name: state(learner)}
+        read(folder / f"step_{step}", states)
         loaded = states[learner.name]
         set_state_dict(
             learner.policy,
@@ -240,6 +240,7 @@ def load(folder: Path, step: int, learners: "list[Learner]") -> None:
             model_state_dict=loaded["model"],
             optim_state_dict=loaded["optimizer"],
         )
+        learner.release_states()
         load_schedule(learner.schedule, loaded["schedule"])
 
 

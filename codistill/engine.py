@@ -20,7 +20,8 @@ from codistill import distributed
 from codistill.config.schema import EngineKind
 from codistill.downloads import source
 from codistill.failures import RunError
-from codistill.model.policy import Policy, load_causal_lm
+from codistill.model.loading import load_causal_lm
+from codistill.model.policy import Policy
 from codistill.texts import StopStrings
 
 

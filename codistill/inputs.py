@@ -22,7 +22,7 @@ from codistill.files import read_object, read_rows
 from codistill.fingerprints import INPUTS, Fingerprints, brief, changed, fingerprints
 from codistill.grading import TAGS, Grader
 from codistill.losses import make_policy_loss
-from codistill.model.policy import check_trainable
+from codistill.model.definition import check_trainable
 from codistill.model.pretrained import check_models, end_token_ids, load_tokenizers
 from codistill.output.loggers import check_loggers
 from codistill.reward_functions import RewardFunction, load_functions

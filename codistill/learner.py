@@ -18,6 +18,8 @@ from codistill.output.metrics import StepMetrics
 from codistill.output.throughput import training_flops
 from codistill_kernels import PolicyLoss, kl_penalty, policy_loss
 
+HOST = torch.device("cpu")
+
 
 class Learner:
     """Maximizes the clipped surrogate of Eq. 2 and 5 (its own rollouts) or Eq. 10 (those of the
@@ -33,10 +35,13 @@ class Learner:
         learning_rate: float,
         total_steps: int,
         optimizer_steps: int = 1,
+        states_on_host: bool = False,
     ) -> None:
-        """total_steps: of the run, each with so many optimizer steps."""
+        """total_steps: of the run, each with so many optimizer steps. states_on_host: the
+        optimizer's states are in the host's memory between its steps."""
         self.name, self.policy, self.loss = name, policy, loss
         self.optimizer_steps = optimizer_steps
+        self.states_on_host = states_on_host
         self.skipped_in_a_row = 0
         self.flops_per_token = training_flops(policy.lm)
         self.max_grad_norm = config.max_grad_norm
@@ -102,10 +107,18 @@ class Learner:
         metrics.total(f"skipped/{self.name}", (not is_finite) / dist.get_world_size())
         if is_finite:
             metrics.maximum(f"grad_norm/{self.name}", norm)
+            if self.states_on_host:
+                move_states(self.optimizer, self.policy.device)
             self.optimizer.step()
+            self.release_states()
             self.schedule.step()
         self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
         self.optimizer.zero_grad()
+
+    def release_states(self) -> None:
+        """Bring the optimizer's states to where they are between its steps."""
+        if self.states_on_host:
+            move_states(self.optimizer, HOST)
 
     def record(self, stats: dict[str, Tensor], metrics: StepMetrics) -> None:
         prefix, tokens = f"ratio/{self.name}", stats["tokens"]
@@ -115,6 +128,20 @@ class Learner:
         metrics.mean(f"{prefix}_clip_fraction", (low + high) * tokens, tokens)
         metrics.mean(f"{prefix}_kl", stats["approx_kl"] * tokens, tokens)
         metrics.maximum(f"{prefix}_max", stats["ratio_max"])
+
+
+def move_states(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Move the states of all weights; what is there already is not copied.
+
+    Counts of steps stay on the host, where AdamW has them. Copies from a GPU go to pinned memory,
+    which torch keeps for the next ones, and are there on return.
+    """
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if value.ndim > 0:
+                state[name] = value.to(device, non_blocking=True)
+    if device == HOST and torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:

@@ -7,11 +7,12 @@ the memory of whole updates to within 15 % of what is allocated on a CPU; times 
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 
 from codistill.config.machine import MachineConfig, PlanOptions
+from codistill.config.schema import Checkpointing
 from codistill.model.shape import ModelShape
 from codistill_kernels._linear import slab_sizes
 
@@ -74,13 +75,26 @@ def activation_bytes(shape: ModelShape, b: int) -> float:
     return norms + attention + 4 * b * shape.intermediate
 
 
-def kept_bytes(shape: ModelShape, tokens: float, b: int, *, checkpointing: bool) -> float:
+def kept_bytes(
+    shape: ModelShape, tokens: float, b: int, *, checkpointing: Checkpointing = "none"
+) -> float:
     """What all layers and the last norm keep of a micro-batch of T tokens.
 
-    With gradient checkpointing the input of each layer, and all of the one that is computed again.
+    With gradient checkpointing the input of each layer, and all of the one that is computed again;
+    where it is selective also what products and attention have given.
     """
     layer, hidden = activation_bytes(shape, b), shape.hidden
-    layers = b * shape.layers * hidden + layer if checkpointing else shape.layers * layer
+    products = 2 * shape.query_width + 2 * shape.key_width + 2 * hidden + 2 * shape.intermediate
+    match checkpointing:
+        case "none":
+            layers = shape.layers * layer
+        case "selective":
+            kept = b * (products + hidden) + FP32 * shape.heads
+            layers = shape.layers * kept + layer - b * products
+        case "full":
+            layers = shape.layers * b * hidden + layer
+        case _:
+            assert_never(checkpointing)
     return tokens * (layers + (FP32 + 2 * b) * hidden)
 
 
@@ -106,7 +120,7 @@ def update_bytes(
     b: int,
     *,
     processes: int,
-    checkpointing: bool,
+    checkpointing: Checkpointing = "none",
 ) -> dict[str, float]:
     """What the last backward pass of a step takes beside weights and optimizer.
 
@@ -128,36 +142,53 @@ def update_bytes(
 
 def phase_bytes(options: PlanOptions, shapes: dict[str, ModelShape], name: str) -> dict[str, float]:
     """What each GPU holds in a phase: rollout, score, sync, or the name of the model it updates."""
-    config, processes = options, options.machine.gpus
-    b = FP32 if config.training.dtype == "float32" else 2
-    tokens = float(config.training.tokens_per_micro_batch)
+    training, processes = options.training, options.machine.gpus
+    b = FP32 if training.dtype == "float32" else 2
+    tokens = float(training.tokens_per_micro_batch)
     completion_tokens = tokens * options.mean_completion / sequence_tokens(options)
-    writer = shapes[config.writer]
+    writer = shapes[options.writer]
+    trained = sum(shapes[model].parameters for model in options.trained)
+    is_here, states_are_here = training.offload != "all", training.offload == "none"
     parts = {
-        "weights": sum(FP32 * shape.parameters for shape in shapes.values()) / processes,
-        "optimizer": sum(ADAM * shapes[name].parameters for name in config.trained) / processes,
-        "engine": b * writer.parameters + config.rollout.kv_cache_gib * GIB + ENGINE,
+        "weights": is_here * sum(FP32 * s.parameters for s in shapes.values()) / processes,
+        "optimizer": states_are_here * ADAM * trained / processes,
+        "engine": b * writer.parameters + options.rollout.kv_cache_gib * GIB + ENGINE,
         "context": float(CONTEXT),
     }
-    if name in ("rollout", "sync"):
-        whole = FP32 * writer.largest_parameter if name == "sync" else 0
-        return parts | {"gathered": float(whole)}
-    if name == "score":
-        gathered = [b * (s.root_parameters + 2 * s.layer_parameters) for s in shapes.values()]
-        widest = max(activation_bytes(shape, b) for shape in shapes.values())
-        heads = [b * completion_tokens * s.hidden + slab_sizes.SLAB_BYTES for s in shapes.values()]
-        return parts | {"gathered": sum(gathered), "activations": widest * tokens + max(heads)}
+    match name:
+        case "rollout":
+            return parts
+        case "sync":
+            return parts | {"gathered": float(FP32 * writer.largest_parameter)}
+        case "score":
+            gathered = sum(
+                b * (s.root_parameters + 2 * s.layer_parameters) for s in shapes.values()
+            )
+            layer = max(activation_bytes(s, b) for s in shapes.values()) * tokens
+            head = b * completion_tokens * max(s.hidden for s in shapes.values())
+            return parts | {
+                "gathered": float(gathered),
+                "activations": layer,
+                "head": head + slab_sizes.SLAB_BYTES,
+            }
+    shape = shapes[name]
     update = update_bytes(
-        shapes[name],
+        shape,
         tokens,
         completion_tokens,
         b,
         processes=processes,
-        checkpointing=config.training.gradient_checkpointing,
+        checkpointing=training.gradient_checkpointing,
     )
+    sharded = FP32 * shape.parameters / processes
+    if not is_here:
+        update["gradients"] -= FP32 * shape.layers * shape.layer_parameters / processes
     # Scoring leaves embedding and head of each model that learns gathered until its update.
-    waiting = config.trained[config.trained.index(name) + 1 :]
+    waiting = options.trained[options.trained.index(name) + 1 :]
     update["gathered"] += sum(b * shapes[other].root_parameters for other in waiting)
+    states = ADAM * shape.parameters / processes
+    if training.offload == "optimizer" and sum(update.values()) < states + sharded:
+        return parts | {"optimizer": states, "gradients": sharded}  # the optimizer's step
     return parts | update
 
 
@@ -171,8 +202,11 @@ def fitting(options: PlanOptions, shapes: dict[str, ModelShape]) -> dict[str, An
     rollout, gpus = options.rollout, options.machine.gpus
     longest = rollout.max_prompt_tokens + rollout.max_completion_tokens
     tries = [
-        ("training.gradient_checkpointing", True),
+        ("training.gradient_checkpointing", "selective"),
+        ("training.gradient_checkpointing", "full"),
         ("training.tokens_per_micro_batch", longest),
+        ("training.offload", "optimizer"),
+        ("training.offload", "all"),
         *(("machine.gpus", gpus * 2**power) for power in range(1, 8)),
     ]
     changes: dict[str, Any] = {}
@@ -240,7 +274,7 @@ def pass_seconds(
     tokens = rollouts * sequence / machine.gpus
     passes = 1.0
     if updates:
-        passes = 4.0 if training.gradient_checkpointing else 3.0
+        passes = 4.0 if training.gradient_checkpointing == "full" else 3.0
     share = TRAINING_SHARE if updates else SCORING_SHARE
     compute = passes * flops_per_token(shape, sequence) * tokens / (share * GPUS[machine.gpu].flops)
     micro_batches = math.ceil(tokens / training.tokens_per_micro_batch)

@@ -19,7 +19,8 @@ from codistill.grading import Grader
 from codistill.inputs import Inputs
 from codistill.learner import Learner
 from codistill.losses import make_policy_loss
-from codistill.model.policy import DTYPES, Policy, freeze, load_policy
+from codistill.model.loading import load_policy
+from codistill.model.policy import DTYPES, Policy, freeze
 from codistill.objective import make_objectives
 from codistill.output.metrics import StepMetrics
 from codistill.output.throughput import peak_flops
@@ -107,6 +108,7 @@ class Trainer:
             learning_rate=self.config.model(name).learning_rate,
             total_steps=self.total_steps,
             optimizer_steps=self.config.optimizer_steps,
+            states_on_host=self.config.training.offload == "optimizer",
         )
 
     def step(self, step: int) -> tuple[dict[str, float], Rollouts, Scored]:

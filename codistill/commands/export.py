@@ -115,7 +115,8 @@ def load_policies(config: Config, num_tokens: int) -> dict:
     """The models that learned, as they were before the first step."""
     import torch
 
-    from codistill.model.policy import Policy, load_causal_lm
+    from codistill.model.loading import load_causal_lm
+    from codistill.model.policy import Policy
     from codistill.model.pretrained import find_model
 
     policies = {}

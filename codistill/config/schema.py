@@ -31,6 +31,7 @@ from codistill.config.data import SET_NAMES, DataConfig, RewardConfig, is_set_na
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 EngineKind = Literal["auto", "vllm", "hf"]
 LoggerKind = Literal["tensorboard", "wandb", "trackio"]
+Checkpointing = Literal["none", "selective", "full"]
 
 
 class ModelConfig(Section):
@@ -158,8 +159,16 @@ class TrainingConfig(Section):
     head_dtype: Literal["same", "float32"] = Field(
         "same", description="type of embedding, last norm and lm_head: as dtype, or float32"
     )
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory, more time"
+    gradient_checkpointing: Checkpointing = Field(
+        "none",
+        description="activations that the backward pass computes again: less memory, more time. "
+        "selective: all but products and attention; full: all but what each layer begins with",
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none",
+        description="what stays in the host's memory. optimizer: the optimizer's states between "
+        "its steps; all: weights, gradients and states. The CPU then takes the optimizer's steps, "
+        "and a layer's weights are on the GPU while it runs",
     )
     max_skipped: int = Field(
         3,

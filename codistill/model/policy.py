@@ -1,4 +1,4 @@
-"""Models that are loaded; `codistill.model.pretrained` is about those that are not yet.
+"""Models that are loaded; `codistill.model.loading` loads them.
 
 A `Policy` is a causal language model whose forward pass ends in log-probabilities, not in logits.
 `shard` spreads its weights over the processes with FSDP2.
@@ -6,47 +6,55 @@ A `Policy` is a causal language model whose forward pass ends in log-probabiliti
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
+    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import (
     AttentionInterface,
-    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import is_flash_attn_2_available
 
-from codistill import distributed
 from codistill.attention import packed_attention
-from codistill.batch import Ragged, TokenBatch
-from codistill.config import ConfigError, require
-from codistill.config.base import first_line
-from codistill.config.schema import TrainingConfig
-from codistill.downloads import check_model_folder, source
-from codistill.model.pretrained import meta_model
+from codistill.batch import TokenBatch
+from codistill.config import require
+from codistill.config.schema import Checkpointing, TrainingConfig
 from codistill.texts import StopStrings
 from codistill_kernels import linear_logps, linear_policy_loss
 from codistill_kernels.integrations.transformers import linear_head
 
 AttentionName = Literal["sdpa", "flash"]
 IMPLEMENTATIONS = {"sdpa": "codistill_packed", "flash": "flash_attention_2"}
+PRODUCTS = {
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "flash_attn::_flash_attn_varlen_forward",
+}
+"""Operators whose results selective checkpointing keeps: dear to compute again."""
 AttentionInterface.register(IMPLEMENTATIONS["sdpa"], packed_attention)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-GAP_LIMIT = 1e-3  # nats, of `gap_to_definition` in fp32; rounding makes 1e-6
 ROWS_OF_HEAD = 16384  # copied to fp32 at once: 0.2 GiB of a 7B model's; chosen, untested
 
 
@@ -73,6 +81,14 @@ class Policy(nn.Module):
             raise NotImplementedError(f"{type(lm).__name__} has no decoder layers named layers")
         self.lm, self.vocab_size = lm, vocab_size
         self.use_attention(attention)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, which is not where its weights are with training.offload = all."""
+        weight = next(self.parameters())
+        if isinstance(weight, DTensor) and weight.device_mesh.device_type == "cuda":
+            return torch.device("cuda", torch.cuda.current_device())
+        return weight.device
 
     def use_attention(self, attention: AttentionName) -> None:
         self.attention = attention
@@ -143,7 +159,7 @@ class Policy(nn.Module):
         rows. Without both there are T forward passes, whatever is sampled: each is a collective.
         """
         width = max(map(len, prompts))
-        device = next(self.parameters()).device
+        device = self.device
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -216,7 +232,7 @@ class Policy(nn.Module):
         """All weights by Hugging Face name, gathered one by one: every process must iterate."""
         self.release()  # what a forward pass leaves behind is rounded to its dtype
         for name, parameter in self.lm.named_parameters():
-            weight = parameter.detach()
+            weight = parameter.detach().to(self.device)
             yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
@@ -234,7 +250,9 @@ def drawn(logits: Tensor, draw: Tensor, temperature: float) -> tuple[Tensor, Ten
     return ids, logps.gather(1, ids)
 
 
-def shard(policy: Policy, *, dtype: torch.dtype, head_dtype: torch.dtype) -> Policy:
+def shard(
+    policy: Policy, *, dtype: torch.dtype, head_dtype: torch.dtype, offload: OffloadPolicy
+) -> Policy:
     """Shard over all processes with FSDP2: fp32 weights, layers run in `dtype`, the embedding, the
     last norm and the head in `head_dtype`.
 
@@ -244,11 +262,12 @@ def shard(policy: Policy, *, dtype: torch.dtype, head_dtype: torch.dtype) -> Pol
     for layer in layers:
         # A norm in float32 of bfloat16 would round again, or be refused: it depends on the model.
         leaves = head_dtype if layer is layers[-1] else None
-        fully_shard(layer, mp_policy=MixedPrecisionPolicy(dtype, torch.float32, leaves))
+        precision = MixedPrecisionPolicy(dtype, torch.float32, leaves)
+        fully_shard(layer, mp_policy=precision, offload_policy=offload)
     # Inputs stay as they are: those of `policy_loss` are log-probabilities and counts.
     whole = MixedPrecisionPolicy(head_dtype, torch.float32, cast_forward_inputs=False)
     # Head and embedding stay gathered: `head_inputs` returns them.
-    fully_shard(policy, mp_policy=whole, reshard_after_forward=False)
+    fully_shard(policy, mp_policy=whole, reshard_after_forward=False, offload_policy=offload)
     for method in ("sample", "head_inputs", "policy_loss"):
         register_fsdp_forward_method(policy, method)
     for module in policy.modules():
@@ -256,51 +275,6 @@ def shard(policy: Policy, *, dtype: torch.dtype, head_dtype: torch.dtype) -> Pol
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
     return policy
-
-
-def load_causal_lm(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
-    """From safetensors only: other formats are pickles, which may run code.
-
-    Raises:
-        ConfigError: the weights cannot be read, or some are missing and would be random numbers.
-    """
-    try:
-        lm, found = AutoModelForCausalLM.from_pretrained(
-            source(path),
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"path = {path!r}: {first_line(error)}") from error
-    missing = sorted(found["missing_keys"])
-    expected = f"all weights, {len(missing)} are missing: {', '.join(missing[:3])}"
-    require(not missing, "path", path, expected)
-    return lm
-
-
-def check_trainable(key: str, path: str, num_tokens: int) -> None:
-    """Raise ConfigError under configuration key `key` unless the model, as its config.json has it,
-    can be trained, has the shapes of its weights, and a row for each of the tokens.
-
-    Nothing is computed and no weight is loaded.
-    """
-    try:
-        lm = meta_model(path)
-        Policy(lm, vocab_size=num_tokens)
-    except Exception as error:  # transformers computes with what the file says
-        expected = f"a model that can be trained; {first_line(error)}"
-        raise ConfigError(f"{key} = {path!r}: expected {expected}") from error
-    rows = len(linear_head(lm)["lm_head_weight"])
-    expected = f"a row for each of the tokenizer's {num_tokens} tokens; there are {rows}"
-    require(num_tokens <= rows, key, path, expected)
-    if not Path(source(path)).is_dir():
-        return
-    shapes = check_model_folder(key, Path(source(path)))
-    for name, weight in lm.state_dict().items():
-        shape, found = tuple(weight.shape), shapes.get(name, tuple(weight.shape))
-        require(found == shape, key, path, f"{name} of {shape} as in config.json; it is {found}")
 
 
 def chosen_attention(
@@ -318,52 +292,41 @@ def chosen_attention(
     return "flash" if has_flash and name != "sdpa" else "sdpa"
 
 
-def load_policy(
-    key: str, path: str, options: TrainingConfig, vocab_size: int, device: torch.device
-) -> Policy:
-    """A sharded policy, ready to train.
-
-    Raises:
-        ConfigError: under configuration key `key`, the model is none that can be trained, or a
-            weight of it is not finite.
-    """
-    lm = load_causal_lm(path, dtype=torch.float32).to(device).eval()
-    check_finite(key, path, lm)
-    try:
-        gap = gap_to_definition(Policy(lm, vocab_size=vocab_size))
-    except (ValueError, NotImplementedError) as error:
-        raise ConfigError(f"{key} = {path!r}: {first_line(error)}") from error
-    expected = f"a model of known attention and head; log-probabilities are {gap:.1e} nats off"
-    require(gap <= GAP_LIMIT, key, path, expected)
-    return prepare(lm, options, vocab_size, device)
-
-
-def check_finite(key: str, path: str, lm: PreTrainedModel) -> None:
-    """Raise ConfigError on all processes for a weight with a NaN or an infinity. Collective.
-
-    Rows of tokens that no prompt has count too: a rollout may have them in a later step. Each
-    process looks at its share of the weights.
-    """
-    weights = list(lm.named_parameters())[dist.get_rank() :: dist.get_world_size()]
-    wrong = [name for name, weight in weights if not weight.isfinite().all()]
-    error = ValueError(wrong[0]) if wrong else None
-    found = distributed.first_error(error)
-    name = "" if found is None else found.partition(": ")[2]
-    require(found is None, key, path, f"weights that are finite; {name} has a NaN or an infinity")
-
-
 def prepare(
     lm: PreTrainedModel, options: TrainingConfig, vocab_size: int, device: torch.device
 ) -> Policy:
-    """A sharded policy of a model on the device, ready to train."""
+    """A sharded policy of a model on the device, or of one without memory, ready to train."""
     dtype = DTYPES[options.dtype]
     drop_dropout(lm)
-    if options.gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(lm, options.gradient_checkpointing)
     attention = chosen_attention(lm, options.attention, device, dtype)
     policy = Policy(lm, vocab_size=vocab_size, attention=attention)
     head_dtype = dtype if options.head_dtype == "same" else torch.float32
-    return shard(policy.train(), dtype=dtype, head_dtype=head_dtype)
+    # Copies to and from pinned memory do not wait for each other; there is none without a GPU.
+    host = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    offload = host if options.offload == "all" else OffloadPolicy()
+    return shard(policy.train(), dtype=dtype, head_dtype=head_dtype, offload=offload)
+
+
+def checkpoint_activations(lm: PreTrainedModel, which: Checkpointing) -> None:
+    """Let the backward pass compute again what `training.gradient_checkpointing` names."""
+    options: dict[str, Any] = {"use_reentrant": False}
+    match which:
+        case "none":
+            return
+        case "selective":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_products)
+        case "full":
+            pass
+        case _:
+            assert_never(which)
+    lm.gradient_checkpointing_enable(options)
+
+
+def keep_products(context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    """What selective checkpointing does with the result of an operator."""
+    kept = operator.name() in PRODUCTS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def drop_dropout(lm: PreTrainedModel) -> None:
@@ -374,40 +337,6 @@ def drop_dropout(lm: PreTrainedModel) -> None:
                 setattr(module, name, 0.0)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-
-
-@torch.no_grad()
-def gap_to_definition(policy: Policy) -> float:
-    """Largest difference (nats) between log-probabilities of two packed sequences and what the
-    model's own forward pass, with its own attention and head, says of each alone."""
-    rows, device = [[0, 1, 2], [1, 0]], next(policy.parameters()).device
-    batch = TokenBatch.build(Ragged.of(rows), Ragged.of(rows), [0, 1], device)
-    alone = []
-    with short_windows(policy.lm):
-        packed = policy(batch, 1.0)
-        policy.lm.set_attn_implementation("eager")
-        for row in rows:
-            ids = torch.tensor([row + row], device=device)
-            logits = policy.lm(input_ids=ids).logits[0, len(row) - 1 : -1, : policy.vocab_size]
-            logps = logits.float().log_softmax(dim=1)
-            alone.append(logps.gather(1, ids[:, len(row) :].T)[:, 0])
-        policy.use_attention(policy.attention)
-    return (packed - torch.cat(alone)).abs().max().item()
-
-
-@contextmanager
-def short_windows(lm: PreTrainedModel) -> Iterator[None]:
-    """Let sliding windows be of 2 tokens, so that a few tokens show a model that has one in its
-    mask alone, where packed attention does not see it."""
-    holders: list[Any] = [lm.config.get_text_config(), *lm.modules()]
-    windows = [(x, x.sliding_window) for x in holders if getattr(x, "sliding_window", None)]
-    for holder, _ in windows:
-        holder.sliding_window = 2
-    try:
-        yield
-    finally:
-        for holder, window in windows:
-            holder.sliding_window = window
 
 
 def freeze(policy: Policy) -> Policy:

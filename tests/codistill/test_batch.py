@@ -9,7 +9,8 @@ from tiny import packed_logps
 
 from codistill.attention import group_indices
 from codistill.batch import Ragged, TokenBatch, pack
-from codistill.model.policy import Policy, gap_to_definition
+from codistill.model.definition import gap_to_definition
+from codistill.model.policy import Policy
 
 CPU = torch.device("cpu")
 VOCAB = 96

@@ -26,7 +26,13 @@ def make_learner(seed: int = 0, outputs: int = 50) -> SimpleNamespace:
     policy(torch.randn(2, 40)).sum().backward()
     optimizer.step()
     schedule.step()
-    return SimpleNamespace(name="small", policy=policy, optimizer=optimizer, schedule=schedule)
+    return SimpleNamespace(
+        name="small",
+        policy=policy,
+        optimizer=optimizer,
+        schedule=schedule,
+        release_states=lambda: None,
+    )
 
 
 @pytest.fixture

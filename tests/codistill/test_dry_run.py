@@ -12,7 +12,7 @@ from codistill.batch import pack
 from codistill.config import Config, ConfigError
 from codistill.dry_run import dry_run, multiples, plan
 from codistill.inputs import load_inputs
-from codistill.model.policy import load_causal_lm
+from codistill.model.loading import load_causal_lm
 from codistill.model.pretrained import num_parameters
 
 

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from codistill import distributed
 from codistill.config.schema import TrainingConfig
 from codistill.engine import EngineError, EngineSpec, HFEngine, Sampling, VLLMEngine, make_engine
-from codistill.model.policy import load_policy
+from codistill.model.loading import load_policy
 
 VOCAB, END = 18, 1
 PROMPTS = [[3, 12, 4, 13], [5, 12, 5, 13], [9, 13]]

@@ -15,7 +15,7 @@ from codistill.config.schema import TrainingConfig
 from codistill.data import Problem, counted
 from codistill.engine import Completion
 from codistill.hints import hint_length, hint_uniforms, write_hints
-from codistill.model.policy import load_policy
+from codistill.model.loading import load_policy
 from codistill.objective import make_objectives
 from codistill.rewards import RewardTerms
 from codistill.rollout import Rollouts
@@ -43,7 +43,7 @@ def sample_plainly(policy) -> list[list[int]]:
 
 def check_sampling(rank: int, folder: str, paths: list[str]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    for path, checkpointing in zip(paths, (False, True), strict=True):
+    for path, checkpointing in zip(paths, ("none", "full"), strict=True):
         options = TrainingConfig(dtype="float32", gradient_checkpointing=checkpointing)
         policy = load_policy("small.path", path, options, VOCAB, CPU)
         tokens, logps = policy.sample(PROMPTS, UNIFORMS, TEMPERATURE)

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from codistill.batch import Ragged, TokenBatch
 from codistill.config.schema import OptimizerConfig, TrainingConfig
 from codistill.learner import Learner
-from codistill.model.policy import load_causal_lm, load_policy
+from codistill.model.loading import load_causal_lm, load_policy
 from codistill.objective import Objective
 from codistill.output.metrics import StepMetrics
 from codistill_kernels import PolicyLoss, reference

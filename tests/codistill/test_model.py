@@ -10,7 +10,9 @@ from tiny import packed_logps
 from codistill.batch import Ragged, TokenBatch
 from codistill.config import ConfigError
 from codistill.config.schema import TrainingConfig
-from codistill.model.policy import check_trainable, load_policy, prepare
+from codistill.model.definition import check_definition, check_trainable, stand_in
+from codistill.model.loading import load_policy
+from codistill.model.policy import prepare
 from codistill.model.pretrained import end_token_ids, find_model
 
 SIZES = dict(vocab_size=24, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
@@ -41,6 +43,29 @@ def test_models_that_cannot_be_trained_are_refused_in_one_line(tmp_path, process
     sinks = transformers.GptOssConfig(**SIZES | HEADS, head_dim=16, num_local_experts=2)
     transformers.GptOssForCausalLM(sinks).save_pretrained(tmp_path / "sinks")
     assert "attention with sinks" in refused(tmp_path / "sinks")
+
+
+def test_a_stand_in_shows_what_the_whole_model_would(tmp_path):
+    """PhiMoE has its window in the mask alone."""
+    sizes = SIZES | HEADS | dict(num_local_experts=2, num_hidden_layers=3)
+    cpu = torch.device("cpu")
+    for name, window in (("whole", None), ("window", 4096)):
+        transformers.PhimoeConfig(**sizes | {"sliding_window": window}).save_pretrained(
+            tmp_path / name
+        )
+    check_definition("large.path", str(tmp_path / "whole"), cpu)
+    with pytest.raises(ConfigError, match="known attention and head; log-probabilities are .* off"):
+        check_definition("large.path", str(tmp_path / "window"), cpu)
+
+
+def test_a_stand_in_has_a_layer_of_each_type_and_few_tokens():
+    config = transformers.Gemma3TextConfig(
+        **SIZES | HEADS | dict(num_hidden_layers=14, head_dim=16, vocab_size=300, pad_token_id=299)
+    )
+    lm = stand_in(config, torch.device("cpu"))
+    assert lm.config.layer_types == ["sliding_attention"] * 5 + ["full_attention"]
+    assert len(lm.model.layers) == 6 and lm.get_input_embeddings().num_embeddings == 64
+    assert len(config.layer_types) == 14
 
 
 def test_a_head_in_float32(models, process_group):

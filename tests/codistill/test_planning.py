@@ -36,9 +36,10 @@ TINY = dict(
     tie_word_embeddings=False,
 )
 CASES = {
-    "layers": ("bfloat16", False, dict(TINY, num_hidden_layers=6, vocab_size=1024)),
-    "checkpointing": ("bfloat16", True, dict(TINY, num_hidden_layers=6, vocab_size=1024)),
-    "head": ("float32", False, dict(TINY, num_hidden_layers=2, vocab_size=8192)),
+    "layers": ("bfloat16", "none", dict(TINY, num_hidden_layers=6, vocab_size=1024)),
+    "selective": ("bfloat16", "selective", dict(TINY, num_hidden_layers=6, vocab_size=1024)),
+    "full": ("bfloat16", "full", dict(TINY, num_hidden_layers=6, vocab_size=1024)),
+    "head": ("float32", "none", dict(TINY, num_hidden_layers=2, vocab_size=8192)),
 }
 
 
@@ -166,6 +167,22 @@ def test_weights_and_optimizer_by_hand(paper):
         assert phase.parts["weights"] == 4 * parameters / 8
         assert phase.parts["optimizer"] == 8 * parameters / 8
         assert phase.parts["engine"] == 2 * 1_543_714_304 + (16 + 2) * GIB
+
+
+def test_what_is_on_the_host_is_not_on_the_gpu(paper):
+    """With one GPU: the optimizer's step of the large model takes 8 P and the gradients 4 P."""
+    shapes = shapes_of(load_config(paper(), PlanOptions))
+    large = shapes["large"].parameters
+    found = {}
+    for offload in ("optimizer", "all"):
+        arguments = paper("--machine.gpus", "1", "--training.offload", offload)
+        planned = phases(load_config(arguments, PlanOptions), shapes)
+        found[offload] = {phase.name: phase.parts for phase in planned}
+    assert found["optimizer"]["score"]["optimizer"] == 0
+    update = found["optimizer"]["update large"]
+    assert (update["optimizer"], update["gradients"]) == (8 * large, 4 * large)
+    assert found["all"]["update large"]["weights"] == found["all"]["sync"]["optimizer"] == 0
+    assert found["all"]["update large"]["gradients"] == 4 * shapes["large"].root_parameters
 
 
 def test_what_makes_it_fit(paper):

@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor
 from codistill.batch import Ragged, TokenBatch
 from codistill.config.schema import OptimizerConfig, TrainingConfig
 from codistill.learner import Learner
-from codistill.model.policy import Policy, load_causal_lm, load_policy
+from codistill.model.loading import load_causal_lm, load_policy
+from codistill.model.policy import Policy, checkpoint_activations
 from codistill.objective import Objective, Penalty
 from codistill.output.metrics import StepMetrics
 from codistill_kernels import PolicyLoss
@@ -95,11 +96,12 @@ def test_micro_batches(models, process_group, kind, normalization, penalty):
             assert distance(backward(policy, loss, parts, terms), gold) < 1e-10
 
 
-def test_checkpointed_activations(models, process_group):
+@pytest.mark.parametrize("which", ["selective", "full"])
+def test_checkpointed_activations(models, process_group, which):
     lm = load_causal_lm(str(models["large"]), dtype=torch.float64)
     policy, terms = Policy(lm, vocab_size=VOCAB), objective("tokens", WHOLE[0], penalty=False)
     gold = backward(policy.train(), PolicyLoss(), SPLITS[1], terms)
-    lm.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(lm, which)
     assert distance(backward(policy, PolicyLoss(), SPLITS[1], terms), gold) == 0
 
 

@@ -17,7 +17,7 @@ from codistill import distributed
 from codistill.config.schema import TrainingConfig
 from codistill.engine import EngineSpec, HFEngine, Sampling, VLLMEngine, cut_at_end
 from codistill.hints import write_hints
-from codistill.model.policy import load_policy
+from codistill.model.loading import load_policy
 from codistill.texts import StopStrings, token_texts
 
 

@@ -15,7 +15,7 @@ from codistill.config.schema import TrainingConfig
 from codistill.downloads import source
 from codistill.engine import EngineSpec, HFEngine
 from codistill.inputs import load_inputs
-from codistill.model.policy import load_policy
+from codistill.model.loading import load_policy
 
 
 def spoiled(models, tmp_path, name: str, value: float) -> Path:
