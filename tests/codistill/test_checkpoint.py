@@ -68,7 +68,9 @@ def test_the_last_are_kept_and_loaded(folder):
     (folder / "unfinished_8").mkdir()
     save(folder, 9, make_learner(9))
     assert names(folder) == ["step_6", "step_9"]
-    save(folder, 12, make_learner(12), keep=3)
+    skipping = make_learner(12)
+    skipping.skipped_in_a_row = 2
+    save(folder, 12, skipping, keep=3)
     assert names(folder) == ["step_12", "step_6", "step_9"]
     assert checkpoint.find(folder) == (12, [])
     learner, saved = make_learner(0), make_learner(12)
@@ -76,7 +78,7 @@ def test_the_last_are_kept_and_loaded(folder):
     assert torch.equal(learner.policy.weight, saved.policy.weight)
     (state, *_), (expected, *_) = (each.optimizer.state.values() for each in (learner, saved))
     assert torch.equal(state["exp_avg"], expected["exp_avg"])
-    assert learner.schedule.last_epoch == 1
+    assert (learner.schedule.last_epoch, learner.skipped_in_a_row) == (1, 2)
 
 
 def test_checksums_are_those_of_sha256sum(folder):
