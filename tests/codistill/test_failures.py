@@ -132,3 +132,58 @@ def test_an_engine_that_fails_on_one_rank_starts_again_on_all(
     done = train(settings, processes=2)
     assert done.returncode == 0, done.stderr
     assert "engine hf failed in sync on rank 1: no memory; starting it again" in done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("ctypes.PyDLL(None).sleep(100)", "did not return within its limit, nor could Python"),
+        ("os._exit(0)", "ended the process without a word"),
+    ],
+    ids=["hangs", "ends"],
+)
+def test_a_reward_function_that_takes_its_process_along(
+    settings, train, tmp_path, monkeypatch, processes, call, said
+):
+    """On the last process, when there are several: the others leave the line to it."""
+    (tmp_path / "vanish.py").write_text(
+        "import ctypes, os\n"
+        "def reward(completions, **columns):\n"
+        f"    if os.environ['RANK'] == '{processes - 1}':\n"
+        f"        {call}\n"
+        "    return [0.0 for _ in completions]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    settings["reward"] |= {"functions": {"vanish.reward": 1.0}, "function_timeout": 0.5}
+    done = train(settings, processes=processes)
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("train.py: "))
+    assert line.startswith(
+        f"train.py: stopped: rank {processes - 1}: reward function vanish.reward"
+    )
+    assert said in line and f"errors_rank{processes - 1}.log" in line
+    if processes == 1:
+        assert done.returncode == (0 if "_exit" in call else 1)
+
+
+FILL = """
+import os, resource
+
+def reward(completions, **columns):
+    if os.environ["RANK"] == "0":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+    return [0.0 for _ in completions]
+"""
+
+
+@pytest.mark.long
+def test_a_full_disk_of_the_first_process_is_said_by_it_alone(
+    settings, train, tmp_path, monkeypatch
+):
+    (tmp_path / "fill.py").write_text(FILL)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    settings["reward"]["functions"] = {"fill.reward": 1.0}
+    done = train(settings, processes=2)
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("train.py: "))
+    assert line.startswith("train.py: stopped: no space is left on the disk of ")
