@@ -139,7 +139,7 @@ def test_an_engine_that_fails_on_one_rank_starts_again_on_all(
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        ("ctypes.PyDLL(None).sleep(100)", "did not return within its limit, nor could Python"),
+        ("deque(repeat(None), maxlen=0)", "did not return within its limit, nor could Python"),
         ("os._exit(0)", "ended the process without a word"),
     ],
     ids=["hangs", "ends"],
@@ -149,7 +149,9 @@ def test_a_reward_function_that_takes_its_process_along(
 ):
     """On the last process, when there are several: the others leave the line to it."""
     (tmp_path / "vanish.py").write_text(
-        "import ctypes, os\n"
+        "import os\n"
+        "from collections import deque\n"
+        "from itertools import repeat\n"
         "def reward(completions, **columns):\n"
         f"    if os.environ['RANK'] == '{processes - 1}':\n"
         f"        {call}\n"
