@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import random
 import re
 import resource
 import subprocess
@@ -123,6 +124,37 @@ def test_a_damaged_checkpoint_is_passed_over(folder, name):
     save(folder, 6, make_learner())
     assert names(folder) == ["damaged_6", "step_3", "step_6"]
     assert checkpoint.find(folder) == (6, [])
+
+
+def as_a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def as_a_link(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("nowhere")
+
+
+ACCIDENTS = [
+    lambda file, at: file.write_bytes(file.read_bytes()[:at]),
+    lambda file, at: file.write_bytes(file.read_bytes() + b"\0"),
+    lambda file, at: file.write_bytes(file.read_bytes()[:at] + bytes(file.stat().st_size - at)),
+    lambda file, at: file.unlink(),
+    lambda file, at: as_a_folder(file),
+    lambda file, at: as_a_link(file),
+    lambda file, at: file.write_bytes(b""),
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(15))
+def test_any_accident_to_any_file_is_noticed(folder, seed):
+    chance = random.Random(seed)
+    file = chance.choice(sorted((folder / "step_6").iterdir()))
+    chance.choice(ACCIDENTS)(file, chance.randrange(file.stat().st_size))
+    assert checkpoint.find(folder).step == 3
+    checkpoint.load(folder, 3, [make_learner()])
 
 
 def test_foreign_entries_are_passed_over(folder):
