@@ -1,10 +1,13 @@
 """Processes of a run that fail, end or hang: one line that says which and in what phase."""
 
 import os
+import random
 import signal
+import time
 
 import pytest
 from background import BackgroundRun
+from test_run import rows, without_times
 
 from codistill.failures import Failure, RunError, log_path, phase, report
 
@@ -189,3 +192,23 @@ def test_a_full_disk_of_the_first_process_is_said_by_it_alone(
     done = train(settings, processes=2)
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("train.py: "))
     assert line.startswith("train.py: stopped: no space is left on the disk of ")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(4))
+def test_a_run_that_is_killed_again_and_again_is_that_of_one_go(settings, train, tmp_path, seed):
+    """SIGKILL of launcher, ranks and graders at random moments; bit by bit the same metrics."""
+    settings["training"]["steps"] = 6
+    settings["checkpoint"]["asynchronous"] = seed % 2 == 1
+    start = time.monotonic()
+    assert train(settings, processes=2).returncode == 0
+    seconds, whole = time.monotonic() - start, without_times(rows(settings))
+    settings["name"] = "killed"
+    chance = random.Random(seed)
+    for _ in range(3):
+        run = BackgroundRun(settings, tmp_path)
+        time.sleep(chance.uniform(0.3, 1.0) * seconds)
+        run.kill()
+    done = train(settings, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert without_times(rows(settings)) == whole
