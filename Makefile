@@ -24,7 +24,8 @@ test: .venv/installed
 	$(BIN)/python -m pytest $(ARGS)
 
 faults: .venv/installed
-	$(BIN)/python -m pytest -m "long or not long" tests/codistill/test_signals.py tests/codistill/test_failures.py $(ARGS)
+	$(BIN)/python -m pytest -m "long or not long" tests/codistill/test_signals.py tests/codistill/test_failures.py \
+		tests/codistill/test_watching.py tests/codistill/test_saving.py tests/codistill/test_checkpoint.py $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from codistill import distributed, files
 from codistill.config import ConfigError
 from codistill.config.base import first_line
+from codistill.failures import first_alone
 from codistill.unpickling import PlainPlanner, check_metadata
 
 if TYPE_CHECKING:
@@ -135,7 +136,9 @@ def damage(path: Path) -> str | None:
     return agreed(check_metadata(path / METADATA))
 
 
-def checksums(folder: Path, names: list[str]) -> dict[str, str]:
+def checksums(
+    folder: Path, names: list[str], group: dist.ProcessGroup | None = None
+) -> dict[str, str]:
     """The sha256 of each file, "unreadable" where reading fails.
 
     Collective: each process reads its share.
@@ -147,7 +150,7 @@ def checksums(folder: Path, names: list[str]) -> dict[str, str]:
         except OSError:
             mine[name] = "unreadable"
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
+    dist.all_gather_object(parts, mine, group)
     return {name: value for part in parts for name, value in part.items()}
 
 
@@ -157,10 +160,10 @@ def read_sums(folder: Path) -> dict[str, str]:
     return {name: value for value, _, name in (line.partition("  ") for line in lines)}
 
 
-def agreed(value: Any) -> Any:
+def agreed(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """The first process's value, on all processes. Collective."""
     values = [value]
-    dist.broadcast_object_list(values)
+    dist.broadcast_object_list(values, group=group)
     return values[0]
 
 
@@ -173,35 +176,44 @@ def put_aside(folder: Path, steps: list[int]) -> None:
         (folder / f"step_{step}").replace(aside)
 
 
-def save(folder: Path, step: int, learners: "list[Learner]", *, keep: int) -> None:
+def save(
+    folder: Path,
+    step: int,
+    states: dict[str, dict],
+    *,
+    keep: int,
+    group: dist.ProcessGroup | None = None,
+) -> None:
     """Write step_<k>, which is whole once it has this name, then remove all but the last `keep`.
 
-    Collective: every process must call.
+    Collective: every process must call. group: of all processes; None is the default one.
 
     Raises:
         OSError, RuntimeError: it could not be written; `files.is_disk_full` knows one reason. The
             checkpoints before are as they were.
     """
     unfinished = folder / f"unfinished_{step}"
-    if distributed.is_first():
-        remove_unfinished(folder)
-    dist.barrier()
+    first_alone(lambda: remove_unfinished(folder), group)
     try:
-        states = {learner.name: state(learner) for learner in learners}
-        dcp.save(states, checkpoint_id=unfinished)
+        dcp.save(states, checkpoint_id=unfinished, process_group=group)
     except CheckpointException as error:  # of all processes, and no Exception
         if distributed.is_first():
             remove_unfinished(folder)
         raise first_failure(error) from error
-    names = [path.name for path in unfinished.iterdir()]
-    sums = checksums(unfinished, agreed(names))
-    if distributed.is_first():
-        write_sums(unfinished, sums)
-        files.finish_folder(unfinished, folder / f"step_{step}")
-        complete = [k for k in steps_named(folder) if flaw(folder / f"step_{k}") is None]
-        for old in complete[keep:]:
-            shutil.rmtree(folder / f"step_{old}")
-    dist.barrier()
+    names = agreed([path.name for path in unfinished.iterdir()], group)
+    sums = checksums(unfinished, names, group)
+    first_alone(lambda: finish(folder, step, sums, keep), group)
+
+
+def finish(folder: Path, step: int, sums: dict[str, str], keep: int) -> None:
+    """Give a checkpoint all of whose shards are written its checksums and its name, then remove old
+    ones."""
+    unfinished = folder / f"unfinished_{step}"
+    write_sums(unfinished, sums)
+    files.finish_folder(unfinished, folder / f"step_{step}")
+    complete = [k for k in steps_named(folder) if flaw(folder / f"step_{k}") is None]
+    for old in complete[keep:]:
+        shutil.rmtree(folder / f"step_{old}")
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -231,7 +243,7 @@ def load(folder: Path, step: int, learners: "list[Learner]") -> None:
             plain data.
     """
     for learner in learners:  # one by one: the states of all may not fit on the device at once
-        states = {learner.name: state(learner)}
+        states = states_of([learner])
         read(folder / f"step_{step}", states)
         loaded = states[learner.name]
         set_state_dict(
@@ -242,6 +254,7 @@ def load(folder: Path, step: int, learners: "list[Learner]") -> None:
         )
         learner.release_states()
         load_schedule(learner.schedule, loaded["schedule"])
+        learner.skipped_in_a_row = loaded["skipped_in_a_row"]
 
 
 def load_weights(folder: Path, step: int, policies: dict[str, nn.Module]) -> None:
@@ -274,7 +287,15 @@ def load_schedule(schedule: LambdaLR, saved: dict[str, Any]) -> None:
     schedule.step()
 
 
-def state(learner: "Learner") -> dict:
-    """What a checkpoint holds of a learner."""
-    model, optimizer = get_state_dict(learner.policy, learner.optimizer)
-    return {"model": model, "optimizer": optimizer, "schedule": learner.schedule.state_dict()}
+def states_of(learners: "list[Learner]") -> dict[str, dict]:
+    """What a checkpoint holds of the learners, by name. Tensors are those of the learners."""
+    states = {}
+    for learner in learners:
+        model, optimizer = get_state_dict(learner.policy, learner.optimizer)
+        states[learner.name] = {
+            "model": model,
+            "optimizer": optimizer,
+            "schedule": learner.schedule.state_dict(),
+            "skipped_in_a_row": learner.skipped_in_a_row,
+        }
+    return states

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
@@ -67,13 +68,13 @@ def largest(number: float, device: "torch.device") -> float:
     return found.item()
 
 
-def totals(numbers: list[int]) -> list[int]:
+def totals(numbers: list[int], group: "ProcessGroup | None" = None) -> list[int]:
     """The sum of each number over all processes. Collective."""
     import torch
     import torch.distributed as dist
 
     found = torch.tensor(numbers, dtype=torch.int64)
-    dist.all_reduce(found)
+    dist.all_reduce(found, group=group)
     return found.tolist()
 
 

@@ -1,10 +1,12 @@
 """Models in Hugging Face format: a folder for each, with its tokenizer and its model card."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from codistill import distributed, files
+from codistill import files
+from codistill.failures import first_alone
 from codistill.model.policy import Policy, export
 from codistill.output.model_card import Cards
 
@@ -14,13 +16,10 @@ def export_models(policies: dict[str, Policy], tokenizer: Any, folder: Path, car
 
     Collective: the first process writes.
     """
-    first = distributed.is_first()
     unfinished = folder.with_name(f"unfinished_{folder.name}")
-    if first:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    first_alone(lambda: shutil.rmtree(unfinished, ignore_errors=True))
     for name, policy in policies.items():
-        export(policy, tokenizer, unfinished / name, write=first)
-        if first:
-            files.write_text(unfinished / name / "README.md", cards.text(name))
-    if first:
-        files.finish_folder(unfinished, folder)
+        export(policy, tokenizer, unfinished / name)
+        card = cards.text(name)
+        first_alone(partial(files.write_text, unfinished / name / "README.md", card))
+    first_alone(lambda: files.finish_folder(unfinished, folder))

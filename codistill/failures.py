@@ -9,10 +9,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from codistill import distributed
 from codistill.config.base import ConfigError
 from codistill.files import is_disk_full
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 PATIENCE = 3.0
 """Seconds to wait for the files of other processes; chosen, untested."""
@@ -66,6 +70,23 @@ def exit_code(work: Callable[[], int], folder: Path) -> int:
         else:
             report(failure, folder)
     return 1
+
+
+def first_alone(work: Callable[[], object], group: "ProcessGroup | None" = None) -> None:
+    """Let the first process alone do something, while the others wait for it. Collective.
+
+    Raises:
+        Exception: what `work` raised, on the first process.
+        RunError: on the others, who then know that the first is not lost.
+    """
+    error: Exception | None = None
+    if distributed.is_first():
+        try:
+            work()
+        except Exception as failure:  # none may keep the others waiting
+            error = failure
+    if distributed.totals([error is not None], group) != [0]:
+        raise error or RunError("the first process failed")
 
 
 def log_path(folder: Path, rank: int) -> Path:

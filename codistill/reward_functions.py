@@ -23,6 +23,7 @@ from typing import Any
 from codistill.config.base import ConfigError
 from codistill.config.data import RewardConfig
 from codistill.failures import RunError
+from codistill.watching import watched
 
 LARGEST_REWARD = 1e15  # float32 holds its square, which advantages take; chosen, untested
 OWN_ARGUMENTS = ("prompts", "completions", "completion_ids", "prompt", "completion")
@@ -68,7 +69,7 @@ class RewardFunction:
         """
         columns = {name: [row[name] for row in rows] for name in columns_of(rows[0])}
         try:
-            with time_limit(self.timeout):
+            with watched(described(self.path), self.timeout), time_limit(self.timeout):
                 values = self.function(  # gets copies, as training goes on with the originals
                     prompts=list(prompts),
                     completions=list(completions),
@@ -99,13 +100,17 @@ class RewardFunction:
         return rewards
 
     def failed(self, how: str) -> RewardError:
-        return RewardError(f"reward function {self.path} {how}")
+        return RewardError(f"{described(self.path)} {how}")
+
+
+def described(path: str) -> str:
+    return f"reward function {path}"
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise OutOfTime in the block when it takes longer. In the main thread only, and only where
-    Python code runs: a call into C is not interrupted."""
+    Python code runs: a call into C is not interrupted, but ended by `watched`."""
 
     def expire(number: int, frame: object) -> None:
         raise OutOfTime(f"it may take {seconds:g} s (reward.function_timeout)")
@@ -142,7 +147,8 @@ def load_functions(config: RewardConfig, row: dict[str, Any]) -> list[RewardFunc
 def load_function(path: str, columns: Iterable[str]) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
     try:
-        function = getattr(importlib.import_module(module), name)
+        with watched(f"the import of {described(path)}"):
+            function = getattr(importlib.import_module(module), name)
     except BaseException as error:  # importing runs the user's module, which may raise anything
         message = f"{type(error).__name__}: {error}"
         raise wrong(path, f"the import path of a function; {message}") from error

@@ -9,10 +9,10 @@ from typing import Any
 import torch.distributed as dist
 from rich.console import Console
 
-from codistill import checkpoint, distributed, failures
+from codistill import checkpoint, distributed, failures, watching
 from codistill.config import Config
 from codistill.exports import export_models
-from codistill.failures import phase
+from codistill.failures import first_alone, phase
 from codistill.files import read_object, read_rows
 from codistill.inputs import load_inputs, make_grader
 from codistill.model.policy import quiet_transformers
@@ -22,8 +22,11 @@ from codistill.output.loggers import Loggers
 from codistill.output.model_card import Cards
 from codistill.output.run_directory import RunDirectory, run_lock
 from codistill.output.summary import summarize
+from codistill.saving import Saver
 from codistill.stopping import STOPPED, StopSignals
 from codistill.trainer import Trainer
+
+CHECKPOINTS = "checkpoints"
 
 
 def run(config: Config, signals: StopSignals) -> int:
@@ -40,17 +43,23 @@ def run(config: Config, signals: StopSignals) -> int:
 def train(config: Config, signals: StopSignals) -> int:
     """What `run` does, without what it says of errors."""
     console = Console(quiet=not distributed.is_first())
+    folder = config.output_dir / config.name
+    if config.reward.functions:
+        watching.start(distributed.rank(), failures.log_path(folder, distributed.rank()))
     with phase("loading"):
         inputs = load_inputs(config)
     with run_lock(config), make_grader(config) as grader:
-        failures.forget(config.output_dir / config.name)
+        failures.forget(folder)
         with phase("loading"):
             device = distributed.start(config.distributed.timeout)
+            found = checkpoint.find(folder / CHECKPOINTS)
             console.print("loading models and engine ...")
             trainer = Trainer(config, inputs, device, grader)
         try:
             with phase("training"), Loggers() as loggers:
-                return Loop(trainer, console, signals, loggers).run()
+                loop = Loop(trainer, console, signals, loggers)
+                with loop.saver:
+                    return loop.run(found)
         finally:
             signals.ignore()  # torchrun sends one as soon as another process has ended
             trainer.engine.close()
@@ -68,15 +77,15 @@ class Loop:
         self.trainer, self.console, self.signals = trainer, console, signals
         self.loggers = loggers
         self.learners = list(trainer.learners.values())
-        self.directory = RunDirectory(trainer.config) if distributed.is_first() else None
-        folder = trainer.config.output_dir / trainer.config.name
-        self.folder, self.checkpoints = folder, folder / "checkpoints"
-        self.finished = is_finished(folder / "summary.json", trainer.total_steps)
+        self.directory = RunDirectory(trainer.config)
+        self.folder = trainer.config.output_dir / trainer.config.name
+        self.saver = Saver(self.folder / CHECKPOINTS, self.learners, trainer.config)
+        self.finished = is_finished(self.folder / "summary.json", trainer.total_steps)
 
-    def run(self) -> int:
-        """Train from the last checkpoint on; the exit code."""
+    def run(self, found: checkpoint.Found) -> int:
+        """Train from the checkpoint on that was found; the exit code."""
         trainer, total = self.trainer, self.trainer.total_steps
-        done = self.restore()
+        done = self.restore(found)
         self.console.print(
             f"rollout engine: {trainer.engine.name}, {dist.get_world_size()} processes on "
             f"{trainer.device.type}, {len(trainer.inputs.problems)} problems, "
@@ -95,11 +104,13 @@ class Loop:
                 self.step(step, progress)
                 if step < total and self.stop_wanted():
                     self.save(step)
+                    self.finish_saving()
                     self.console.print(f"stopped after step {step}; the same command goes on")
                     return STOPPED
         if done < total or not self.finished:
             self.export(total)
-        self.on_first(lambda directory: self.finish(directory))
+        self.finish_saving()
+        self.on_first(self.finish)
         dist.barrier()  # a process that ends early closes connections that others still use
         return 0
 
@@ -118,15 +129,14 @@ class Loop:
         if last or step % config.checkpoint.every == 0:
             self.save(step)
 
-    def restore(self) -> int:
+    def restore(self, found: checkpoint.Found) -> int:
         """Go on from the last good checkpoint if there is one; the number of steps done."""
-        found = checkpoint.find(self.checkpoints)
         for line in found.passed_over:
             self.console.print(line, soft_wrap=True)
         done = found.step
         if done is not None:
             with phase("checkpoint"):
-                checkpoint.load(self.checkpoints, done, self.learners)
+                checkpoint.load(self.saver.folder, done, self.learners)
             with phase("sync"):
                 self.trainer.engine.sync()
             self.console.print(f"going on after step {done}{self.changes_text()}", soft_wrap=True)
@@ -154,10 +164,12 @@ class Loop:
         self.console.print(f"held-out accuracy after step {step}: {text}", highlight=False)
 
     def save(self, step: int) -> None:
-        if checkpoint.latest(self.checkpoints) != step:
-            keep = self.trainer.config.checkpoint.keep
-            with phase("checkpoint"):
-                checkpoint.save(self.checkpoints, step, self.learners, keep=keep)
+        with phase("checkpoint"):
+            self.saver.save(step)
+
+    def finish_saving(self) -> None:
+        with phase("checkpoint"):
+            self.saver.finish()
 
     def export(self, step: int) -> None:
         """Write the models that learned to export/step_<k>."""
@@ -180,12 +192,20 @@ class Loop:
         print_summary(self.console, summary, self.folder)
 
     def on_first(self, write: Callable[[RunDirectory], Any]) -> None:
-        if self.directory is not None:
-            write(self.directory)
+        """Let the first process write to its directory. Collective."""
+        first_alone(lambda: write(self.directory))
 
     def stop_wanted(self) -> bool:
-        """Whether any process got a signal: then all stop after the same step."""
-        return distributed.totals([int(self.signals.received)]) != [0]
+        """Whether any process got a signal: then all stop after the same step.
+
+        Raises:
+            Failure: a checkpoint that was written meanwhile has failed, on all processes.
+        """
+        states = [int(self.signals.received), int(self.saver.has_failed)]
+        received, failed = distributed.totals(states)
+        if failed:
+            self.finish_saving()
+        return received > 0
 
 
 def is_finished(summary: Path, total_steps: int) -> bool:

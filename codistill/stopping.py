@@ -10,7 +10,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NoReturn, Self
 
-from codistill import distributed
+from codistill import distributed, watching
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """Signals by which terminals, torchrun and schedulers stop a run."""
@@ -108,5 +108,6 @@ def follow_launcher() -> None:
 
 def end(message: str) -> NoReturn:
     """Say why, and end this process without another instruction of the main thread."""
+    watching.forget()
     distributed.complain(message)
     os._exit(STOPPED)

@@ -209,6 +209,10 @@ class CheckpointConfig(Section):
     keep: int = Field(
         2, ge=2, description="how many checkpoints are kept, the last: one may be damaged"
     )
+    asynchronous: bool = Field(
+        False,
+        description="write checkpoints while training goes on, from copies in the host's memory",
+    )
 
 
 class LogConfig(Section):

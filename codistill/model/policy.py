@@ -35,6 +35,8 @@ from codistill.attention import packed_attention
 from codistill.batch import TokenBatch
 from codistill.config import require
 from codistill.config.schema import Checkpointing, TrainingConfig
+from codistill.distributed import is_first
+from codistill.failures import first_alone
 from codistill.texts import StopStrings
 from codistill_kernels import linear_logps, linear_policy_loss
 from codistill_kernels.integrations.transformers import linear_head
@@ -344,11 +346,13 @@ def freeze(policy: Policy) -> Policy:
     return policy.eval().requires_grad_(False)
 
 
-def export(
-    policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, *, write: bool
-) -> None:
-    """Save as a Hugging Face model. Every process must call; the one with `write` writes."""
-    weights = {name: weight.cpu() for name, weight in policy.full_weights() if write}
-    if write:
+def export(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save as a Hugging Face model. Collective: every process must call; the first one writes."""
+    first = is_first()
+    weights = {name: weight.cpu() for name, weight in policy.full_weights() if first}
+
+    def write() -> None:
         policy.lm.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
+
+    first_alone(write)

@@ -88,7 +88,6 @@ class RunDirectory:
 
     def __init__(self, config: Config) -> None:
         self.config, self.path = config, config.output_dir / config.name
-        (self.path / "samples").mkdir(parents=True, exist_ok=True)
 
     def start(self, done: int, inputs: Fingerprints) -> list[str]:
         """Write what the run is started with, and drop the rows of steps after `done`, which are
@@ -96,6 +95,7 @@ class RunDirectory:
 
         done: -1 where not even the evaluation before the first step is done.
         """
+        (self.path / "samples").mkdir(parents=True, exist_ok=True)
         content = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         files.write_text(self.path / "config.yaml", content)
         files.write_text(self.path / INPUTS, json.dumps(inputs, indent=2) + "\n")

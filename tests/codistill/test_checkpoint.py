@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import random
 import re
 import resource
 import subprocess
@@ -32,7 +33,12 @@ def make_learner(seed: int = 0, outputs: int = 50) -> SimpleNamespace:
         optimizer=optimizer,
         schedule=schedule,
         release_states=lambda: None,
+        skipped_in_a_row=0,
     )
+
+
+def save(folder: Path, step: int, learner: SimpleNamespace, keep: int = 2) -> None:
+    checkpoint.save(folder, step, checkpoint.states_of([learner]), keep=keep)
 
 
 @pytest.fixture
@@ -40,7 +46,7 @@ def folder(process_group, tmp_path) -> Path:
     """Good checkpoints of the steps 3 and 6."""
     folder = tmp_path / "checkpoints"
     for step in (3, 6):
-        checkpoint.save(folder, step, [make_learner(step)], keep=2)
+        save(folder, step, make_learner(step))
     return folder
 
 
@@ -62,9 +68,11 @@ def flip_a_bit(file: Path) -> None:
 
 def test_the_last_are_kept_and_loaded(folder):
     (folder / "unfinished_8").mkdir()
-    checkpoint.save(folder, 9, [make_learner(9)], keep=2)
+    save(folder, 9, make_learner(9))
     assert names(folder) == ["step_6", "step_9"]
-    checkpoint.save(folder, 12, [make_learner(12)], keep=3)
+    skipping = make_learner(12)
+    skipping.skipped_in_a_row = 2
+    save(folder, 12, skipping, keep=3)
     assert names(folder) == ["step_12", "step_6", "step_9"]
     assert checkpoint.find(folder) == (12, [])
     learner, saved = make_learner(0), make_learner(12)
@@ -72,7 +80,7 @@ def test_the_last_are_kept_and_loaded(folder):
     assert torch.equal(learner.policy.weight, saved.policy.weight)
     (state, *_), (expected, *_) = (each.optimizer.state.values() for each in (learner, saved))
     assert torch.equal(state["exp_avg"], expected["exp_avg"])
-    assert learner.schedule.last_epoch == 1
+    assert (learner.schedule.last_epoch, learner.skipped_in_a_row) == (1, 2)
 
 
 def test_checksums_are_those_of_sha256sum(folder):
@@ -114,9 +122,40 @@ def test_a_damaged_checkpoint_is_passed_over(folder, name):
     assert step == 3
     assert re.search(rf"passed over .*/step_6, which .*{reason}; it is damaged_6 now$", line)
     checkpoint.load(folder, 3, [make_learner()])
-    checkpoint.save(folder, 6, [make_learner()], keep=2)
+    save(folder, 6, make_learner())
     assert names(folder) == ["damaged_6", "step_3", "step_6"]
     assert checkpoint.find(folder) == (6, [])
+
+
+def as_a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def as_a_link(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("nowhere")
+
+
+ACCIDENTS = [
+    lambda file, at: file.write_bytes(file.read_bytes()[:at]),
+    lambda file, at: file.write_bytes(file.read_bytes() + b"\0"),
+    lambda file, at: file.write_bytes(file.read_bytes()[:at] + bytes(file.stat().st_size - at)),
+    lambda file, at: file.unlink(),
+    lambda file, at: as_a_folder(file),
+    lambda file, at: as_a_link(file),
+    lambda file, at: file.write_bytes(b""),
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(15))
+def test_any_accident_to_any_file_is_noticed(folder, seed):
+    chance = random.Random(seed)
+    file = chance.choice(sorted((folder / "step_6").iterdir()))
+    chance.choice(ACCIDENTS)(file, chance.randrange(file.stat().st_size))
+    assert checkpoint.find(folder).step == 3
+    checkpoint.load(folder, 3, [make_learner()])
 
 
 def test_foreign_entries_are_passed_over(folder):
@@ -165,7 +204,7 @@ def test_hostile_values_are_not_unpickled(folder, tmp_path):
     learner = make_learner()
     hostile = learner.schedule.state_dict() | {"last_epoch": Hostile(tmp_path / "owned")}
     learner.schedule.state_dict = lambda: hostile
-    checkpoint.save(folder, 9, [learner], keep=2)
+    save(folder, 9, learner)
     with pytest.raises(ConfigError, match="step_9: expected a checkpoint of these models: "):
         checkpoint.load(folder, 9, [make_learner()])
     assert not (tmp_path / "owned").exists()
@@ -190,13 +229,13 @@ def test_a_full_disk_leaves_the_checkpoints_before(folder, outputs, limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(Exception) as error:
-            checkpoint.save(folder, 9, [learner], keep=2)
+            save(folder, 9, learner)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert files.is_disk_full(error.value)
     assert names(folder) == ["step_3", "step_6"]
     assert checkpoint.find(folder) == (6, [])
-    checkpoint.save(folder, 9, [learner], keep=2)
+    save(folder, 9, learner)
     assert names(folder) == ["step_6", "step_9"]
 
 
@@ -205,7 +244,7 @@ def two_processes(rank: int, folder: str) -> None:
     os.environ["RANK"] = str(rank)
     path = Path(folder) / "checkpoints"
     for step in (3, 6):
-        checkpoint.save(path, step, [make_learner(step)], keep=2)
+        save(path, step, make_learner(step))
     if rank == 0:
         flip_a_bit(max(path.glob("step_6/*.distcp"), key=lambda file: file.stat().st_size))
     dist.barrier()

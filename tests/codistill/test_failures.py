@@ -1,10 +1,13 @@
 """Processes of a run that fail, end or hang: one line that says which and in what phase."""
 
 import os
+import random
 import signal
+import time
 
 import pytest
 from background import BackgroundRun
+from test_run import rows, without_times
 
 from codistill.failures import Failure, RunError, log_path, phase, report
 
@@ -132,3 +135,80 @@ def test_an_engine_that_fails_on_one_rank_starts_again_on_all(
     done = train(settings, processes=2)
     assert done.returncode == 0, done.stderr
     assert "engine hf failed in sync on rank 1: no memory; starting it again" in done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("deque(repeat(None), maxlen=0)", "did not return within its limit, nor could Python"),
+        ("os._exit(0)", "ended the process without a word"),
+    ],
+    ids=["hangs", "ends"],
+)
+def test_a_reward_function_that_takes_its_process_along(
+    settings, train, tmp_path, monkeypatch, processes, call, said
+):
+    """On the last process, when there are several: the others leave the line to it."""
+    (tmp_path / "vanish.py").write_text(
+        "import os\n"
+        "from collections import deque\n"
+        "from itertools import repeat\n"
+        "def reward(completions, **columns):\n"
+        f"    if os.environ['RANK'] == '{processes - 1}':\n"
+        f"        {call}\n"
+        "    return [0.0 for _ in completions]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    settings["reward"] |= {"functions": {"vanish.reward": 1.0}, "function_timeout": 0.5}
+    done = train(settings, processes=processes)
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("train.py: "))
+    assert line.startswith(
+        f"train.py: stopped: rank {processes - 1}: reward function vanish.reward"
+    )
+    assert said in line and f"errors_rank{processes - 1}.log" in line
+    if processes == 1:
+        assert done.returncode == (0 if "_exit" in call else 1)
+
+
+FILL = """
+import os, resource
+
+def reward(completions, **columns):
+    if os.environ["RANK"] == "0":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+    return [0.0 for _ in completions]
+"""
+
+
+@pytest.mark.long
+def test_a_full_disk_of_the_first_process_is_said_by_it_alone(
+    settings, train, tmp_path, monkeypatch
+):
+    (tmp_path / "fill.py").write_text(FILL)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    settings["reward"]["functions"] = {"fill.reward": 1.0}
+    done = train(settings, processes=2)
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("train.py: "))
+    assert line.startswith("train.py: stopped: no space is left on the disk of ")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(4))
+def test_a_run_that_is_killed_again_and_again_is_that_of_one_go(settings, train, tmp_path, seed):
+    """SIGKILL of launcher, ranks and graders at random moments; bit by bit the same metrics."""
+    settings["training"]["steps"] = 6
+    settings["checkpoint"]["asynchronous"] = seed % 2 == 1
+    start = time.monotonic()
+    assert train(settings, processes=2).returncode == 0
+    seconds, whole = time.monotonic() - start, without_times(rows(settings))
+    settings["name"] = "killed"
+    chance = random.Random(seed)
+    for _ in range(3):
+        run = BackgroundRun(settings, tmp_path)
+        time.sleep(chance.uniform(0.3, 1.0) * seconds)
+        run.kill()
+    done = train(settings, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert without_times(rows(settings)) == whole

@@ -205,6 +205,7 @@ def test_interrupted_run_goes_on_bitwise(settings, train, tmp_path, number):
     }
     settings["rollout"]["sampling_rounds"] = 2
     settings["training"]["inner_epochs"] = 2
+    settings["checkpoint"]["asynchronous"] = number == signal.SIGKILL
     settings["name"] = "whole"
     assert train(settings).returncode == 0
     whole = without_times(rows(settings))
