@@ -11,7 +11,8 @@ from codistill.config import Config
 from codistill.config.changes import changes_between
 from codistill.fingerprints import fingerprints
 from codistill.inputs import load_inputs
-from codistill.output.report import draw_evaluations, plot, summarize
+from codistill.output.curves import draw_evaluations, plot
+from codistill.output.summary import summarize
 
 FIXED = ("time/", "tokens_per_second")
 

@@ -175,6 +175,8 @@ def test_gold_answers_that_cannot_be_graded_are_refused(grader, caplog, cache):
         grader.check_golds("data.train", path, [["1"], ["2", "}"]])
     expected = "data.train = 'a.jsonl': expected an answer in row 2 that can be compared"
     assert str(error.value).startswith(expected) and "'}'" in str(error.value)
+    with pytest.raises(ConfigError, match="row 1 that can be compared.*TimeoutError"):
+        grader.check_golds("data.train", path, [["10^{10^{10^{10}}}"]])
 
 
 def test_gold_answers_are_checked_once(grader, cache, monkeypatch, caplog):
