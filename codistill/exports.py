@@ -20,6 +20,9 @@ def export_models(policies: dict[str, Policy], tokenizer: Any, folder: Path, car
     first_alone(lambda: shutil.rmtree(unfinished, ignore_errors=True))
     for name, policy in policies.items():
         export(policy, tokenizer, unfinished / name)
-        card = cards.text(name)
-        first_alone(partial(files.write_text, unfinished / name / "README.md", card))
+        first_alone(partial(write_card, cards, name, unfinished / name))
     first_alone(lambda: files.finish_folder(unfinished, folder))
+
+
+def write_card(cards: Cards, name: str, folder: Path) -> None:
+    files.write_text(folder / "README.md", cards.text(name))

@@ -197,6 +197,11 @@ def capacity(options: PlanOptions) -> float:
     return GIB * (options.machine.memory_gib or GPUS[options.machine.gpu].memory_gib)
 
 
+def most_bytes(options: PlanOptions, shapes: dict[str, ModelShape]) -> float:
+    """Of the phase that takes most."""
+    return max(phase.bytes for phase in phases(options, shapes))
+
+
 def fitting(options: PlanOptions, shapes: dict[str, ModelShape]) -> dict[str, Any]:
     """Keys and values that make the run fit, the cheapest first; nothing if none of these do."""
     rollout, gpus = options.rollout, options.machine.gpus
@@ -210,12 +215,15 @@ def fitting(options: PlanOptions, shapes: dict[str, ModelShape]) -> dict[str, An
         *(("machine.gpus", gpus * 2**power) for power in range(1, 8)),
     ]
     changes: dict[str, Any] = {}
+    needed = most_bytes(options, shapes)
     for key, value in tries:
         section, _, name = key.partition(".")
         changed = getattr(options, section).model_copy(update={name: value})
-        options = options.model_copy(update={section: changed})
-        changes[key] = value
-        if max(phase.bytes for phase in phases(options, shapes)) <= capacity(options):
+        tried = options.model_copy(update={section: changed})
+        if most_bytes(tried, shapes) >= needed:
+            continue
+        options, needed, changes = tried, most_bytes(tried, shapes), changes | {key: value}
+        if needed <= capacity(options):
             return changes
     return {}
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from codistill.answers import answers_in
+from codistill.answers import answers_in, spelled
 from codistill.grading import Grader
 
 NO_ANSWER = -1
@@ -55,7 +55,7 @@ def answer_of(text: str) -> str | None:
     """The answer of a completion, as text: the shortest of the passages that the grader would take
     for it, None if there is none."""
     found = answers_in(text)
-    return found[-1].strip() if found else None
+    return spelled(found[-1]) or None if found else None
 
 
 def find_answers(grader: Grader, texts: Sequence[str]) -> list[str | None]:

@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> None:
     from rich.console import Console
 
     from codistill.model.shape import model_shape
-    from codistill.planning import GIB, capacity, fitting, phases
+    from codistill.planning import GIB, capacity, fitting, most_bytes, phases
 
     shapes = {
         name: model_shape(f"{name}.path", options.model(name).path) for name in options.loaded
@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> None:
     found = phases(options, shapes)
     console = Console()
     console.print(table(options, found))
-    most, room = max(phase.bytes for phase in found), capacity(options)
+    most, room = most_bytes(options, shapes), capacity(options)
     verdict = "fits" if most <= room else "does not fit"
     console.print(
         f"{verdict}: {most / GIB:.1f} of {room / GIB:.0f} GiB; a step takes about "

@@ -77,13 +77,20 @@ def is_hub_name(path: str) -> bool:
 def settings(config: Config) -> dict[str, Any]:
     """Dotted key -> value of what is not as by default; of a path its last part."""
     flat = flatten(config.model_dump(exclude_defaults=True))
-    values = {key: value.name if isinstance(value, Path) else value for key, value in flat.items()}
+    values = {key: without_folders(value) for key, value in flat.items()}
     paths = {f"{n}.path": public_name(config.model(n).path) for n in config.loaded}
     return {
         key: paths.get(key, value)
         for key, value in values.items()
         if key.partition(".")[0] not in MACHINE
     }
+
+
+def without_folders(value: Any) -> Any:
+    """The last part of a path, or of each path of a list; any other value as it is."""
+    if isinstance(value, list):
+        return [without_folders(part) for part in value]
+    return value.name if isinstance(value, Path) else value
 
 
 def accuracies(

@@ -16,7 +16,7 @@ import pytest
 from codistill.config import ConfigError, load_options
 from codistill.config.evaluation import EvalOptions
 from codistill.evaluation_run import evaluate, load_models
-from codistill.grading import Grades
+from codistill.grading import Grader, Grades
 from codistill.output.evaluation_files import COLUMNS
 from codistill.output.evaluation_table import (
     accuracy_cells,
@@ -268,6 +268,6 @@ def test_vllm_on_two_processes(command, models, tmp_path, more):
     ids=str,
 )
 def test_mistakes_are_one_line(command, changes, expected):
-    with pytest.raises(ConfigError) as error:
-        load_models(load_options(EvalOptions, [*command[3:], *changes]))
+    with Grader(timeout=5.0) as grader, pytest.raises(ConfigError) as error:
+        load_models(load_options(EvalOptions, [*command[3:], *changes]), grader)
     assert str(error.value).startswith(expected) and "\n" not in str(error.value)

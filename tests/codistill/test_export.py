@@ -32,7 +32,8 @@ def run(settings, make_trainer) -> Path:
     for step in (1, 2):
         trainer.step(step)
         directory.add_evaluation({"step": step, "small": 0.25 + step / 8})
-        checkpoint.save(directory.path / "checkpoints", step, learners, keep=2)
+        states = checkpoint.states_of(learners)
+        checkpoint.save(directory.path / "checkpoints", step, states, keep=2)
     cards = Cards(trainer.config, 2, read_rows(directory.path / "evaluations.jsonl"))
     policies = {learner.name: learner.policy for learner in learners}
     tokenizer, target = trainer.inputs.tokenizer, directory.path / "export" / "step_2"

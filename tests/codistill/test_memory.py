@@ -91,7 +91,7 @@ def test_states_are_on_the_device_for_the_step_alone(make_trainer, monkeypatch):
     assert places == [(name, place) for name in names.values() for place in (device, HOST)]
     places.clear()
     folder = trainer.config.output_dir
-    checkpoint.save(folder, 1, learners, keep=2)
+    checkpoint.save(folder, 1, checkpoint.states_of(learners), keep=2)
     checkpoint.load(folder, 1, learners)
     assert places == [(name, HOST) for name in names.values()]
 

@@ -166,7 +166,7 @@ def test_weights_are_whole_numbers_of_float32_after_any_pass(make_trainer):
     rollouts = trainer.generation.rollouts(2, StepMetrics(torch.device("cpu")))
     trainer.score(2, rollouts, StepMetrics(torch.device("cpu")))  # ends with a forward pass
     for learner in trainer.learners.values():
-        saved = checkpoint.state(learner)["model"]
+        saved = checkpoint.states_of([learner])[learner.name]["model"]
         assert {weight.dtype for weight in saved.values()} == {torch.float32}
     trainer.score(2, rollouts, StepMetrics(torch.device("cpu")))
     for policy in trainer.policies.values():
