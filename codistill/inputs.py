@@ -116,8 +116,12 @@ def warn_of_hidden_tags(config: Config, tokenizer: Any) -> None:
     """Warn of tags that the format reward asks for and that no graded text will have."""
     if not (config.reward.format and config.rollout.skip_special_tokens):
         return
-    ids = {tag: tokenizer.encode(tag, add_special_tokens=False) for tag in TAGS}
-    hidden = [t for t in TAGS if t not in tokenizer.decode(ids[t], skip_special_tokens=True)]
+
+    def is_shown(tag: str, skip: bool) -> bool:
+        ids = tokenizer.encode(tag, add_special_tokens=False)
+        return tag in tokenizer.decode(ids, skip_special_tokens=skip)
+
+    hidden = [tag for tag in TAGS if is_shown(tag, False) and not is_shown(tag, True)]
     if hidden:
         logging.getLogger(__name__).warning(
             "reward.format: %s are special tokens, which are not in the text that is graded; "

@@ -106,7 +106,7 @@ def test_model_card(run, models):
     blocks = re.findall(r"^```yaml\n(.*?)^```$", body, re.MULTILINE | re.DOTALL)
     changed = yaml.safe_load(blocks[0])
     assert changed["kd.alpha"] == 2.0 and changed["small.path"] == "small"
-    assert changed["data.train"] == "problems.jsonl" and "name" not in changed
+    assert changed["data.train"] == ["problems.jsonl"] and "name" not in changed
     assert f"torch {torch.__version__}" in body
     assert str(models["small"].parent) not in text and str(run.parents[1]) not in text
     large = (run / "export" / "step_2" / "large" / "README.md").read_text()
