@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
@@ -40,6 +41,22 @@ def start(timeout: float, name: str = "") -> "torch.device":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **group)
     return device
+
+
+def shard_mesh(replicas: int, device: "torch.device") -> "DeviceMesh | None":
+    """The processes as a grid, [replicas, processes per replica]: those of a row share the weights
+    of a model between them, and each row has all of them. Collective.
+
+    Neighbours by rank are in one row: on as many nodes as replicas, weights are gathered within
+    each node. None for one replica: FSDP2 then takes all processes.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if replicas == 1:
+        return None
+    shape = (replicas, dist.get_world_size() // replicas)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def world_size() -> int:
