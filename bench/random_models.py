@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.distributed.device_mesh import DeviceMesh
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -133,9 +134,15 @@ def write(pair: Pair, folder: Path, *, weights: bool, seed: int = 0) -> None:
 
 
 def random_policy(
-    key: str, path: str, options: TrainingConfig, vocab_size: int, device: torch.device
+    key: str,
+    path: str,
+    options: TrainingConfig,
+    vocab_size: int,
+    device: torch.device,
+    *,
+    mesh: DeviceMesh | None = None,
 ) -> Policy:
     """`load_policy` of a folder without weights: they are made on the device, not read."""
     with device:
         lm = transformers.Qwen2ForCausalLM(transformers.AutoConfig.from_pretrained(path))
-    return prepare(lm, options, vocab_size, device)
+    return prepare(lm, options, vocab_size, device, mesh)

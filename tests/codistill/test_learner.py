@@ -83,7 +83,7 @@ def step_in_layout(rank: int, folder: str, path: str, layout: Layout, before: La
     grads = {n: whole(parameter.grad) for n, parameter in learner.policy.lm.named_parameters()}
     learner.step(metrics)
     result = dict(grads=grads, numbers=metrics.reduce(), state=state_of(learner))
-    checkpoint.save(Path(folder) / layout.name, 1, [learner], keep=2)
+    checkpoint.save(Path(folder) / layout.name, 1, checkpoint.states_of([learner]), keep=2)
     if before is not None:
         checkpoint.load(Path(folder) / before.name, 1, [learner])
         result["loaded"] = state_of(learner)
