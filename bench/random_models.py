@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch.distributed.device_mesh import DeviceMesh
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch.distributed.device_mesh import DeviceMesh
 
 from codistill.config.schema import Checkpointing, TrainingConfig
 from codistill.model.policy import Policy, prepare

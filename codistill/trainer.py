@@ -95,6 +95,7 @@ class Trainer:
             device=self.device,
             kv_cache_gib=rollout.kv_cache_gib,
             stop=self.inputs.stop,
+            sleeps=rollout.sleep,
         )
 
     def load_policy(self, name: str) -> Policy:
@@ -134,6 +135,7 @@ class Trainer:
         with metrics.timer("time/step"):
             with metrics.timer("time/rollout"):
                 rollouts = self.generation.rollouts(step, metrics)
+                self.engine.sleep()
             with metrics.timer("time/score"):
                 scored = self.score(step, rollouts, metrics)
             if self.config.training.update_order == "large_first":
@@ -145,6 +147,7 @@ class Trainer:
                 for name in self.learners:
                     self.update(name, step, rollouts, scored, metrics)
             with metrics.timer("time/sync"):
+                self.engine.wake_up()
                 self.engine.sync()
         return self.finish(metrics.reduce()), rollouts, scored
 

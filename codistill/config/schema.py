@@ -96,6 +96,11 @@ class RolloutConfig(Section):
     kv_cache_gib: float = Field(
         4.0, ge=0.001, le=10**4, description="vLLM's KV cache on each process (GiB)"
     )
+    sleep: bool = Field(
+        False,
+        description="on a GPU: the engine leaves its memory while rollouts are scored and models "
+        "trained, with weights on the host and no KV cache (vLLM's sleep level 1)",
+    )
     logp_gap_limit: float | None = Field(
         None,
         gt=0,
