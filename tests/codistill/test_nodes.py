@@ -91,6 +91,16 @@ def test_a_node_that_is_gone_is_named(start):
 
 
 @pytest.mark.long
+def test_a_launcher_that_is_gone_lets_the_run_save(start):
+    agents = start({"training": {"steps": 500}, "checkpoint": {"every": 500}})
+    wait_for(agents, "step 1/")
+    agents[0].process.kill()
+    wait_for(agents, "; the same command goes on")
+    assert agents[1].end() == 1
+    assert len(list((agents[0].folder / "checkpoints").glob("step_*"))) == 1
+
+
+@pytest.mark.long
 def test_nodes_that_share_no_folder(start, tmp_path):
     agents = start({}, node_1={"output_dir": str(tmp_path / "other")})
     assert [agent.end() for agent in agents] == [1, 1]
