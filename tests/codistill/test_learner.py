@@ -77,6 +77,8 @@ def start(rank: int, folder: str, path: str, layout: Layout, loss: PolicyLoss) -
 def step_in_layout(rank: int, folder: str, path: str, layout: Layout, before: Layout | None):
     """A step with the rollouts of `CUTS`; then the checkpoint of another layout is loaded."""
     learner = start(rank, folder, path, layout, PolicyLoss())
+    matrix = learner.policy.lm.model.layers[0].mlp.gate_proj.weight
+    assert len(matrix.to_local()) == len(matrix) * layout.replicas / layout.processes
     metrics = StepMetrics(CPU)
     batches = [batch_of(rows) for rows in CUTS[layout.processes][rank]]
     learner.backward(batches, objective(), metrics, temperature=TEMPERATURE)
@@ -134,7 +136,7 @@ def plain_gradients(path: str) -> tuple[dict[str, torch.Tensor], float]:
 @pytest.mark.parametrize(
     ("model", "layouts"),
     [
-        ("small", [Layout(1, 1), Layout(2, 1), Layout(4, 2)]),  # tied head
+        ("small", [Layout(1, 1), Layout(4, 2)]),  # tied head
         ("large", [Layout(1, 1), Layout(2, 1), Layout(2, 2)]),
     ],
 )

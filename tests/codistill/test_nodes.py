@@ -13,6 +13,7 @@ import pytest
 from background import BackgroundRun
 from tiny import merged
 
+from codistill import distributed
 from codistill.failures import log_path
 
 TIMES = ("time/", "tokens_per_second")
@@ -57,6 +58,19 @@ def wait_for(agents: list[BackgroundRun], text: str, seconds: float = 120) -> No
     while not any(text in agent.text for agent in agents):
         assert time.monotonic() < deadline, [agent.text for agent in agents]
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("processes", "on_this_node", "expected"),
+    [(None, None, False), ("8", "8", False), ("16", "8", True), ("2", None, True)],
+    ids=["no torchrun", "one node", "two nodes", "another launcher"],
+)
+def test_whether_there_are_several_nodes(monkeypatch, processes, on_this_node, expected):
+    for name, value in (("WORLD_SIZE", processes), ("LOCAL_WORLD_SIZE", on_this_node)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert distributed.has_several_nodes() == expected
 
 
 @pytest.mark.long
