@@ -82,9 +82,11 @@ def has_several_nodes() -> bool:
 
 
 def helpers() -> int:
-    """How many helper processes to start beside this one: its share of the machine's cores, and at
-    most 8, a number that was chosen and not measured."""
-    return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    """How many helper processes to start beside this one: its share of the cores that a scheduler
+    has left to the processes of this node, and at most 8, a number that was chosen and not
+    measured."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def largest(number: float, device: "torch.device") -> float:

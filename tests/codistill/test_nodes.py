@@ -73,6 +73,14 @@ def test_whether_there_are_several_nodes(monkeypatch, processes, on_this_node, e
     assert distributed.has_several_nodes() == expected
 
 
+@pytest.mark.parametrize(("processes", "expected"), [("1", 8), ("8", 2), ("64", 1)])
+def test_helpers_share_the_cores_of_their_node(monkeypatch, processes, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    monkeypatch.setenv("WORLD_SIZE", "1024")
+    assert distributed.helpers() == expected
+
+
 @pytest.mark.long
 def test_two_nodes_are_two_processes_of_one(settings, start, train):
     """To the last bit, with a replica of the weights on each; and one process goes on."""
