@@ -14,6 +14,7 @@ import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch.distributed.device_mesh import DeviceMesh
 
 from codistill.config.schema import Checkpointing, TrainingConfig
 from codistill.model.policy import Policy, prepare
@@ -133,9 +134,15 @@ def write(pair: Pair, folder: Path, *, weights: bool, seed: int = 0) -> None:
 
 
 def random_policy(
-    key: str, path: str, options: TrainingConfig, vocab_size: int, device: torch.device
+    key: str,
+    path: str,
+    options: TrainingConfig,
+    vocab_size: int,
+    device: torch.device,
+    *,
+    mesh: DeviceMesh | None = None,
 ) -> Policy:
     """`load_policy` of a folder without weights: they are made on the device, not read."""
     with device:
         lm = transformers.Qwen2ForCausalLM(transformers.AutoConfig.from_pretrained(path))
-    return prepare(lm, options, vocab_size, device)
+    return prepare(lm, options, vocab_size, device, mesh)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
@@ -16,8 +17,9 @@ LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 def start(timeout: float, name: str = "") -> "torch.device":
     """Join the process group; the device of this process.
 
-    A process alone has a store in memory, and gloo's port of its own is open on the loopback
-    interface only. Where torchrun has started it, the group meets at the address torchrun gives.
+    A process alone has a store in memory. Where torchrun has started it, the group meets at the
+    address torchrun gives. Gloo's ports are open on the loopback interface only, unless there are
+    several nodes or GLOO_SOCKET_IFNAME names an interface.
 
     timeout: seconds that an operation waits for the other processes.
     name: of the group; processes that form it once more under the same torchrun give another one.
@@ -29,17 +31,34 @@ def start(timeout: float, name: str = "") -> "torch.device":
     group: dict[str, Any] = {"timeout": timedelta(seconds=timeout)}
     if "RANK" not in os.environ:  # python train.py, without torchrun
         os.environ.update(alone)  # vLLM reads them
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
         group |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     elif name:
         store, rank, size = next(dist.rendezvous("env://", timeout=group["timeout"]))
         group |= {"store": dist.PrefixStore(name, store), "rank": rank, "world_size": size}
+    if not has_several_nodes():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **group)
     return device
+
+
+def shard_mesh(replicas: int, device: "torch.device") -> "DeviceMesh | None":
+    """The processes as a grid, [replicas, processes per replica]: those of a row share the weights
+    of a model between them, and each row has all of them. Collective.
+
+    Neighbours by rank are in one row: on as many nodes as replicas, weights are gathered within
+    each node. None for one replica: FSDP2 then takes all processes.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if replicas == 1:
+        return None
+    shape = (replicas, dist.get_world_size() // replicas)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def world_size() -> int:
@@ -52,10 +71,22 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def local_rank() -> int:
+    """The number of this process among those of its node, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def has_several_nodes() -> bool:
+    """Whether some processes of the group are on other nodes, as far as torchrun says."""
+    return world_size() > int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def helpers() -> int:
-    """How many helper processes to start beside this one: its share of the machine's cores, and at
-    most 8, a number that was chosen and not measured."""
-    return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    """How many helper processes to start beside this one: its share of the cores that a scheduler
+    has left to the processes of this node, and at most 8, a number that was chosen and not
+    measured."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def largest(number: float, device: "torch.device") -> float:
@@ -76,6 +107,15 @@ def totals(numbers: list[int], group: "ProcessGroup | None" = None) -> list[int]
     found = torch.tensor(numbers, dtype=torch.int64)
     dist.all_reduce(found, group=group)
     return found.tolist()
+
+
+def same_everywhere(value: object) -> bool:
+    """Whether all processes bring what the first one brings. Collective."""
+    import torch.distributed as dist
+
+    values = [value]
+    dist.broadcast_object_list(values)
+    return totals([values[0] != value]) == [0]
 
 
 def first_error(error: Exception | None) -> str | None:

@@ -75,6 +75,12 @@ class Engine(Sampler, Protocol):
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take all weights of the model, Hugging Face names. Consumes the iterator to its end."""
 
+    def sleep(self) -> None:
+        """Leave the memory of the GPU, with weights in the host's memory, until `wake_up`."""
+
+    def wake_up(self) -> None:
+        """Come back to the GPU as it was, without what it remembers of prompts."""
+
     def close(self) -> None:
         """Let go of what the engine holds, process groups included. The last call to it."""
 
@@ -94,6 +100,8 @@ class EngineSpec:
     kv_cache_gib: float
     stop: StopStrings | None = None
     """Texts that end a completion, besides `end_token_ids`."""
+    sleeps: bool = False
+    """It may be put to sleep."""
 
 
 def engine_kind(kind: EngineKind) -> Literal["vllm", "hf"]:
@@ -165,6 +173,16 @@ class RestartingEngine:
                 pass
         self.restarted(error, "sync")
 
+    def sleep(self) -> None:
+        """See `Engine`; nothing happens with rollout.sleep = false."""
+        if self.spec.sleeps:
+            self.engine.sleep()
+
+    def wake_up(self) -> None:
+        """See `Engine`; nothing happens with rollout.sleep = false."""
+        if self.spec.sleeps:
+            self.engine.wake_up()
+
     def restarted(self, error: Exception | None, what: str) -> bool:
         """Whether any process has an error, so that all of them have started their engines again.
         Collective."""
@@ -213,6 +231,7 @@ class VLLMEngine:
             generation_config="vllm",  # the model's own file may add top-p or a penalty
             logprobs_mode="processed_logprobs",
             enforce_eager=spec.device.type == "cpu",
+            enable_sleep_mode=spec.sleeps,
             disable_log_stats=True,
             use_tqdm_on_load=False,
         )
@@ -277,6 +296,14 @@ class VLLMEngine:
             self.llm.apply_model(repack_tied_head)
         self.llm.reset_prefix_cache()
 
+    def sleep(self) -> None:
+        self.llm.sleep(level=1)  # the KV cache is dropped; CUDA graphs and addresses stay
+
+    def wake_up(self) -> None:
+        # vLLM maps memory itself: it cannot take what torch keeps for tensors to come.
+        torch.cuda.empty_cache()
+        self.llm.wake_up()
+
     def close(self) -> None:
         # Left to the end of the process, vLLM would look for process groups that are gone by then.
         self.llm.llm_engine.engine_core.shutdown()
@@ -327,6 +354,12 @@ class HFEngine:
             for name, weight in weights:
                 parameters.pop(name).copy_(weight)
         assert not parameters, f"weights not synced: {sorted(parameters)}"
+
+    def sleep(self) -> None:
+        self.policy.to("cpu")
+
+    def wake_up(self) -> None:
+        self.policy.to(self.spec.device)
 
     def close(self) -> None:
         del self.policy

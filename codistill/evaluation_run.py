@@ -36,7 +36,7 @@ from codistill.output.evaluation_files import (
     write_seed,
 )
 from codistill.output.evaluation_table import summarize, write_tables
-from codistill.output.run_directory import folder_lock
+from codistill.output.run_directory import check_shared, folder_lock
 from codistill.run import quiet_libraries
 from codistill.texts import StopStrings, graded_text
 from codistill.versions import installed
@@ -200,6 +200,7 @@ def finish_first_model(
     """Write the seeds that are missing of the first model that lacks any; whether others do."""
     with phase("loading"):
         device = distributed.start(TIMEOUT, f"start {starts}")
+        check_shared(options.output, "output", options.output)
     engine: Engine | None = None
     try:
         todo = [(model, missing) for model in models if (missing := missing_seeds(options, model))]

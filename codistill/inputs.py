@@ -60,6 +60,13 @@ class Inputs:
         )
 
 
+def has_gpu() -> bool:
+    """Whether this process can train on a GPU."""
+    import torch  # not above: mistakes in the configuration do not wait for it
+
+    return torch.cuda.is_available()
+
+
 def load_inputs(config: Config) -> Inputs:
     """Everything that can be wrong about a run, checked before a model is loaded.
 
@@ -69,6 +76,8 @@ def load_inputs(config: Config) -> Inputs:
     """
     for name in config.trained:
         make_policy_loss(config, name)
+    expected = "false: there is no GPU here whose memory the engine could leave"
+    require(not config.rollout.sleep or has_gpu(), "rollout.sleep", True, expected)
     if distributed.is_first():
         check_loggers(config)
     check_models(config)

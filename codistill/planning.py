@@ -1,8 +1,9 @@
 """Memory and time of a step on GPUs, by formulas. Runs nothing.
 
-P parameters, W processes, b bytes per number of the forward pass, H, I, V widths of hidden states,
-MLP and head, T tokens of a micro-batch, prompts included, N completion tokens of it. A test holds
-the memory of whole updates to within 15 % of what is allocated on a CPU; times have seen no GPU.
+P parameters, W processes that share them, b bytes per number of the forward pass, H, I, V widths of
+hidden states, MLP and head, T tokens of a micro-batch, prompts included, N completion tokens of it.
+A test holds the memory of whole updates to within 15 % of what is allocated on a CPU; times have
+seen no GPU.
 """
 
 import math
@@ -141,18 +142,23 @@ def update_bytes(
 
 
 def phase_bytes(options: PlanOptions, shapes: dict[str, ModelShape], name: str) -> dict[str, float]:
-    """What each GPU holds in a phase: rollout, score, sync, or the name of the model it updates."""
-    training, processes = options.training, options.machine.gpus
+    """What each GPU holds in a phase: rollout, score, sync, or the name of the model it updates.
+
+    vLLM asleep (rollout.sleep) keeps its CUDA graphs on the GPU, weights on the host and no KV
+    cache.
+    """
+    training, processes = options.training, options.gpus_per_replica
     b = FP32 if training.dtype == "float32" else 2
     tokens = float(training.tokens_per_micro_batch)
     completion_tokens = tokens * options.mean_completion / sequence_tokens(options)
     writer = shapes[options.writer]
     trained = sum(shapes[model].parameters for model in options.trained)
     is_here, states_are_here = training.offload != "all", training.offload == "none"
+    is_awake = not options.rollout.sleep or name in ("rollout", "sync")
     parts = {
         "weights": is_here * sum(FP32 * s.parameters for s in shapes.values()) / processes,
         "optimizer": states_are_here * ADAM * trained / processes,
-        "engine": b * writer.parameters + options.rollout.kv_cache_gib * GIB + ENGINE,
+        "engine": ENGINE + is_awake * (b * writer.parameters + options.rollout.kv_cache_gib * GIB),
         "context": float(CONTEXT),
     }
     match name:
@@ -210,6 +216,7 @@ def fitting(options: PlanOptions, shapes: dict[str, ModelShape]) -> dict[str, An
         ("training.gradient_checkpointing", "selective"),
         ("training.gradient_checkpointing", "full"),
         ("training.tokens_per_micro_batch", longest),
+        ("rollout.sleep", True),
         ("training.offload", "optimizer"),
         ("training.offload", "all"),
         *(("machine.gpus", gpus * 2**power) for power in range(1, 8)),
@@ -265,9 +272,9 @@ def flops_per_token(shape: ModelShape, sequence: float) -> float:
     return 2 * shape.multiplied + 2 * 2 * shape.layers * shape.query_width * sequence / 2
 
 
-def link_rate(machine: MachineConfig) -> float:
-    """Bytes/s at which a GPU gathers from the others."""
-    is_one_node = machine.gpus <= machine.gpus_per_node
+def link_rate(machine: MachineConfig, gpus: int) -> float:
+    """Bytes/s at which a GPU gathers from so many, or sums with them."""
+    is_one_node = gpus <= machine.gpus_per_node
     return LINK_SHARE * (GPUS[machine.gpu].link if is_one_node else machine.network * 1e9)
 
 
@@ -275,7 +282,11 @@ def pass_seconds(
     options: PlanOptions, shape: ModelShape, rollouts: float, *, updates: bool
 ) -> float:
     """Forward passes over so many rollouts of all GPUs, or forward and backward passes: products
-    and attention, or gathering the weights in each micro-batch, whichever takes longer."""
+    and attention, or gathering the weights in each micro-batch, whichever takes longer.
+
+    Replicas sum gradients after each micro-batch: each GPU sends, and gets, its share of them
+    twice, less what is its own.
+    """
     machine, training = options.machine, options.training
     b = FP32 if training.dtype == "float32" else 2
     sequence = sequence_tokens(options)
@@ -289,15 +300,20 @@ def pass_seconds(
     gathered = b * shape.parameters * (2 if updates else 1)
     if updates:
         gathered += FP32 * shape.parameters
-    moved = micro_batches * gathered * (machine.gpus - 1) / machine.gpus
-    return max(compute, moved / link_rate(machine))
+    replicas, sharers = options.distributed.replicas, options.gpus_per_replica
+    moving = gathered * (sharers - 1) / sharers / link_rate(machine, sharers)
+    if updates and replicas > 1:
+        summed = 2 * FP32 * shape.parameters / sharers * (replicas - 1) / replicas
+        moving += summed / link_rate(machine, machine.gpus)
+    return max(compute, micro_batches * moving)
 
 
 def phases(options: PlanOptions, shapes: dict[str, ModelShape]) -> list[Phase]:
     """The phases of a step in their order; shapes: of the models that the algorithm loads."""
     prompts, written = options.rollout.prompts_per_step, options.rollout.num_generations
     trained = prompts * options.kept * options.training.inner_epochs
-    sync = FP32 * shapes[options.writer].parameters / link_rate(options.machine)
+    rate = link_rate(options.machine, options.gpus_per_replica)
+    sync = FP32 * shapes[options.writer].parameters / rate
     seconds = {
         "rollout": rollout_seconds(options, shapes[options.writer]),
         "score": sum(

@@ -20,7 +20,7 @@ from codistill.output.console import Progress, print_summary
 from codistill.output.curves import plot
 from codistill.output.loggers import Loggers
 from codistill.output.model_card import Cards
-from codistill.output.run_directory import RunDirectory, run_lock
+from codistill.output.run_directory import RunDirectory, check_shared, run_lock
 from codistill.output.summary import summarize
 from codistill.saving import Saver
 from codistill.stopping import STOPPED, StopSignals
@@ -52,6 +52,7 @@ def train(config: Config, signals: StopSignals) -> int:
         failures.forget(folder)
         with phase("loading"):
             device = distributed.start(config.distributed.timeout)
+            check_shared(folder, "output_dir", config.output_dir)
             found = checkpoint.find(folder / CHECKPOINTS)
             console.print("loading models and engine ...")
             trainer = Trainer(config, inputs, device, grader)

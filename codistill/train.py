@@ -47,7 +47,8 @@ def main() -> int:
 
         distributed.leave(run(config, signals))
     except ConfigError as error:
-        distributed.complain(str(error))
+        if distributed.local_rank() == 0:  # another node may have other files, and no mistake
+            distributed.complain(str(error), first_only=False)
         return 2
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from codistill import distributed
 from codistill.batch import TokenBatch
 from codistill.config import Config, require
 from codistill.engine import EngineSpec, HFEngine, RestartingEngine
@@ -53,6 +54,7 @@ class Trainer:
         self.config, self.inputs, self.device, self.grader = config, inputs, device, grader
         self.dtype = DTYPES[config.training.dtype]
         self.total_steps = config.total_steps(len(inputs.problems))
+        self.mesh = distributed.shard_mesh(config.distributed.replicas, device)
         # The engine comes first: vLLM measures free memory while it starts.
         self.engine = RestartingEngine(
             config.rollout.engine,
@@ -93,11 +95,19 @@ class Trainer:
             device=self.device,
             kv_cache_gib=rollout.kv_cache_gib,
             stop=self.inputs.stop,
+            sleeps=rollout.sleep,
         )
 
     def load_policy(self, name: str) -> Policy:
-        path, vocab_size = self.config.model(name).path, len(self.inputs.tokenizer)
-        return load_policy(f"{name}.path", path, self.config.training, vocab_size, self.device)
+        config, vocab_size = self.config, len(self.inputs.tokenizer)
+        return load_policy(
+            f"{name}.path",
+            config.model(name).path,
+            config.training,
+            vocab_size,
+            self.device,
+            mesh=self.mesh,
+        )
 
     def make_learner(self, name: str) -> Learner:
         return Learner(
@@ -125,6 +135,7 @@ class Trainer:
         with metrics.timer("time/step"):
             with metrics.timer("time/rollout"):
                 rollouts = self.generation.rollouts(step, metrics)
+                self.engine.sleep()
             with metrics.timer("time/score"):
                 scored = self.score(step, rollouts, metrics)
             if self.config.training.update_order == "large_first":
@@ -136,6 +147,7 @@ class Trainer:
                 for name in self.learners:
                     self.update(name, step, rollouts, scored, metrics)
             with metrics.timer("time/sync"):
+                self.engine.wake_up()
                 self.engine.sync()
         return self.finish(metrics.reduce()), rollouts, scored
 

@@ -33,6 +33,11 @@ class PlanOptions(Config):
     machine: MachineConfig = Field(MachineConfig(), description="what the run is planned for")
 
     @property
+    def gpus_per_replica(self) -> int:
+        """GPUs that share the weights of a model between them."""
+        return self.machine.gpus // self.distributed.replicas
+
+    @property
     def mean_completion(self) -> float:
         """Tokens of a completion, on average."""
         longest = self.rollout.max_completion_tokens

@@ -96,6 +96,11 @@ class RolloutConfig(Section):
     kv_cache_gib: float = Field(
         4.0, ge=0.001, le=10**4, description="vLLM's KV cache on each process (GiB)"
     )
+    sleep: bool = Field(
+        False,
+        description="on a GPU: the engine leaves its memory while rollouts are scored and models "
+        "trained, with weights on the host and no KV cache (vLLM's sleep level 1)",
+    )
     logp_gap_limit: float | None = Field(
         None,
         gt=0,
@@ -231,6 +236,13 @@ class LogConfig(Section):
 
 
 class DistributedConfig(Section):
+    replicas: int = Field(
+        1,
+        gt=0,
+        description="how often the processes together hold the weights of each model; 1: once, "
+        "each process a share; the number of nodes: each node all, and only gradients cross the "
+        "network between nodes",
+    )
     timeout: float = Field(
         600.0,
         ge=1,
@@ -417,7 +429,11 @@ class Config(CommandOptions):
         return self.training.inner_epochs * self.training.mini_batches
 
     def check_processes(self, world_size: int) -> None:
-        """Raise ConfigError unless prompts divide evenly over processes and mini-batches."""
+        """Raise ConfigError unless prompts divide evenly over processes and mini-batches, and
+        processes over replicas."""
+        replicas = self.distributed.replicas
+        expected = f"a divisor of the {world_size} processes"
+        require(world_size % replicas == 0, "distributed.replicas", replicas, expected)
         prompts, parts = self.rollout.prompts_per_step, self.training.mini_batches
         expected = f"a multiple of the {world_size} processes"
         if parts > 1:

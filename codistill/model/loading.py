@@ -5,6 +5,7 @@ import logging
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -19,9 +20,17 @@ from codistill.model.weights import empty_model, give_memory, read_weights, read
 
 
 def load_policy(
-    key: str, path: str, options: TrainingConfig, vocab_size: int, device: torch.device
+    key: str,
+    path: str,
+    options: TrainingConfig,
+    vocab_size: int,
+    device: torch.device,
+    *,
+    mesh: DeviceMesh | None = None,
 ) -> Policy:
     """A sharded policy, ready to train. Collective; each process reads its own shards.
+
+    mesh: over which it is sharded (`distributed.shard_mesh`); None: over all processes.
 
     Weights that are not in the files as the model has them are read and converted by transformers,
     which takes a whole copy in each process.
@@ -43,8 +52,8 @@ def load_policy(
         )
         lm = load_causal_lm(path, dtype=torch.float32).to(home)
         check_finite(key, path, lm)
-        return prepare(lm, options, vocab_size, device)
-    policy = prepare(lm, options, vocab_size, device)
+        return prepare(lm, options, vocab_size, device, mesh)
+    policy = prepare(lm, options, vocab_size, device, mesh)
     give_memory(policy, weights=home, buffers=device)
     unread: Exception | None = None
     try:

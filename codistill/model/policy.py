@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -253,23 +254,31 @@ def drawn(logits: Tensor, draw: Tensor, temperature: float) -> tuple[Tensor, Ten
 
 
 def shard(
-    policy: Policy, *, dtype: torch.dtype, head_dtype: torch.dtype, offload: OffloadPolicy
+    policy: Policy,
+    *,
+    dtype: torch.dtype,
+    head_dtype: torch.dtype,
+    offload: OffloadPolicy,
+    mesh: DeviceMesh | None,
 ) -> Policy:
-    """Shard over all processes with FSDP2: fp32 weights, layers run in `dtype`, the embedding, the
-    last norm and the head in `head_dtype`.
+    """Shard with FSDP2, over all processes or as `mesh` has it (`distributed.shard_mesh`): fp32
+    weights, layers run in `dtype`, the embedding, the last norm and the head in `head_dtype`.
 
-    Gradients are summed over the processes, not averaged: the losses divide by a global count.
+    Gradients are summed over the processes, replicas included, and not averaged: the losses divide
+    by a global count.
     """
     layers = policy.lm.base_model.layers
     for layer in layers:
         # A norm in float32 of bfloat16 would round again, or be refused: it depends on the model.
         leaves = head_dtype if layer is layers[-1] else None
         precision = MixedPrecisionPolicy(dtype, torch.float32, leaves)
-        fully_shard(layer, mp_policy=precision, offload_policy=offload)
+        fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offload)
     # Inputs stay as they are: those of `policy_loss` are log-probabilities and counts.
     whole = MixedPrecisionPolicy(head_dtype, torch.float32, cast_forward_inputs=False)
     # Head and embedding stay gathered: `head_inputs` returns them.
-    fully_shard(policy, mp_policy=whole, reshard_after_forward=False, offload_policy=offload)
+    fully_shard(
+        policy, mesh=mesh, mp_policy=whole, reshard_after_forward=False, offload_policy=offload
+    )
     for method in ("sample", "head_inputs", "policy_loss"):
         register_fsdp_forward_method(policy, method)
     for module in policy.modules():
@@ -295,9 +304,16 @@ def chosen_attention(
 
 
 def prepare(
-    lm: PreTrainedModel, options: TrainingConfig, vocab_size: int, device: torch.device
+    lm: PreTrainedModel,
+    options: TrainingConfig,
+    vocab_size: int,
+    device: torch.device,
+    mesh: DeviceMesh | None = None,
 ) -> Policy:
-    """A sharded policy of a model on the device, or of one without memory, ready to train."""
+    """A sharded policy of a model on the device, or of one without memory, ready to train.
+
+    mesh: as in `shard`.
+    """
     dtype = DTYPES[options.dtype]
     drop_dropout(lm)
     checkpoint_activations(lm, options.gradient_checkpointing)
@@ -307,7 +323,7 @@ def prepare(
     # Copies to and from pinned memory do not wait for each other; there is none without a GPU.
     host = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     offload = host if options.offload == "all" else OffloadPolicy()
-    return shard(policy.train(), dtype=dtype, head_dtype=head_dtype, offload=offload)
+    return shard(policy.train(), dtype=dtype, head_dtype=head_dtype, offload=offload, mesh=mesh)
 
 
 def checkpoint_activations(lm: PreTrainedModel, which: Checkpointing) -> None:

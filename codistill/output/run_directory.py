@@ -57,6 +57,23 @@ def folder_lock(folder: Path, key: str, value: Path) -> Iterator[None]:
         yield
 
 
+def check_shared(folder: Path, key: str, value: Path) -> None:
+    """Raise ConfigError on all processes unless all see the folder that the first one has locked.
+    Collective.
+
+    key, value: what the user gave for the folder.
+    """
+    try:
+        holder = (folder / LOCK).read_text()
+    except OSError:
+        holder = ""
+    if not distributed.same_everywhere(holder):
+        raise ConfigError(
+            f"{key} = {str(value)!r}: expected a folder that all nodes share: some do not see "
+            f"what the first one writes to {folder}"
+        )
+
+
 def acquire(file: TextIO, folder: Path) -> None:
     """Lock the open file, and write into it who has it; the lock ends with the process.
 
@@ -77,6 +94,7 @@ def acquire(file: TextIO, folder: Path) -> None:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
+    os.fsync(file.fileno())  # other nodes look for it
 
 
 class RunDirectory:

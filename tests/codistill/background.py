@@ -22,13 +22,17 @@ class BackgroundRun:
     Its output is in `output`, both streams in one.
     """
 
-    def __init__(self, settings: dict, folder: Path, processes: int = 2) -> None:
-        self.processes, self.output = processes, folder / "output.txt"
+    def __init__(
+        self, settings: dict, folder: Path, processes: int = 2, node: tuple[str, ...] = ()
+    ) -> None:
+        """node: options of torchrun by which it is one of several."""
+        self.is_alone = processes == 1 and not node
+        self.output = folder / "output.txt"
         self.folder = Path(settings["output_dir"]) / settings["name"]
         (folder / "config.yaml").write_text(yaml.safe_dump(settings))
         launcher = [sys.executable]
-        if processes > 1:
-            launcher = [*TORCHRUN, *OPTIONS, "--nproc-per-node", str(processes)]
+        if not self.is_alone:
+            launcher = [*TORCHRUN, *OPTIONS, *node, "--nproc-per-node", str(processes)]
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
                 [*launcher, "train.py", "--config", str(folder / "config.yaml")],
@@ -54,7 +58,7 @@ class BackgroundRun:
     @property
     def ranks(self) -> list[int]:
         """Ids of the processes that train, by rank."""
-        if self.processes == 1:
+        if self.is_alone:
             return [self.process.pid]
         return sorted(pid for pid in children(self.process.pid) if "train.py" in command(pid))
 

@@ -1,5 +1,9 @@
 """Both engines, for real: what they sample, what they say of it, and what a sync changes."""
 
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from processes import spawn
@@ -7,6 +11,7 @@ from tiny import packed_logps
 from torch.distributed.tensor import DTensor
 
 from codistill import distributed
+from codistill.config import ConfigError
 from codistill.config.schema import TrainingConfig
 from codistill.engine import EngineError, EngineSpec, HFEngine, Sampling, VLLMEngine, make_engine
 from codistill.model.loading import load_policy
@@ -105,3 +110,67 @@ def test_vllm_is_not_started_again(make_trainer, monkeypatch):
     monkeypatch.setattr("codistill.engine.HFEngine", Broken)
     with pytest.raises(EngineError, match="engine vllm failed in generate on rank 0: no memory"):
         make_trainer().step(1)
+
+
+class Recorder:
+    """Writes down the methods that are called, with their keywords, and calls another object's."""
+
+    def __init__(self, calls: list, of: object = None) -> None:
+        self.calls, self.of = calls, of
+
+    def __getattr__(self, name: str):
+        def method(*arguments, **keywords):
+            self.calls.append((name, keywords) if keywords else name)
+            return self.of and getattr(self.of, name)(*arguments, **keywords)
+
+        return method
+
+
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_an_engine_sleeps_from_the_rollouts_to_the_sync(make_trainer, monkeypatch, sleeps):
+    calls: list = []
+    trainer = make_trainer()  # with rollout.sleep it would want a GPU
+    trainer.engine.spec = replace(trainer.engine.spec, sleeps=sleeps)
+    trainer.engine.engine = Recorder(calls, trainer.engine.engine)
+    for name in ("score", "update"):
+        call = getattr(trainer, name)
+        monkeypatch.setattr(trainer, name, lambda *a, f=call, n=name: (calls.append(n), f(*a))[1])
+    trainer.step(1)
+    expected = ["generate", "sleep", "score", "update", "update", "wake_up", "sync"]
+    assert calls == [name for name in expected if sleeps or name not in ("sleep", "wake_up")]
+
+
+def test_how_vllm_sleeps(monkeypatch):
+    calls: list = []
+
+    def llm(**options):
+        assert options["enable_sleep_mode"] is True
+        model = SimpleNamespace(get_vocab_size=lambda: VOCAB)
+        recorder = Recorder(calls)
+        recorder.llm_engine = SimpleNamespace(model_config=model)
+        return recorder
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=llm))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
+    device = torch.device("cuda")
+    spec = EngineSpec("org/model", VOCAB, (END,), 20, torch.bfloat16, device, 0.1, sleeps=True)
+    engine = VLLMEngine(spec)
+    engine.sleep()
+    engine.wake_up()
+    assert calls == [("sleep", {"level": 1}), "empty_cache", "wake_up"]
+
+
+def test_how_hf_sleeps(models, monkeypatch):
+    engine = HFEngine(EngineSpec(str(models["small"]), VOCAB, (END,), 20, torch.float32, CPU, 0.1))
+    gpu = torch.device("cuda", 1)
+    engine.spec = replace(engine.spec, device=gpu)
+    places: list = []
+    monkeypatch.setattr(engine.policy, "to", places.append)
+    engine.sleep()
+    engine.wake_up()
+    assert places == ["cpu", gpu]
+
+
+def test_sleep_without_a_gpu_is_refused(make_trainer):
+    with pytest.raises(ConfigError, match="^rollout.sleep = True: expected false: there is no GPU"):
+        make_trainer({"rollout": {"sleep": True}})

@@ -85,12 +85,14 @@ def test_a_rank_that_stops_or_dies_is_named(settings, tmp_path, number):
 
 
 @pytest.mark.long
-def test_a_process_alone_can_be_reached_from_this_machine_only(settings, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_on_one_node_can_be_reached_from_this_machine_only(settings, tmp_path, processes):
     settings["training"]["steps"] = 500
-    run = BackgroundRun(settings, tmp_path, processes=1)
+    run = BackgroundRun(settings, tmp_path, processes)
     try:
         run.wait_for("step 1/")
-        assert all(address.startswith("0100007F:") for address in listening(run.process.pid))
+        addresses = [address for pid in run.ranks for address in listening(pid)]
+        assert addresses and all(address.startswith("0100007F:") for address in addresses)
     finally:
         run.kill()
 

@@ -238,6 +238,12 @@ class FakeEngine:
             tokens[-1] = END
         return Completion(tokens, (-random.random(len(tokens))).tolist(), length > longest)
 
+    def sleep(self) -> None:
+        pass
+
+    def wake_up(self) -> None:
+        pass
+
     def sync(self):
         pass
 
