@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 STEP = re.compile(r"step_(\d+)")
 METADATA, SUMS = ".metadata", "sha256sums"
+# Frozen weights, under adapters, come from the model's folder.
+ONLY_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class Found(NamedTuple):
@@ -251,6 +254,7 @@ def load(folder: Path, step: int, learners: "list[Learner]") -> None:
             learner.optimizer,
             model_state_dict=loaded["model"],
             optim_state_dict=loaded["optimizer"],
+            options=ONLY_TRAINED,
         )
         learner.release_states()
         load_schedule(learner.schedule, loaded["schedule"])
@@ -263,10 +267,13 @@ def load_weights(folder: Path, step: int, policies: dict[str, nn.Module]) -> Non
     Raises:
         ConfigError: as `load`.
     """
-    states = {name: {"model": get_model_state_dict(policies[name])} for name in policies}
+    states = {
+        name: {"model": get_model_state_dict(policies[name], options=ONLY_TRAINED)}
+        for name in policies
+    }
     read(folder / f"step_{step}", states)
     for name, policy in policies.items():
-        set_model_state_dict(policy, states[name]["model"])
+        set_model_state_dict(policy, states[name]["model"], options=ONLY_TRAINED)
 
 
 def read(path: Path, states: dict[str, dict]) -> None:

@@ -286,10 +286,11 @@ def repack_tied_head(model: torch.nn.Module) -> None:
     """Renew the copy of a tied head that vLLM packs for the CPU.
 
     The stream of weights names a tied matrix once, as the embedding, so vLLM renews that alone and
-    the head would go on with the weights it was loaded with.
+    the head would go on with the weights it was loaded with. Gemma 2 has no such copy: its
+    embedding is the head.
     """
     config = model.config.get_text_config()
-    if getattr(config, "tie_word_embeddings", False):
+    if getattr(config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):
         model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 

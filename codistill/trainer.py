@@ -20,6 +20,7 @@ from codistill.inputs import Inputs
 from codistill.learner import Learner
 from codistill.losses import make_policy_loss
 from codistill.model.loading import load_policy
+from codistill.model.lora import without_adapters
 from codistill.model.policy import DTYPES, Policy, freeze
 from codistill.objective import make_objectives
 from codistill.output.metrics import StepMetrics
@@ -71,7 +72,9 @@ class Trainer:
             expected = f"an estimator of sampled tokens: the lm_head of {name}.path has a bias"
             require(not (exact and policy.has_bias), "kd.estimator", "exact", expected)
         self.references = {
-            name: freeze(self.load_policy(name)) for name in config.trained if config.loss.beta
+            name: freeze(self.load_policy(name))
+            for name in config.trained
+            if config.loss.beta and config.model(name).lora is None
         }
         self.generation = Generation(
             config,
@@ -96,8 +99,9 @@ class Trainer:
         )
 
     def load_policy(self, name: str) -> Policy:
-        path, vocab_size = self.config.model(name).path, len(self.inputs.tokenizer)
-        return load_policy(f"{name}.path", path, self.config.training, vocab_size, self.device)
+        model, vocab_size = self.config.model(name), len(self.inputs.tokenizer)
+        options, key = self.config.training, f"{name}.path"
+        return load_policy(key, model.path, options, vocab_size, self.device, model.lora)
 
     def make_learner(self, name: str) -> Learner:
         return Learner(
@@ -161,7 +165,7 @@ class Trainer:
         parts = [kept[start : start + size] for start in range(0, len(kept), size)]
         mini_batches = [self.batches(rollouts, part) for part in parts]
         batches = list(chain.from_iterable(mini_batches))
-        references = {n: self.logps(p, batches, tokens) for n, p in self.references.items()}
+        references = self.reference_logps(batches, tokens)
         if references:
             check_numbers({f"reference {name}": values for name, values in references.items()})
         scored = Scored(
@@ -205,6 +209,18 @@ class Trainer:
             return None
         small, large = self.policies["small"], self.policies["large"]
         return divergences(small, large, batches, tokens, self.config.logp_temperature)
+
+    def reference_logps(self, batches: Sequence[TokenBatch], tokens: int) -> dict[str, Tensor]:
+        """[tokens] of each model that learns as it was before the first step, for loss.beta: from a
+        copy, or from the model itself with its adapters off."""
+        if not self.config.loss.beta:
+            return {}
+        logps = {}
+        for name, learner in self.learners.items():
+            with without_adapters(learner.policy.lm):
+                reference = self.references.get(name, learner.policy)
+                logps[name] = self.logps(reference, batches, tokens)
+        return logps
 
     def logps(self, policy: Policy, batches: Sequence[TokenBatch], tokens: int) -> Tensor:
         """[tokens] at the temperature of training."""
