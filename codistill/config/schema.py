@@ -39,8 +39,8 @@ class LoraConfig(Section):
     alpha: float = Field(gt=0, le=1e6, description="alpha / rank multiplies B A")
     target_modules: str | list[str] = Field(
         "all-linear",
-        description="adapted layers: a list of names such as [q_proj, v_proj], or all-linear: every "
-        "linear layer but the lm_head",
+        description="adapted layers: a list of names such as [q_proj, v_proj], or all-linear: "
+        "every linear layer but the lm_head",
     )
 
 
