@@ -131,11 +131,14 @@ def without_adapters(lm: nn.Module) -> Iterator[None]:
 
 
 def save_adapter(lm: Any, folder: Path, *, write: bool) -> None:
-    """Save what PeftModel.from_pretrained reads. Collective; the process with `write` writes."""
+    """Save what PeftModel.from_pretrained reads; nothing of a model without adapters.
+
+    Collective: every process must call; the one with `write` writes.
+    """
     weights = {
         PREFIX + name: whole(weight, torch.device("cpu")).contiguous()
         for name, weight in adapter_weights(lm).items()
     }
-    if write:
+    if write and weights:
         lm.peft_config[ADAPTER].save_pretrained(folder)
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})

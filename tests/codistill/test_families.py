@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, SIZES, save_family
+from families import FAMILIES, save_family
 from plain_step import CPU, TEMPERATURE, VOCAB, batch_of, objective, plain_logps, plain_loss
 from processes import spawn
 from tiny import packed_logps
@@ -103,12 +103,14 @@ def test_the_engine_hf_agrees(tmp_path, process_group, family):
     check_engine("hf", str(save_family(tmp_path, family)))
 
 
-def check_vllm(rank: int, path: str) -> None:
+def check_vllm(rank: int, paths: list[str]) -> None:
     distributed.start(timeout=60)
-    check_engine("vllm", path)
+    for path in paths:
+        check_engine("vllm", path)
 
 
-@pytest.mark.parametrize("family", WITH_VLLM)
-def test_vllm_agrees(tmp_path, family):
+def test_vllm_agrees(tmp_path):
+    """In one process, as most of the time is vLLM's start."""
     pytest.importorskip("vllm", reason="vLLM cannot be installed on this machine")
-    spawn(check_vllm, str(save_family(tmp_path, family)), processes=1)
+    paths = [str(save_family(tmp_path / family, family)) for family in WITH_VLLM]
+    spawn(check_vllm, paths, processes=1)
