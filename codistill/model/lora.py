@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from codistill.config import ConfigError, require
 from codistill.config.base import first_line
 from codistill.config.schema import LoraConfig
+from codistill.failures import first_alone
 from codistill.model.shards import local_part, own_part, whole
 
 ADAPTER = "default"  # the name that peft gives to the adapter of a model
@@ -130,15 +131,19 @@ def without_adapters(lm: nn.Module) -> Iterator[None]:
             layer.set_scale(ADAPTER, 1.0)
 
 
-def save_adapter(lm: Any, folder: Path, *, write: bool) -> None:
+def save_adapter(lm: Any, folder: Path) -> None:
     """Save what PeftModel.from_pretrained reads; nothing of a model without adapters.
 
-    Collective: every process must call; the one with `write` writes.
+    Collective: every process must call; the first one writes.
     """
     weights = {
         PREFIX + name: whole(weight, torch.device("cpu")).contiguous()
         for name, weight in adapter_weights(lm).items()
     }
-    if write and weights:
+
+    def write() -> None:
         lm.peft_config[ADAPTER].save_pretrained(folder)
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    if weights:
+        first_alone(write)
