@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from codistill import distributed
+from codistill.config import require
 from codistill.config.schema import EngineKind
 from codistill.downloads import source
 from codistill.failures import RunError
@@ -216,6 +217,7 @@ class VLLMEngine:
             disable_log_stats=True,
             use_tqdm_on_load=False,
         )
+        check_own_model(self.llm.llm_engine.model_config)
         # vLLM's own way to allow some ids only takes the list of them, 150 thousand a request.
         rows = self.llm.llm_engine.model_config.get_vocab_size()
         self.logit_bias = {row: NEVER for row in range(spec.vocab_size, rows)} or None
@@ -280,6 +282,16 @@ class VLLMEngine:
     def close(self) -> None:
         # Left to the end of the process, vLLM would look for process groups that are gone by then.
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def check_own_model(model_config: Any) -> None:
+    """Raise ConfigError for a model that vLLM has no code for.
+
+    It would run the code of transformers, changed in place, which the trainer cannot use any more.
+    """
+    name = model_config.architectures[0]
+    expected = f"hf: this vLLM has no model of its own for {name}"
+    require(not model_config.using_transformers_backend(), "rollout.engine", "vllm", expected)
 
 
 def repack_tied_head(model: torch.nn.Module) -> None:

@@ -8,6 +8,7 @@ from processes import spawn
 from tiny import packed_logps
 
 from codistill import distributed
+from codistill.config import ConfigError
 from codistill.config.schema import OptimizerConfig, TrainingConfig
 from codistill.engine import EngineSpec, Sampling, make_engine
 from codistill.learner import Learner
@@ -103,14 +104,19 @@ def test_the_engine_hf_agrees(tmp_path, process_group, family):
     check_engine("hf", str(save_family(tmp_path, family)))
 
 
-def check_vllm(rank: int, paths: list[str]) -> None:
+def check_vllm(rank: int, paths: list[str], foreign: str) -> None:
     distributed.start(timeout=60)
     for path in paths:
         check_engine("vllm", path)
+    spec = EngineSpec(foreign, VOCAB, (), 20, torch.float32, CPU, kv_cache_gib=0.05)
+    with pytest.raises(
+        ConfigError, match="rollout.engine = 'vllm': expected hf: .* PhiForCausalLM"
+    ):
+        make_engine("vllm", spec)
 
 
 def test_vllm_agrees(tmp_path):
-    """In one process, as most of the time is vLLM's start."""
+    """In one process, as most of the time is vLLM's start. Phi it runs by transformers' code."""
     pytest.importorskip("vllm", reason="vLLM cannot be installed on this machine")
     paths = [str(save_family(tmp_path / family, family)) for family in WITH_VLLM]
-    spawn(check_vllm, paths, processes=1)
+    spawn(check_vllm, paths, str(save_family(tmp_path / "phi", "phi, bias")), processes=1)

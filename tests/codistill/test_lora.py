@@ -1,8 +1,10 @@
 """Adapters: what peft computes, in training, for engines, in checkpoints and exports."""
 
 import json
+import os
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from codistill import checkpoint
+from codistill.commands.export import main as export_again
 from codistill.config import Config, ConfigError
 from codistill.config.schema import LoraConfig, OptimizerConfig, TrainingConfig
 from codistill.learner import Learner
@@ -191,6 +194,10 @@ def test_a_run(settings, train):
         adapted = PeftModel.from_pretrained(base, str(export / f"{name}_adapter"))
         for key, weight in adapted.merge_and_unload().named_parameters():
             assert (weight - merged.get_parameter(key)).abs().max() < 1e-6, key
+    with patch.dict(os.environ):
+        export_again([str(folder), "--output", str(folder / "again")])
+    for file in export.glob("*/*.safetensors"):
+        assert file.read_bytes() == (folder / "again" / file.relative_to(export)).read_bytes()
 
 
 def refused(path: str, **options) -> str:
