@@ -22,7 +22,7 @@ def export_models(policies: dict[str, Policy], tokenizer: Any, folder: Path, car
     first_alone(lambda: shutil.rmtree(unfinished, ignore_errors=True))
     for name, policy in policies.items():
         export(policy, tokenizer, unfinished / name)
-        save_adapter(policy.lm, unfinished / f"{name}_adapter")
+        save_adapter(policy.lm, unfinished / f"{name}_adapter", policy.device)
         first_alone(partial(write_card, cards, name, unfinished / name))
     first_alone(lambda: files.finish_folder(unfinished, folder))
 

@@ -25,6 +25,7 @@ from codistill.failures import first_alone
 from codistill.model.shards import local_part, own_part, whole
 
 ADAPTER = "default"  # the name that peft gives to the adapter of a model
+PARTS = ("lora_A", "lora_B")
 PREFIX = "base_model.model."  # before every name in an adapter's file, as peft has it
 
 
@@ -58,9 +59,9 @@ def add_adapters(lm: PreTrainedModel, key: str, path: str, lora: LoraConfig) -> 
         expected = f"names of linear layers of the model; {first_line(error)}"
         raise ConfigError(f"{key}.target_modules = {targets!r}: expected {expected}") from error
     # An adapter of the head would need [vocabulary, hidden] more memory in every batch.
-    inside = set(lm.base_model.layers.modules())
-    others = [name for name, layer in adapted_layers(lm) if layer not in inside]
-    expected = f"layers of the decoder, found {', '.join(others)}"
+    inside = {m for m in lm.base_model.layers.modules() if isinstance(m, nn.Linear)}
+    others = [name for name, layer in adapted_layers(lm) if layer.base_layer not in inside]
+    expected = f"linear layers of the decoder layers, found {', '.join(others)}"
     require(not others, f"{key}.target_modules", targets, expected)
 
 
@@ -74,16 +75,8 @@ def adapter_weights(lm: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.{part}.weight": getattr(layer, part)[ADAPTER].weight
         for name, layer in adapted_layers(lm)
-        for part in ("lora_A", "lora_B")
+        for part in PARTS
     }
-
-
-def plain_weights(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The model's own weights, by their Hugging Face names."""
-    adapters = set(map(id, adapter_weights(lm).values()))
-    for name, weight in lm.named_parameters():
-        if id(weight) not in adapters:
-            yield plain_name(name), weight
 
 
 def plain_name(name: str) -> str:
@@ -93,14 +86,16 @@ def plain_name(name: str) -> str:
 
 def merged_weights(lm: nn.Module, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """All weights, whole, by Hugging Face name, with adapters added. Collective."""
-    layers = {f"{name}.weight": layer for name, layer in adapted_layers(lm)}
-    for name, parameter in plain_weights(lm):
+    layers = {f"{name}.base_layer.weight": layer for name, layer in adapted_layers(lm)}
+    for name, parameter in lm.named_parameters():
+        if any(f".{part}.{ADAPTER}." in name for part in PARTS):
+            continue
         weight = whole(parameter, device)
         if name in layers:
             layer = layers[name]
-            a, b = (whole(x[ADAPTER].weight, device) for x in (layer.lora_A, layer.lora_B))
+            a, b = (whole(getattr(layer, part)[ADAPTER].weight, device) for part in PARTS)
             weight = weight + layer.scaling[ADAPTER] * (b @ a)
-        yield name, weight
+        yield plain_name(name), weight
 
 
 @torch.no_grad()
@@ -131,14 +126,13 @@ def without_adapters(lm: nn.Module) -> Iterator[None]:
             layer.set_scale(ADAPTER, 1.0)
 
 
-def save_adapter(lm: Any, folder: Path) -> None:
+def save_adapter(lm: Any, folder: Path, device: torch.device) -> None:
     """Save what PeftModel.from_pretrained reads; nothing of a model without adapters.
 
-    Collective: every process must call; the first one writes.
+    device: where weights are gathered. Collective: every process must call; the first one writes.
     """
     weights = {
-        PREFIX + name: whole(weight, torch.device("cpu")).contiguous()
-        for name, weight in adapter_weights(lm).items()
+        PREFIX + name: whole(weight, device).cpu() for name, weight in adapter_weights(lm).items()
     }
 
     def write() -> None:

@@ -29,7 +29,7 @@ from codistill.model.shards import whole
 from codistill.output.metrics import StepMetrics
 from codistill_kernels import PolicyLoss
 
-LORA = LoraConfig(rank=3, alpha=6.0)
+LORA = LoraConfig(rank=3, alpha=6)
 RATE = 1e-2
 
 
@@ -53,7 +53,7 @@ def adapters(policy: Policy) -> dict[str, torch.Tensor]:
 
 
 def saved(policy: Policy, folder: Path) -> str:
-    save_adapter(policy.lm, folder)
+    save_adapter(policy.lm, folder, CPU)
     return str(folder)
 
 
@@ -108,7 +108,7 @@ def test_merged_weights_are_those_of_peft(path, tmp_path, process_group):
         assert (weight - theirs[name]).abs().max() < 1e-6, name
         assert torch.equal(weight, start[name]) != ("_proj.weight" in name), name
     stored = json.loads((Path(adapter) / "adapter_config.json").read_text())
-    assert (stored["r"], stored["lora_alpha"], stored["peft_type"]) == (3, 6.0, "LORA")
+    assert (stored["r"], stored["lora_alpha"], stored["peft_type"]) == (3, 6, "LORA")
 
 
 def sharded_step(rank: int, folder: str, path: str) -> None:
@@ -213,7 +213,7 @@ def test_what_is_refused(path, monkeypatch):
     assert refused(path, target_modules=["k_prj"]).startswith(f"{key}k_prj']: expected names of li")
     for layer in ("lm_head", "embed_tokens"):
         line = refused(path, target_modules=["q_proj", layer])
-        assert line.startswith(f"{key}q_proj', '{layer}']: expected layers of the decoder, found")
+        assert line.startswith(f"{key}q_proj', '{layer}']: expected linear layers of the decoder")
     line = refused(path, target_modules=["input_layernorm"])
     assert line.startswith(f"{key}input_layernorm']: expected names of linear layers")
     monkeypatch.setitem(sys.modules, "peft", None)
@@ -224,5 +224,5 @@ def test_what_is_refused(path, monkeypatch):
 
 def test_a_teacher_has_no_adapters(settings):
     changes = {"algorithm": "kdrl", "large": {"lora": {"rank": 2, "alpha": 4}}}
-    with pytest.raises(ValueError, match="large.lora = .*: expected no value: algorithm kdrl does"):
+    with pytest.raises(ValueError, match="large.lora.rank = 2: expected no value: algorithm k"):
         Config(**merged(settings, changes))
