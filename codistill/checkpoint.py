@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 STEP = re.compile(r"step_(\d+)")
 METADATA, SUMS = ".metadata", "sha256sums"
+WITHOUT_FROZEN = StateDictOptions(strict=False)
 
 
 class Found(NamedTuple):
@@ -251,6 +253,7 @@ def load(folder: Path, step: int, learners: "list[Learner]") -> None:
             learner.optimizer,
             model_state_dict=loaded["model"],
             optim_state_dict=loaded["optimizer"],
+            options=WITHOUT_FROZEN,
         )
         learner.release_states()
         load_schedule(learner.schedule, loaded["schedule"])
@@ -263,10 +266,13 @@ def load_weights(folder: Path, step: int, policies: dict[str, nn.Module]) -> Non
     Raises:
         ConfigError: as `load`.
     """
-    states = {name: {"model": get_model_state_dict(policies[name])} for name in policies}
+    states = {
+        name: {"model": without_frozen(policy, get_model_state_dict(policy))}
+        for name, policy in policies.items()
+    }
     read(folder / f"step_{step}", states)
     for name, policy in policies.items():
-        set_model_state_dict(policy, states[name]["model"])
+        set_model_state_dict(policy, states[name]["model"], options=WITHOUT_FROZEN)
 
 
 def read(path: Path, states: dict[str, dict]) -> None:
@@ -293,9 +299,16 @@ def states_of(learners: "list[Learner]") -> dict[str, dict]:
     for learner in learners:
         model, optimizer = get_state_dict(learner.policy, learner.optimizer)
         states[learner.name] = {
-            "model": model,
+            "model": without_frozen(learner.policy, model),
             "optimizer": optimizer,
             "schedule": learner.schedule.state_dict(),
             "skipped_in_a_row": learner.skipped_in_a_row,
         }
     return states
+
+
+def without_frozen(policy: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
+    """The weights by name, less those that are not trained: they are in the model's folder."""
+    named = policy.named_parameters(remove_duplicate=False)  # a tied weight has two names
+    frozen = {name for name, weight in named if not weight.requires_grad}
+    return {name: weight for name, weight in weights.items() if name not in frozen}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from codistill import distributed
+from codistill.config import require
 from codistill.config.schema import EngineKind
 from codistill.downloads import source
 from codistill.failures import RunError
@@ -235,6 +236,7 @@ class VLLMEngine:
             disable_log_stats=True,
             use_tqdm_on_load=False,
         )
+        check_own_model(self.llm.llm_engine.model_config)
         # vLLM's own way to allow some ids only takes the list of them, 150 thousand a request.
         rows = self.llm.llm_engine.model_config.get_vocab_size()
         self.logit_bias = {row: NEVER for row in range(spec.vocab_size, rows)} or None
@@ -309,14 +311,25 @@ class VLLMEngine:
         self.llm.llm_engine.engine_core.shutdown()
 
 
+def check_own_model(model_config: Any) -> None:
+    """Raise ConfigError for a model that vLLM has no code for.
+
+    It would run the code of transformers, changed in place, which the trainer cannot use any more.
+    """
+    name = model_config.architectures[0]
+    expected = f"hf: this vLLM has no model of its own for {name}"
+    require(not model_config.using_transformers_backend(), "rollout.engine", "vllm", expected)
+
+
 def repack_tied_head(model: torch.nn.Module) -> None:
     """Renew the copy of a tied head that vLLM packs for the CPU.
 
     The stream of weights names a tied matrix once, as the embedding, so vLLM renews that alone and
-    the head would go on with the weights it was loaded with.
+    the head would go on with the weights it was loaded with. Gemma 2 has no such copy: its
+    embedding is the head.
     """
     config = model.config.get_text_config()
-    if getattr(config, "tie_word_embeddings", False):
+    if getattr(config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):
         model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 

@@ -83,7 +83,8 @@ def load_inputs(config: Config) -> Inputs:
     check_models(config)
     tokenizer = load_tokenizers(config)
     for name in config.loaded:
-        check_trainable(f"{name}.path", config.model(name).path, len(tokenizer))
+        model = config.model(name)
+        check_trainable(f"{name}.path", model.path, len(tokenizer), model.lora)
     ends = end_token_ids(f"{config.writer}.path", config.model(config.writer).path, tokenizer)
     limit = config.rollout.max_prompt_tokens
     with make_grader(config) as grader:

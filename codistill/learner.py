@@ -45,8 +45,9 @@ class Learner:
         self.skipped_in_a_row = 0
         self.flops_per_token = training_flops(policy.lm)
         self.max_grad_norm = config.max_grad_norm
+        self.parameters = [weight for weight in policy.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            policy.parameters(), lr=learning_rate, weight_decay=config.weight_decay
+            self.parameters, lr=learning_rate, weight_decay=config.weight_decay
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda n: learning_rate_factor(n, total_steps * optimizer_steps, config)
@@ -100,7 +101,7 @@ class Learner:
         A gradient that is not finite is dropped alone: weights, optimizer state and schedule stay
         as they are, and `skipped_in_a_row` counts it.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         is_finite = bool(torch.isfinite(norm))  # on all processes alike
         metrics.maximum(f"learning_rate/{self.name}", self.schedule.get_last_lr()[0])

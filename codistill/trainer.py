@@ -21,6 +21,7 @@ from codistill.inputs import Inputs
 from codistill.learner import Learner
 from codistill.losses import make_policy_loss
 from codistill.model.loading import load_policy
+from codistill.model.lora import without_adapters
 from codistill.model.policy import DTYPES, Policy, freeze
 from codistill.objective import make_objectives
 from codistill.output.metrics import StepMetrics
@@ -73,7 +74,9 @@ class Trainer:
             expected = f"an estimator of sampled tokens: the lm_head of {name}.path has a bias"
             require(not (exact and policy.has_bias), "kd.estimator", "exact", expected)
         self.references = {
-            name: freeze(self.load_policy(name)) for name in config.trained if config.loss.beta
+            name: freeze(self.load_policy(name))
+            for name in config.trained
+            if config.loss.beta and config.model(name).lora is None
         }
         self.generation = Generation(
             config,
@@ -99,13 +102,14 @@ class Trainer:
         )
 
     def load_policy(self, name: str) -> Policy:
-        config, vocab_size = self.config, len(self.inputs.tokenizer)
+        model, vocab_size = self.config.model(name), len(self.inputs.tokenizer)
         return load_policy(
             f"{name}.path",
-            config.model(name).path,
-            config.training,
+            model.path,
+            self.config.training,
             vocab_size,
             self.device,
+            lora=model.lora,
             mesh=self.mesh,
         )
 
@@ -173,7 +177,7 @@ class Trainer:
         parts = [kept[start : start + size] for start in range(0, len(kept), size)]
         mini_batches = [self.batches(rollouts, part) for part in parts]
         batches = list(chain.from_iterable(mini_batches))
-        references = {n: self.logps(p, batches, tokens) for n, p in self.references.items()}
+        references = self.reference_logps(batches, tokens)
         if references:
             check_numbers({f"reference {name}": values for name, values in references.items()})
         scored = Scored(
@@ -217,6 +221,18 @@ class Trainer:
             return None
         small, large = self.policies["small"], self.policies["large"]
         return divergences(small, large, batches, tokens, self.config.logp_temperature)
+
+    def reference_logps(self, batches: Sequence[TokenBatch], tokens: int) -> dict[str, Tensor]:
+        """[tokens] of each model that learns as it was before the first step, for loss.beta: from a
+        copy, or from the model itself with its adapters off."""
+        if not self.config.loss.beta:
+            return {}
+        logps = {}
+        for name, learner in self.learners.items():
+            with without_adapters(learner.policy.lm):
+                reference = self.references.get(name, learner.policy)
+                logps[name] = self.logps(reference, batches, tokens)
+        return logps
 
     def logps(self, policy: Policy, batches: Sequence[TokenBatch], tokens: int) -> Tensor:
         """[tokens] at the temperature of training."""

@@ -105,7 +105,7 @@ def test_extras(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
         metadata = message_from_bytes(archive.read(name))
-    extras = set("train log vllm vllm-cpu bench bench-hopper dev docs".split())
+    extras = set("train log lora vllm vllm-cpu bench bench-hopper dev docs".split())
     assert set(metadata.get_all("Provides-Extra")) == extras
     required = metadata.get_all("Requires-Dist")
     names = {re.match(r"[\w-]+", line)[0] for line in required if "extra" not in line}

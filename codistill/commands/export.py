@@ -116,12 +116,16 @@ def load_policies(config: Config, num_tokens: int) -> dict:
     import torch
 
     from codistill.model.loading import load_causal_lm
+    from codistill.model.lora import add_adapters
     from codistill.model.policy import Policy
     from codistill.model.pretrained import find_model
 
     policies = {}
     for name in config.trained:
-        path = config.model(name).path
-        find_model(f"{name}.path", path)
-        policies[name] = Policy(load_causal_lm(path, dtype=torch.float32), vocab_size=num_tokens)
+        key, model = f"{name}.path", config.model(name)
+        find_model(key, model.path)
+        lm = load_causal_lm(model.path, dtype=torch.float32)
+        if model.lora is not None:
+            add_adapters(lm, key, model.path, model.lora)
+        policies[name] = Policy(lm, vocab_size=num_tokens)
     return policies

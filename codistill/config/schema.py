@@ -34,12 +34,25 @@ LoggerKind = Literal["tensorboard", "wandb", "trackio"]
 Checkpointing = Literal["none", "selective", "full"]
 
 
+class LoraConfig(Section):
+    rank: int = Field(gt=0, le=10**4, description="rows of A, columns of B")
+    alpha: int = Field(gt=0, le=10**6, description="alpha / rank multiplies B A")
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="adapted layers: a list of names such as [q_proj, v_proj], or all-linear: "
+        "every linear layer but the lm_head",
+    )
+
+
 class ModelConfig(Section):
     path: UserPathOrName = Field(
         description="folder or Hub name of a Hugging Face causal language model"
     )
     learning_rate: float = Field(
         5e-6, gt=0, le=1e3, description="peak learning rate (Table 3: 5e-6)"
+    )
+    lora: LoraConfig | None = Field(
+        None, description="train adapters of low rank instead of the weights"
     )
 
 
@@ -475,6 +488,10 @@ def check_hint(config: Config) -> None:
 
 def check_models_learn(config: Config) -> None:
     """Raise ConfigError for a key about the learning of a model that does not learn."""
+    for name in set(config.loaded) - set(config.trained):
+        lora = config.model(name).lora
+        expected = f"no value: algorithm {config.algorithm} does not train the {name} model"
+        require(lora is None, f"{name}.lora.rank", lora and lora.rank, expected)
     loss, order = config.loss, config.training.update_order
     for key in ("large_dual_clip", "large_log_ratio_clamp"):
         value = getattr(loss, key)

@@ -12,7 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from codistill.batch import Ragged, TokenBatch
 from codistill.config import ConfigError, require
 from codistill.config.base import first_line
+from codistill.config.schema import LoraConfig
 from codistill.downloads import check_model_folder, source
+from codistill.model.lora import add_adapters
 from codistill.model.policy import Policy
 from codistill.model.pretrained import meta_model
 from codistill_kernels.integrations.transformers import linear_head
@@ -22,9 +24,10 @@ TOKENS = 64  # rows of a stand-in's embedding and head: more than `gap_to_defini
 LAYERS = 2  # of a stand-in whose configuration does not say that layers differ
 
 
-def check_trainable(key: str, path: str, num_tokens: int) -> None:
+def check_trainable(key: str, path: str, num_tokens: int, lora: LoraConfig | None = None) -> None:
     """Raise ConfigError under configuration key `key` unless the model, as its config.json has it,
-    can be trained, has the shapes of its weights, and a row for each of the tokens.
+    can be trained, has the shapes of its weights, a row for each of the tokens, and the layers that
+    adapters are wanted for.
 
     Nothing is computed and no weight is loaded.
     """
@@ -37,8 +40,14 @@ def check_trainable(key: str, path: str, num_tokens: int) -> None:
     rows = len(linear_head(lm)["lm_head_weight"])
     expected = f"a row for each of the tokenizer's {num_tokens} tokens; there are {rows}"
     require(num_tokens <= rows, key, path, expected)
-    if not Path(source(path)).is_dir():
-        return
+    if Path(source(path)).is_dir():
+        check_shapes(key, path, lm)
+    if lora is not None:
+        add_adapters(lm, key, path, lora)
+
+
+def check_shapes(key: str, path: str, lm: PreTrainedModel) -> None:
+    """Raise ConfigError unless the weights in the folder have the shapes of the model's."""
     shapes = check_model_folder(key, Path(source(path)))
     for name, weight in lm.state_dict().items():
         shape, found = tuple(weight.shape), shapes.get(name, tuple(weight.shape))

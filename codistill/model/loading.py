@@ -4,18 +4,19 @@ import logging
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from codistill import distributed
 from codistill.config import ConfigError, require
 from codistill.config.base import first_line
-from codistill.config.schema import TrainingConfig
+from codistill.config.schema import LoraConfig, TrainingConfig
 from codistill.downloads import source
 from codistill.model.definition import check_definition
+from codistill.model.lora import add_adapters, start_adapters
 from codistill.model.policy import Policy, prepare
+from codistill.model.shards import local_part
 from codistill.model.weights import empty_model, give_memory, read_weights, readable_files
 
 
@@ -26,11 +27,13 @@ def load_policy(
     vocab_size: int,
     device: torch.device,
     *,
+    lora: LoraConfig | None = None,
     mesh: DeviceMesh | None = None,
 ) -> Policy:
     """A sharded policy, ready to train. Collective; each process reads its own shards.
 
-    mesh: over which it is sharded (`distributed.shard_mesh`); None: over all processes.
+    lora: train only adapters. mesh: over which the policy is sharded (`distributed.shard_mesh`);
+    None: over all processes.
 
     Weights that are not in the files as the model has them are read and converted by transformers,
     which takes a whole copy in each process.
@@ -52,8 +55,12 @@ def load_policy(
         )
         lm = load_causal_lm(path, dtype=torch.float32).to(home)
         check_finite(key, path, lm)
-        return prepare(lm, options, vocab_size, device, mesh)
+    if lora is not None:
+        add_adapters(lm, key, path, lora)
     policy = prepare(lm, options, vocab_size, device, mesh)
+    if files is None:
+        start_adapters(policy.lm)
+        return policy
     give_memory(policy, weights=home, buffers=device)
     unread: Exception | None = None
     try:
@@ -63,6 +70,7 @@ def load_policy(
     reason = distributed.first_error(unread)
     if reason is not None:
         raise ConfigError(f"{key} = {path!r}: {reason}") from unread
+    start_adapters(policy.lm)
     check_finite(key, path, policy.lm)
     return policy
 
@@ -72,16 +80,12 @@ def check_finite(key: str, path: str, lm: nn.Module) -> None:
 
     Rows of tokens that no prompt has count too: a rollout may have them in a later step.
     """
-    wrong = [n for n, weight in lm.named_parameters() if not local(weight).isfinite().all()]
+    wrong = [
+        n for n, weight in lm.named_parameters() if not local_part(weight.detach()).isfinite().all()
+    ]
     found = distributed.first_error(ValueError(wrong[0]) if wrong else None)
     name = "" if found is None else found.partition(": ")[2]
     require(found is None, key, path, f"weights that are finite; {name} has a NaN or an infinity")
-
-
-def local(weight: Tensor) -> Tensor:
-    """This process's part of a weight."""
-    weight = weight.detach()
-    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def load_causal_lm(path: str, *, dtype: torch.dtype) -> PreTrainedModel:

@@ -38,6 +38,7 @@ from codistill.config import require
 from codistill.config.schema import Checkpointing, TrainingConfig
 from codistill.distributed import is_first
 from codistill.failures import first_alone
+from codistill.model.lora import merged_weights
 from codistill.texts import StopStrings
 from codistill_kernels import linear_logps, linear_policy_loss
 from codistill_kernels.integrations.transformers import linear_head
@@ -232,11 +233,10 @@ class Policy(nn.Module):
             self.reshard()
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """All weights by Hugging Face name, gathered one by one: every process must iterate."""
+        """All weights by Hugging Face name, adapters merged into them, gathered one by one: every
+        process must iterate."""
         self.release()  # what a forward pass leaves behind is rounded to its dtype
-        for name, parameter in self.lm.named_parameters():
-            weight = parameter.detach().to(self.device)
-            yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+        yield from merged_weights(self.lm, self.device)
 
 
 def drawn(logits: Tensor, draw: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

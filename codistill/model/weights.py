@@ -12,13 +12,13 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from codistill.config import require
 from codistill.downloads import INDEX, SINGLE, source, weight_files
+from codistill.model.lora import plain_name
 from codistill.model.policy import Policy
+from codistill.model.shards import local_part, own_part
 
 Files = dict[str, Path]
 """Name of a weight -> the file that holds it."""
@@ -112,8 +112,9 @@ def read_weights(lm: PreTrainedModel, files: Files) -> None:
         ValueError: two weights are one in config.json, and different in the files.
     """
     twins = dict(tied_names(lm))
-    for name, weight in lm.state_dict(keep_vars=True).items():
-        if name not in files:  # the second name of a weight
+    for inner_name, weight in lm.state_dict(keep_vars=True).items():
+        name = plain_name(inner_name)
+        if name not in files:  # the second name of a weight, or an adapter's
             continue
         part = local_part(weight)
         with safe_open(files[name], framework="pt") as file:
@@ -123,17 +124,6 @@ def read_weights(lm: PreTrainedModel, files: Files) -> None:
                 raise ValueError(f"config.json ties {name} and {twins[name]}, the files do not")
 
 
-def local_part(weight: Tensor) -> Tensor:
-    """What this process holds of a weight: memory that is shared with it."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
-
-
 def read_part(file: safe_open, name: str, weight: Tensor) -> Tensor:
     """This process's part of a weight, from a safetensors file."""
-    if not isinstance(weight, DTensor):
-        return file.get_tensor(name)
-    shape, offset = compute_local_shape_and_global_offset(
-        weight.shape, weight.device_mesh, weight.placements
-    )
-    parts = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-    return file.get_slice(name)[parts]
+    return file.get_slice(name)[own_part(weight)]

@@ -16,13 +16,15 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def training_flops(model: nn.Module) -> int:
-    """Operations per token of a forward and backward pass: 6 for each weight that multiplies.
+    """Operations per token of a forward and backward pass: 6 for each weight that multiplies, 4 for
+    one that is frozen, as it needs no gradient of its own.
 
     The embedding only looks up, unless it is the head too. Attention is not counted, nor what
     gradient checkpointing computes again.
     """
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding.weight is not head.weight:
-        parameters -= embedding.weight.numel()
-    return 6 * parameters
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return sum(
+        (6 if weight.requires_grad else 4) * weight.numel()
+        for weight in model.parameters()
+        if weight is head or weight is not embedding
+    )

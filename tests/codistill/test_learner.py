@@ -7,20 +7,17 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from plain_step import CPU, TEMPERATURE, VOCAB, batch_of, objective, plain_loss
 from processes import spawn
 from torch.distributed.tensor import DTensor
 
 from codistill import checkpoint, distributed
-from codistill.batch import Ragged, TokenBatch
 from codistill.config.schema import OptimizerConfig, TrainingConfig
 from codistill.learner import Learner
 from codistill.model.loading import load_causal_lm, load_policy
-from codistill.objective import Objective
 from codistill.output.metrics import StepMetrics
-from codistill_kernels import PolicyLoss, reference
+from codistill_kernels import PolicyLoss
 
-CPU = torch.device("cpu")
-VOCAB, ROLLOUTS, NORMALIZER, TEMPERATURE = 18, 8, 50.0, 0.9
 CUTS = {
     1: [[[0, 1, 2, 3], [4, 5, 6, 7]]],
     2: [[[0, 2, 4], [6], []], [[1, 3], [], [5, 7]]],
@@ -38,29 +35,6 @@ class Layout(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.processes}_processes_{self.replicas}_replicas"
-
-
-def rollouts() -> tuple[list, list, list[torch.Tensor], torch.Tensor]:
-    """Prompts, completions, old log-probabilities and advantages; lengths from 1 to 8."""
-    generator = torch.Generator().manual_seed(0)
-    prompts, completions, old = [], [], []
-    for row in range(ROLLOUTS):
-        prompts.append(torch.randint(2, VOCAB, (2 + row % 3,), generator=generator).tolist())
-        completions.append(torch.randint(0, VOCAB, (row + 1,), generator=generator).tolist())
-        old.append(-4 * torch.rand(row + 1, generator=generator))
-    return prompts, completions, old, torch.randn(ROLLOUTS, generator=generator)
-
-
-def objective() -> Objective:
-    _, _, old, advantages = rollouts()
-    old_logps = torch.cat(old)
-    return Objective(old_logps, advantages, torch.ones_like(old_logps).bool(), NORMALIZER)
-
-
-def batch_of(rows: list[int]) -> TokenBatch:
-    """The longest rollout comes first."""
-    prompts, completions, *_ = rollouts()
-    return TokenBatch.build(Ragged.of(prompts), Ragged.of(completions), rows[::-1], CPU)
 
 
 def start(rank: int, folder: str, path: str, layout: Layout, loss: PolicyLoss) -> Learner:
@@ -118,19 +92,10 @@ def unequal_batches(rank: int, folder: str, path: str) -> None:
 
 
 def plain_gradients(path: str) -> tuple[dict[str, torch.Tensor], float]:
-    """Whole logits, one sequence at a time, the loss of the reference."""
     lm = load_causal_lm(path, dtype=torch.float64)
-    prompts, completions, old, advantages = rollouts()
-    total = torch.zeros((), dtype=torch.float64)
-    for row in range(ROLLOUTS):
-        ids = torch.tensor([prompts[row] + completions[row]])
-        logits = lm(input_ids=ids).logits[0, len(prompts[row]) - 1 : -1, :VOCAB] / TEMPERATURE
-        targets = torch.tensor(completions[row])[:, None]
-        logps = logits.log_softmax(-1).gather(1, targets).squeeze(1)
-        per_token = advantages[row].double().expand(len(logps))
-        total = total + reference.policy_loss(logps, old[row], per_token, normalizer=NORMALIZER)
-    total.backward()
-    return {name: parameter.grad for name, parameter in lm.named_parameters()}, total.item()
+    loss = plain_loss(lm)
+    loss.backward()
+    return {name: parameter.grad for name, parameter in lm.named_parameters()}, loss.item()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from families import FAMILIES, SIZES, save_family
 from processes import spawn
 from safetensors.torch import load_file, save_file
 
@@ -19,51 +20,6 @@ from codistill.model.policy import Policy
 
 CPU = torch.device("cpu")
 OPTIONS = TrainingConfig(dtype="float32")
-SIZES = dict(
-    vocab_size=37,  # no two processes have as many rows
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    initializer_range=0.3,
-    pad_token_id=0,
-)
-FAMILIES = {
-    "qwen2, tied": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
-    "qwen3": (transformers.Qwen3Config, {"head_dim": 16}),
-    "llama, scaled rope": (
-        transformers.LlamaConfig,
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 1e4,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 16,
-            }
-        },
-    ),
-    "mistral": (transformers.MistralConfig, {"sliding_window": 8}),
-    "gemma2": (transformers.Gemma2Config, {"head_dim": 16, "sliding_window": 8}),
-    "gemma3": (transformers.Gemma3TextConfig, {"head_dim": 16, "sliding_window": 8}),
-    "granite": (transformers.GraniteConfig, {"logits_scaling": 8.0}),
-    "cohere": (transformers.CohereConfig, {"logit_scale": 0.25}),
-    "phi, bias": (transformers.PhiConfig, {}),
-}
-
-
-def save(folder: Path, family: str, dtype: torch.dtype = torch.float32, **options) -> Path:
-    """A random model of a family, none of whose weights is zero or one throughout."""
-    config_class, settings = FAMILIES[family]
-    torch.manual_seed(1)
-    lm = transformers.AutoModelForCausalLM.from_config(config_class(**SIZES | settings))
-    with torch.no_grad():
-        for weight in lm.parameters():
-            weight.add_(0.1 * torch.randn_like(weight))
-    lm.to(dtype).save_pretrained(folder, **options)
-    return folder
 
 
 def load(path: Path, options: TrainingConfig = OPTIONS):
@@ -91,7 +47,7 @@ def assert_loaded(path: Path, options: TrainingConfig = OPTIONS) -> Policy:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(tmp_path, process_group, monkeypatch, family):
     """Read directly, buffers as well as weights."""
-    path = save(tmp_path, family)
+    path = save_family(tmp_path, family)
     whole = load_causal_lm
     monkeypatch.setattr("codistill.model.loading.load_causal_lm", None)
     monkeypatch.setitem(globals(), "load_causal_lm", whole)
@@ -100,7 +56,7 @@ def test_families(tmp_path, process_group, monkeypatch, family):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_several_files_of_another_dtype(tmp_path, process_group, dtype):
-    path = save(tmp_path, "qwen3", dtype, max_shard_size="10KB")
+    path = save_family(tmp_path, "qwen3", dtype, max_shard_size="10KB")
     assert len(list(path.glob("*.safetensors"))) > 2
     assert_loaded(path)
 
@@ -114,7 +70,7 @@ def edit(path: Path, change) -> None:
 
 def test_a_tied_weight_may_have_both_names(tmp_path, process_group):
     """But with the same numbers."""
-    path = save(tmp_path, "qwen2, tied")
+    path = save_family(tmp_path, "qwen2, tied")
     name = "model.embed_tokens.weight"
     edit(path, lambda weights: weights.update({"lm_head.weight": weights[name].clone()}))
     assert_loaded(path)
@@ -125,7 +81,7 @@ def test_a_tied_weight_may_have_both_names(tmp_path, process_group):
 
 def test_weights_that_the_model_has_not(tmp_path, process_group):
     """Left out silently, a model whose config.json has too few layers would be trained."""
-    path = save(tmp_path, "qwen3")
+    path = save_family(tmp_path, "qwen3")
     config = json.loads((path / "config.json").read_text())
     config |= {"num_hidden_layers": 1, "layer_types": config["layer_types"][:1]}
     (path / "config.json").write_text(json.dumps(config))
@@ -134,7 +90,7 @@ def test_weights_that_the_model_has_not(tmp_path, process_group):
 
 
 def test_old_buffers_in_a_file_are_no_weights(tmp_path, process_group):
-    path = save(tmp_path, "llama, scaled rope")
+    path = save_family(tmp_path, "llama 3, scaled rope")
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit(path, lambda weights: weights.update({name: torch.ones(8)}))
     assert_loaded(path)
@@ -142,7 +98,7 @@ def test_old_buffers_in_a_file_are_no_weights(tmp_path, process_group):
 
 def test_names_that_transformers_converts(tmp_path, process_group, caplog):
     """A file of the model without its head has no prefix; that it is read whole is said."""
-    path = save(tmp_path, "qwen2, tied")
+    path = save_family(tmp_path, "qwen2, tied")
 
     def without_prefix(weights: dict) -> None:
         for name in list(weights):
@@ -155,7 +111,7 @@ def test_names_that_transformers_converts(tmp_path, process_group, caplog):
 
 
 def test_missing_weights(tmp_path, process_group):
-    path = save(tmp_path, "qwen3")
+    path = save_family(tmp_path, "qwen3")
     edit(path, lambda weights: weights.pop("model.norm.weight"))
     with pytest.raises(ConfigError, match="1 are missing: model.norm.weight"):
         load(path)
@@ -198,7 +154,9 @@ def check_two_processes(rank: int, folder: str, paths: list[str], big: str) -> N
 
 def test_two_processes_hold_one_copy(tmp_path):
     """At their peaks, together; each weight is whole again when it is gathered."""
-    paths = [save(tmp_path / family, family) for family in ("qwen2, tied", "gemma3", "phi, bias")]
+    paths = [
+        save_family(tmp_path / family, family) for family in ("qwen2, tied", "gemma3", "phi, bias")
+    ]
     sizes = SIZES | dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
     big = transformers.Qwen2Config(**sizes | {"vocab_size": 8192})
     transformers.Qwen2ForCausalLM(big).save_pretrained(tmp_path / "big")
