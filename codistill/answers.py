@@ -61,8 +61,10 @@ SPELLINGS = [
     for pattern, replacement in (
         (r"√\s*(\d+|[A-Za-z])", r"\\sqrt{\1}"),
         (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"\\!\s*", ""),
-        (r"\\(?:[,;:> ]|q?quad(?![A-Za-z])|thinspace|displaystyle|limits(?![A-Za-z]))|~", " "),
+        # Two backslashes end a row of a matrix.
+        (r"(?<!\\)\\!\s*", ""),
+        (r"(?<!\\)\\(?:[,;:> ]|q?quad(?![A-Za-z])|thinspace|displaystyle)|~", " "),
+        (r"\\limits(?![A-Za-z])", " "),
         (r"\\m?(?:left|right)\.", ""),
         (r"\\m?(?:left|right)(?![A-Za-z])", ""),
         (r"\\[bB]igg?[lrm]?(?![A-Za-z])", ""),

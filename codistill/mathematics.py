@@ -48,7 +48,16 @@ def read(text: str) -> Any:
     )
     boxed = f"\\boxed{{{exact_decimals(text)}}}"
     found = parse(boxed, [whole], fallback_mode="no_fallback", **OPTIONS)
-    return found[0] if found and not found[0].has(nan, zoo) else None
+    return with_named_derivatives(found[0]) if found and not found[0].has(nan, zoo) else None
+
+
+def with_named_derivatives(formula: Any) -> Any:
+    """Each derivative as a symbol: sympy would find that dx/dt is 0, as x does not name t."""
+    from sympy import Derivative, Symbol
+
+    if not formula.has(Derivative):
+        return formula
+    return formula.xreplace({part: Symbol(str(part)) for part in formula.atoms(Derivative)})
 
 
 def is_balanced(text: str) -> bool:
@@ -194,7 +203,8 @@ def values(expression: Any, partner: Any) -> Iterator[Any]:
         places = {}
         for number, symbol in enumerate(symbols):
             place = Rational(7 * probe + 5 * number + 3, 11 + 2 * number)
-            if counting:
-                place = Integer(probe + 7 + 3 * number)
+            if counting:  # in either order, as the factorial of one less another is often none
+                order = number if probe % 2 else len(symbols) - 1 - number
+                place = Integer(probe + 7 + 3 * order)
             places[symbol] = -place if signed and probe % 2 else place
         yield expression.subs(places).evalf(DIGITS)
