@@ -16,7 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch.distributed.device_mesh import DeviceMesh
 
-from codistill.config.schema import Checkpointing, LoraConfig, TrainingConfig
+from codistill.config.machinery import Checkpointing, LoraConfig, TrainingConfig
 from codistill.model.policy import Policy, prepare
 
 BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and two Adam moments

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from codistill import distributed
 from codistill.config import require
-from codistill.config.schema import EngineKind
+from codistill.config.machinery import EngineKind
 from codistill.downloads import source
 from codistill.failures import RunError
 from codistill.model.loading import load_causal_lm

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from codistill import distributed
 from codistill.batch import TokenBatch
-from codistill.config.schema import OptimizerConfig
+from codistill.config.machinery import OptimizerConfig
 from codistill.model.policy import Policy
 from codistill.objective import Objective
 from codistill.output.metrics import StepMetrics

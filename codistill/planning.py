@@ -12,8 +12,8 @@ from typing import Any, assert_never
 
 import torch
 
-from codistill.config.machine import MachineConfig, PlanOptions
-from codistill.config.schema import Checkpointing
+from codistill.config.machinery import Checkpointing
+from codistill.config.plan import MachineConfig, PlanOptions
 from codistill.model.shape import ModelShape
 from codistill_kernels._linear import slab_sizes
 

@@ -6,7 +6,7 @@ Memory and time of each phase of a step on each GPU, by formulas, and what makes
 from typing import Any
 
 from codistill.config import load_config
-from codistill.config.machine import PlanOptions
+from codistill.config.plan import PlanOptions
 
 
 def main(arguments: list[str]) -> None:

@@ -8,7 +8,7 @@ from pydantic_settings import SettingsConfigDict
 
 from codistill.config.base import CommandOptions, UserPath, UserPathOrName, expanded, require
 from codistill.config.data import SET_NAMES, PromptConfig, is_set_name
-from codistill.config.schema import EngineKind, StopString
+from codistill.config.machinery import EngineKind, StopString
 
 
 class EvalOptions(PromptConfig, CommandOptions):

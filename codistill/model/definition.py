@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from codistill.batch import Ragged, TokenBatch
 from codistill.config import ConfigError, require
 from codistill.config.base import first_line
-from codistill.config.schema import LoraConfig
+from codistill.config.machinery import LoraConfig
 from codistill.downloads import check_model_folder, source
 from codistill.model.lora import add_adapters
 from codistill.model.policy import Policy

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from codistill import distributed
 from codistill.config import ConfigError, require
 from codistill.config.base import first_line
-from codistill.config.schema import LoraConfig, TrainingConfig
+from codistill.config.machinery import LoraConfig, TrainingConfig
 from codistill.downloads import source
 from codistill.model.definition import check_definition
 from codistill.model.lora import add_adapters, start_adapters

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from codistill.config import ConfigError, require
 from codistill.config.base import first_line
-from codistill.config.schema import LoraConfig
+from codistill.config.machinery import LoraConfig
 from codistill.failures import first_alone
 from codistill.model.shards import local_part, own_part, whole
 

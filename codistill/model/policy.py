@@ -35,7 +35,7 @@ from transformers.utils import is_flash_attn_2_available
 from codistill.attention import packed_attention
 from codistill.batch import TokenBatch
 from codistill.config import require
-from codistill.config.schema import Checkpointing, TrainingConfig
+from codistill.config.machinery import Checkpointing, TrainingConfig
 from codistill.distributed import is_first
 from codistill.failures import first_alone
 from codistill.model.lora import merged_weights

@@ -18,7 +18,7 @@ import yaml
 from codistill import files
 from codistill.config import Config, ConfigError, require
 from codistill.config.base import first_line
-from codistill.config.schema import LoggerKind
+from codistill.config.machinery import LoggerKind
 
 WANDB_ID = "wandb_id.txt"
 """The file in a run's folder that holds the id by which wandb knows the run."""

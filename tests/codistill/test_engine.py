@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from codistill import distributed
 from codistill.config import ConfigError
-from codistill.config.schema import TrainingConfig
+from codistill.config.machinery import TrainingConfig
 from codistill.engine import EngineError, EngineSpec, HFEngine, Sampling, VLLMEngine, make_engine
 from codistill.model.loading import load_policy
 
@@ -145,7 +145,11 @@ def test_how_vllm_sleeps(monkeypatch):
 
     def llm(**options):
         assert options["enable_sleep_mode"] is True
-        model = SimpleNamespace(get_vocab_size=lambda: VOCAB)
+        model = SimpleNamespace(
+            get_vocab_size=lambda: VOCAB,
+            architectures=["Any"],
+            using_transformers_backend=lambda: False,
+        )
         recorder = Recorder(calls)
         recorder.llm_engine = SimpleNamespace(model_config=model)
         return recorder

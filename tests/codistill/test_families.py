@@ -9,7 +9,7 @@ from tiny import packed_logps
 
 from codistill import distributed
 from codistill.config import ConfigError
-from codistill.config.schema import OptimizerConfig, TrainingConfig
+from codistill.config.machinery import OptimizerConfig, TrainingConfig
 from codistill.engine import EngineSpec, Sampling, make_engine
 from codistill.learner import Learner
 from codistill.model.loading import load_causal_lm, load_policy

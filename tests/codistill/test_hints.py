@@ -11,7 +11,7 @@ from processes import spawn
 from tiny import packed_logps
 
 from codistill.config import Config
-from codistill.config.schema import TrainingConfig
+from codistill.config.machinery import TrainingConfig
 from codistill.data import Problem, counted
 from codistill.engine import Completion
 from codistill.hints import hint_length, hint_uniforms, write_hints

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from codistill.batch import Ragged, TokenBatch
 from codistill.config import ConfigError
-from codistill.config.schema import TrainingConfig
+from codistill.config.machinery import TrainingConfig
 from codistill.model.loading import load_causal_lm, load_policy
 from codistill.model.policy import Policy
 
@@ -155,7 +155,8 @@ def check_two_processes(rank: int, folder: str, paths: list[str], big: str) -> N
 def test_two_processes_hold_one_copy(tmp_path):
     """At their peaks, together; each weight is whole again when it is gathered."""
     paths = [
-        save_family(tmp_path / family, family) for family in ("qwen2, tied", "gemma3", "phi, bias")
+        save_family(tmp_path / family, family)
+        for family in ("qwen2, tied", "gemma 3, window", "phi, bias")
     ]
     sizes = SIZES | dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
     big = transformers.Qwen2Config(**sizes | {"vocab_size": 8192})

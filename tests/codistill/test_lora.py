@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from codistill import checkpoint
 from codistill.commands.export import main as export_again
 from codistill.config import Config, ConfigError
-from codistill.config.schema import LoraConfig, OptimizerConfig, TrainingConfig
+from codistill.config.machinery import LoraConfig, OptimizerConfig, TrainingConfig
 from codistill.learner import Learner
 from codistill.model.loading import load_causal_lm, load_policy
 from codistill.model.lora import adapter_weights, save_adapter, without_adapters

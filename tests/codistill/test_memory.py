@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from codistill import checkpoint
 from codistill.batch import Ragged, TokenBatch
-from codistill.config.schema import TrainingConfig
+from codistill.config.machinery import TrainingConfig
 from codistill.learner import HOST, move_states
 from codistill.model.loading import load_policy
 from codistill.model.policy import PRODUCTS

@@ -9,7 +9,7 @@ from tiny import packed_logps
 
 from codistill.batch import Ragged, TokenBatch
 from codistill.config import ConfigError
-from codistill.config.schema import TrainingConfig
+from codistill.config.machinery import TrainingConfig
 from codistill.model.definition import check_definition, check_trainable, stand_in
 from codistill.model.loading import load_policy
 from codistill.model.policy import prepare

@@ -12,8 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 from codistill.batch import Ragged, TokenBatch
 from codistill.commands import plan
 from codistill.config import ConfigError, load_config
-from codistill.config.machine import PlanOptions
-from codistill.config.schema import DistributedConfig, TrainingConfig
+from codistill.config.machinery import DistributedConfig, TrainingConfig
+from codistill.config.plan import PlanOptions
 from codistill.model.policy import prepare
 from codistill.model.shape import ModelShape, model_shape
 from codistill.planning import (

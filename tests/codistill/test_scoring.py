@@ -8,7 +8,7 @@ from tiny import make_rollouts
 
 from codistill.advantages import beta_scales
 from codistill.config import Config
-from codistill.config.schema import OptimizerConfig
+from codistill.config.machinery import OptimizerConfig
 from codistill.engine import SyncError
 from codistill.learner import learning_rate_factor
 from codistill.output.metrics import StepMetrics

@@ -9,7 +9,7 @@ from processes import spawn
 from torch.distributed.tensor import DTensor
 
 from codistill.batch import Ragged, TokenBatch
-from codistill.config.schema import OptimizerConfig, TrainingConfig
+from codistill.config.machinery import OptimizerConfig, TrainingConfig
 from codistill.learner import Learner
 from codistill.model.loading import load_causal_lm, load_policy
 from codistill.model.policy import Policy, checkpoint_activations

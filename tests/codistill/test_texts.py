@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from codistill import distributed
-from codistill.config.schema import TrainingConfig
+from codistill.config.machinery import TrainingConfig
 from codistill.engine import EngineSpec, HFEngine, Sampling, VLLMEngine, cut_at_end
 from codistill.hints import write_hints
 from codistill.model.loading import load_policy

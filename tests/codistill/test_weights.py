@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from codistill.config import Config, ConfigError
-from codistill.config.schema import TrainingConfig
+from codistill.config.machinery import TrainingConfig
 from codistill.downloads import source
 from codistill.engine import EngineSpec, HFEngine
 from codistill.inputs import load_inputs
