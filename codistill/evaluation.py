@@ -19,7 +19,7 @@ class Answers:
     """One graded completion of each problem that is this process's share of a set."""
 
     indices: list[int]
-    """Of the problems, in the set."""
+    """Numbers of the problems, in the set."""
     texts: list[str]
     tokens: list[int]
     truncated: list[bool]

@@ -34,7 +34,7 @@ class GPU:
     flops: float
     """Dense bf16 FLOP/s."""
     bandwidth: float
-    """Of its memory (bytes/s)."""
+    """Rate of its memory (bytes/s)."""
     link: float
     """NVLink, one direction (bytes/s)."""
 
@@ -204,7 +204,7 @@ def capacity(options: PlanOptions) -> float:
 
 
 def most_bytes(options: PlanOptions, shapes: dict[str, ModelShape]) -> float:
-    """Of the phase that takes most."""
+    """Bytes of the phase that takes most."""
     return max(phase.bytes for phase in phases(options, shapes))
 
 
@@ -267,7 +267,7 @@ def rollout_seconds(options: PlanOptions, shape: ModelShape) -> float:
 
 
 def flops_per_token(shape: ModelShape, sequence: float) -> float:
-    """Of a forward pass: 2 for each weight that multiplies, 2 L for each query number and token of
+    """Operations of a forward pass: 2 for each weight that multiplies, 2 L for each query number and token of
     half the sequence, twice (scores and values)."""
     return 2 * shape.multiplied + 2 * 2 * shape.layers * shape.query_width * sequence / 2
 

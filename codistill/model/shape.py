@@ -14,7 +14,7 @@ class ModelShape:
     parameters: int
     layers: int
     layer_parameters: int
-    """Of one decoder layer, on average."""
+    """Parameters of one decoder layer, on average."""
     largest_parameter: int
     """Numbers in the largest weight."""
     hidden: int
