@@ -267,8 +267,8 @@ def rollout_seconds(options: PlanOptions, shape: ModelShape) -> float:
 
 
 def flops_per_token(shape: ModelShape, sequence: float) -> float:
-    """Operations of a forward pass: 2 for each weight that multiplies, 2 L for each query number and token of
-    half the sequence, twice (scores and values)."""
+    """Operations of a forward pass: 2 for each weight that multiplies; scores and values of
+    attention, each 2 for each number of a query and each token of half the sequence."""
     return 2 * shape.multiplied + 2 * 2 * shape.layers * shape.query_width * sequence / 2
 
 
