@@ -143,7 +143,7 @@ def run_one(folder: Path, run: str, pair, rollouts: str, steps: int) -> list[dic
         if rollouts == "random":  # folders without weights: none of them is looked for
             replacements = {
                 "inputs.check_models": lambda config: None,
-                "inputs.check_trainable": lambda key, path, tokens: None,
+                "inputs.check_trainable": lambda key, path, tokens, lora: None,
                 "inputs.fingerprints": lambda config: {},
                 "engine.make_engine": lambda kind, spec: RandomEngine(spec),
                 "trainer.load_policy": random_policy,
