@@ -5,6 +5,7 @@ The first process alone logs. A logger that fails says so in one line, and the r
 
 import importlib.util
 import logging
+import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,6 +85,8 @@ class WandB:
     def __init__(self, start: Start) -> None:
         import wandb
 
+        # vLLM imports openai, which would make wandb advertise its product for tracing.
+        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
         self.run = wandb.init(
             project=start.config.log.project,
             name=start.config.name,

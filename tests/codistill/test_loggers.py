@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -59,8 +60,10 @@ def test_tensorboard_goes_on_in_the_same_log(config, tmp_path):
     assert b"    kd:\n      alpha: 1.0\n" in text and second.step == 2
 
 
-def test_wandb_goes_on_with_the_same_id(config, tmp_path, capfd):
+def test_wandb_goes_on_with_the_same_id(config, tmp_path, capfd, monkeypatch):
     wandb = pytest.importorskip("wandb")
+    monkeypatch.setitem(sys.modules, "openai", ModuleType("openai"))  # as vLLM does
+    monkeypatch.delenv("WANDB_DISABLE_WEAVE", raising=False)
     folder = tmp_path / "runs" / "tiny"
     log_and_go_on(config("wandb"))
     wandb.teardown()
