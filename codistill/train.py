@@ -13,6 +13,7 @@ import sys
 
 from codistill import distributed
 from codistill.config import ConfigError, load_config
+from codistill.config.schema import check_data_files
 from codistill.stopping import StopSignals
 
 DRY_RUN = "--dry-run"
@@ -38,6 +39,7 @@ def main() -> int:
     try:
         config = load_config([word for word in sys.argv[1:] if word != DRY_RUN])
         config.check_processes(distributed.world_size())
+        check_data_files(config)
         if DRY_RUN in sys.argv:
             from codistill.dry_run import dry_run
 

@@ -249,6 +249,16 @@ def check_held_out(config: Config) -> None:
     require(not (file and sets), "data.eval", str(file), expected)
 
 
+def check_data_files(config: Config) -> None:
+    """Raise ConfigError for a file of problems that is not there; it is seen before torch, which
+    takes seconds to import."""
+    files = {"data.train": config.data.train}
+    files |= {held_out_key(name): [path] for name, path in config.held_out.items()}
+    for key, paths in files.items():
+        for path in paths:
+            require(path.exists(), key, str(path), "a file that exists")
+
+
 def check_hint(config: Config) -> None:
     hint, longest = config.hint, config.rollout.max_completion_tokens
     key, value = "hint.tokens", hint.tokens
