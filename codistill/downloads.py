@@ -1,6 +1,7 @@
 """Files that come from elsewhere: what can be seen of them before they are loaded."""
 
 import json
+import re
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -14,6 +15,10 @@ NEEDED, GENERATION = ("config.json", "tokenizer_config.json"), "generation_confi
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+MODEL = "a folder that exists, or a Hub name"
 
 
 def is_lfs_pointer(path: Path) -> bool:
@@ -47,6 +52,21 @@ def source(path: str) -> str:
     Hub name; else the name."""
     folder = None if Path(path).is_dir() else cached_folder(path)
     return path if folder is None else str(folder)
+
+
+def is_here(key: str, path: str) -> bool:
+    """Whether a model is on this computer, in a folder or the Hub's cache; if so, it is whole.
+
+    Raises:
+        ConfigError: under configuration key `key`, it is not whole, or the path is neither a folder
+            nor a name that the Hub may know.
+    """
+    is_folder = Path(path).is_dir()
+    require(is_folder or HUB_NAME.fullmatch(path) is not None, key, path, MODEL)
+    folder = Path(source(path))
+    if folder.is_dir():
+        check_model_folder(key, folder)
+    return folder.is_dir()
 
 
 def check_model_folder(key: str, folder: Path) -> Shapes:

@@ -14,6 +14,7 @@ import sys
 from codistill import distributed
 from codistill.config import ConfigError, load_config
 from codistill.config.schema import check_data_files
+from codistill.downloads import is_here
 from codistill.stopping import StopSignals
 
 DRY_RUN = "--dry-run"
@@ -40,6 +41,8 @@ def main() -> int:
         config = load_config([word for word in sys.argv[1:] if word != DRY_RUN])
         config.check_processes(distributed.world_size())
         check_data_files(config)
+        for name in config.loaded:
+            is_here(f"{name}.path", config.model(name).path)
         if DRY_RUN in sys.argv:
             from codistill.dry_run import dry_run
 

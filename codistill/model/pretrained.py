@@ -4,7 +4,6 @@ No code of a model is run: trust_remote_code is False wherever it can be said, a
 transformers asks on the terminal.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,9 @@ from transformers import (
 
 from codistill.config import Config, ConfigError, require
 from codistill.config.base import first_line
-from codistill.downloads import GENERATION, check_model_folder, read_object, source
+from codistill.downloads import GENERATION, MODEL, is_here, read_object, source
 from codistill_kernels.integrations.transformers import scaling
 
-HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 HUB_SECONDS = 10  # to answer whether it has a model; chosen, untested
 
 
@@ -55,16 +53,12 @@ def check_model(key: str, path: str) -> int | None:
 
 def find_model(key: str, path: str) -> None:
     """Raise ConfigError unless this is a folder with a whole model, or a name the Hub knows."""
-    expected = "a folder that exists, or a Hub name"
-    is_folder = Path(path).is_dir()
-    require(is_folder or HUB_NAME.fullmatch(path) is not None, key, path, expected)
-    if Path(source(path)).is_dir():
-        check_model_folder(key, Path(source(path)))
+    if is_here(key, path):
         return
     try:
         HfApi().model_info(path, timeout=HUB_SECONDS)
     except Exception as error:  # of the Hub or of the network, and of many classes
-        raise ConfigError(f"{key} = {path!r}: expected {expected}; {first_line(error)}") from error
+        raise ConfigError(f"{key} = {path!r}: expected {MODEL}; {first_line(error)}") from error
 
 
 def load_model_config(key: str, path: str) -> Any:

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from codistill import versions
 from codistill.config import Config
 from codistill.config.changes import flatten
-from codistill.model.pretrained import HUB_NAME
+from codistill.downloads import HUB_NAME
 
 MACHINE = ("name", "output_dir", "log", "distributed", "checkpoint")
 """Keys and sections that say where a run was, not what it computed."""
