@@ -20,6 +20,12 @@ def require(condition: bool, key: str, value: object, expected: str) -> None:
         raise ConfigError(f"{key} = {shown(value)}: expected {expected}")
 
 
+def check_temperature(temperature: float) -> None:
+    """Raise ConfigError for a temperature of evaluation that no engine samples at."""
+    can_sample = temperature == 0 or temperature >= 0.01
+    require(can_sample, "temperature", temperature, "0, or at least 0.01")
+
+
 def shown(value: object) -> str:
     """A value as a message shows it: on one line, and cut where it is long."""
     text = repr(value)

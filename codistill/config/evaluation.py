@@ -6,7 +6,14 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from codistill.config.base import CommandOptions, UserPath, UserPathOrName, expanded, require
+from codistill.config.base import (
+    CommandOptions,
+    UserPath,
+    UserPathOrName,
+    check_temperature,
+    expanded,
+    require,
+)
 from codistill.config.data import SET_NAMES, PromptConfig, is_set_name
 from codistill.config.machinery import EngineKind, StopString
 
@@ -65,8 +72,7 @@ class EvalOptions(PromptConfig, CommandOptions):
             given = getattr(self, key)
             require(len(set(given)) == len(given), key, given, "each one once")
         require(len(self.sets) == len(self.data), "data", self.data, "another NAME for each file")
-        sampled = self.temperature == 0 or self.temperature >= 0.01
-        require(sampled, "temperature", self.temperature, "0, or at least 0.01")
+        check_temperature(self.temperature)
         expected = "1 with temperature 0: greedy completions are the same for every seed"
         require(self.temperature > 0 or self.seeds == 1, "seeds", self.seeds, expected)
         return self

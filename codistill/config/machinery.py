@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from codistill.config.base import Section, UserPath, UserPathOrName, require
+from codistill.config.base import Section, UserPath, UserPathOrName, check_temperature, require
 from codistill.config.data import SET_NAMES, is_set_name
 
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -195,8 +195,7 @@ class EvaluationConfig(Section):
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        sampled = self.temperature == 0 or self.temperature >= 0.01
-        require(sampled, "temperature", self.temperature, "0, or at least 0.01")
+        check_temperature(self.temperature)
         for name in self.sets:
             require(is_set_name(name), "sets", name, SET_NAMES)
         return self

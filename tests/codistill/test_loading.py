@@ -124,7 +124,7 @@ def memory(key: str) -> int:
 
 
 def gradients(policy: Policy) -> dict[str, torch.Tensor]:
-    """Of the log-probabilities of some tokens, whole."""
+    """Gradient of the log-probabilities of some tokens in each weight, whole."""
     rows = Ragged.of([[3, 4, 5, 6], [7, 8, 9]])
     policy(TokenBatch.build(rows, rows, [0, 1], CPU), 0.9).sum().backward()
     grads = {name: weight.grad.full_tensor() for name, weight in policy.lm.named_parameters()}
