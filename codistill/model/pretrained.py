@@ -73,10 +73,12 @@ def load_model_config(key: str, path: str) -> Any:
 
 
 def meta_model(path: str) -> PreTrainedModel:
-    """The model that config.json describes, with the shapes of its weights alone."""
+    """The model that config.json describes, in float32, with the shapes of its weights alone."""
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(source(path), trust_remote_code=False)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
 
 
 def num_parameters(path: str) -> int:

@@ -12,12 +12,13 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from codistill.config import require
 from codistill.downloads import INDEX, SINGLE, source, weight_files
 from codistill.model.lora import plain_name
 from codistill.model.policy import Policy
+from codistill.model.pretrained import meta_model
 from codistill.model.shards import local_part, own_part
 
 Files = dict[str, Path]
@@ -30,14 +31,9 @@ OLD_BUFFER = r"rotary_emb\.inv_freq$"  # saved with each layer by early versions
 
 def empty_model(path: str) -> PreTrainedModel:
     """The model of a folder or Hub name in float32, without memory for its weights."""
-    folder = source(path)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=False
-        ).eval()
+    lm = meta_model(path).eval()
     try:
-        lm.generation_config = GenerationConfig.from_pretrained(folder)
+        lm.generation_config = GenerationConfig.from_pretrained(source(path))
     except OSError:  # there is none: what the model's own configuration says stays
         pass
     return lm
