@@ -14,7 +14,8 @@ from torch import Tensor
 from codistill import distributed
 from codistill.batch import TokenBatch
 from codistill.config import Config, require
-from codistill.engine import EngineSpec, HFEngine, RestartingEngine
+from codistill.engine import EngineSpec, RestartingEngine
+from codistill.engine.hf import HFEngine
 from codistill.evaluation import answer
 from codistill.grading import Grader
 from codistill.inputs import Inputs

@@ -13,7 +13,9 @@ from torch.distributed.tensor import DTensor
 from codistill import distributed
 from codistill.config import ConfigError
 from codistill.config.machinery import TrainingConfig
-from codistill.engine import EngineError, EngineSpec, HFEngine, Sampling, VLLMEngine, make_engine
+from codistill.engine import EngineError, EngineSpec, Sampling, make_engine
+from codistill.engine.hf import HFEngine
+from codistill.engine.in_process import VLLMEngine
 from codistill.model.loading import load_policy
 
 VOCAB, END = 18, 1
@@ -107,7 +109,7 @@ def test_vllm_is_not_started_again(make_trainer, monkeypatch):
         def generate(self, prompts, seeds, sampling):
             raise RuntimeError("no memory")
 
-    monkeypatch.setattr("codistill.engine.HFEngine", Broken)
+    monkeypatch.setattr("codistill.engine.choice.HFEngine", Broken)
     with pytest.raises(EngineError, match="engine vllm failed in generate on rank 0: no memory"):
         make_trainer().step(1)
 

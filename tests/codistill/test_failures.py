@@ -112,7 +112,7 @@ def listening(pid: int) -> list[str]:
 
 SABOTAGE = """
 import os
-from codistill.engine import HFEngine
+from codistill.engine.hf import HFEngine
 
 def reward(completions, **columns):
     if os.environ["RANK"] == "1" and not hasattr(HFEngine, "works"):

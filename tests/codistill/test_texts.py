@@ -15,7 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from codistill import distributed
 from codistill.config.machinery import TrainingConfig
-from codistill.engine import EngineSpec, HFEngine, Sampling, VLLMEngine, cut_at_end
+from codistill.engine import EngineSpec, Sampling, cut_at_end
+from codistill.engine.hf import HFEngine
+from codistill.engine.in_process import VLLMEngine
 from codistill.hints import write_hints
 from codistill.model.loading import load_policy
 from codistill.texts import StopStrings, token_texts

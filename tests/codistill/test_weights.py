@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from codistill.config import Config, ConfigError
 from codistill.config.machinery import TrainingConfig
 from codistill.downloads import source
-from codistill.engine import EngineSpec, HFEngine
+from codistill.engine import EngineSpec
+from codistill.engine.hf import HFEngine
 from codistill.inputs import load_inputs
 from codistill.model.loading import load_policy
 

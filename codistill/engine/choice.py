@@ -1,0 +1,113 @@
+"""The engine that the configuration asks for, started again where that can be."""
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+from torch import Tensor
+
+from codistill import distributed
+from codistill.config.machinery import EngineKind
+from codistill.engine.hf import HFEngine
+from codistill.engine.in_process import VLLMEngine
+from codistill.engine.interface import Completion, Engine, EngineError, EngineSpec, Sampling
+
+
+def engine_kind(kind: EngineKind) -> Literal["vllm", "hf"]:
+    """The engine that `kind` stands for: auto is vllm where it is installed."""
+    if kind == "auto":
+        return "vllm" if importlib.util.find_spec("vllm") else "hf"
+    return kind
+
+
+def make_engine(kind: EngineKind, spec: EngineSpec) -> Engine:
+    """The engine of rollout.engine = kind, with the weights on disk."""
+    match engine_kind(kind):
+        case "vllm":
+            return VLLMEngine(spec)
+        case "hf":
+            return HFEngine(spec)
+
+
+class RestartingEngine:
+    """An engine that is started again, once, with the trainer's weights, when it raises an error.
+
+    Only the engine hf is: vLLM in the trainer's process leaves process groups and memory behind
+    that a second start stumbles over. Its error, or a second one, ends the run on all processes.
+
+    weights: gives the trainer's weights. Collective, as are `generate` and `sync`.
+    """
+
+    def __init__(
+        self,
+        kind: EngineKind,
+        spec: EngineSpec,
+        weights: Callable[[], Iterable[tuple[str, Tensor]]],
+    ) -> None:
+        self.kind, self.spec, self.weights = kind, spec, weights
+        self.engine = make_engine(kind, spec)
+        self.name = self.engine.name
+        self.may_restart = self.name == "hf"
+
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling
+    ) -> list[Completion]:
+        """See `Sampler`.
+
+        Raises:
+            EngineError: on all processes, if the engine of one of them failed.
+        """
+        error, completions = None, None
+        try:
+            completions = self.engine.generate(prompts, seeds, sampling)
+        except Exception as failure:  # an engine may raise anything
+            error = failure
+        if self.restarted(error, "generate"):
+            return self.generate(prompts, seeds, sampling)
+        assert completions is not None
+        return completions
+
+    def sync(self) -> None:
+        """Take the trainer's weights.
+
+        Raises:
+            EngineError: on all processes, if the engine of one of them failed.
+        """
+        error, weights = None, iter(self.weights())
+        try:
+            self.engine.sync(weights)
+        except Exception as failure:
+            error = failure
+            for _ in weights:  # the other processes gather the rest together with this one
+                pass
+        self.restarted(error, "sync")
+
+    def sleep(self) -> None:
+        """See `Engine`; nothing happens with rollout.sleep = false."""
+        if self.spec.sleeps:
+            self.engine.sleep()
+
+    def wake_up(self) -> None:
+        """See `Engine`; nothing happens with rollout.sleep = false."""
+        if self.spec.sleeps:
+            self.engine.wake_up()
+
+    def restarted(self, error: Exception | None, what: str) -> bool:
+        """Whether any process has an error, so that all of them have started their engines again.
+        Collective."""
+        message = distributed.first_error(error)
+        if message is None:
+            return False
+        text = f"engine {self.name} failed in {what} on {message}"
+        if not self.may_restart:
+            raise EngineError(text) from error
+        logging.getLogger(__name__).warning("%s; starting it again", text)
+        self.may_restart = False
+        self.engine.close()
+        self.engine = make_engine(self.kind, self.spec)
+        self.sync()
+        return True
+
+    def close(self) -> None:
+        self.engine.close()

@@ -1,0 +1,140 @@
+"""vLLM in the trainer's own processes."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codistill.config import require
+from codistill.downloads import source
+from codistill.engine.interface import Completion, EngineSpec, Sampling, cut_at_end
+
+NEVER = -100.0  # the lowest logit bias that vLLM takes: a probability of about 1e-43
+
+
+class VLLMEngine:
+    """vLLM in this process: one engine per process with all weights, no tensor parallelism."""
+
+    name = "vllm"
+
+    def __init__(self, spec: EngineSpec) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights reach it by reference
+        if spec.device.type == "cpu":
+            # The trainer shares these threads: pinning them to cores would slow both.
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+            # vLLM compiles a helper of its sampler: 4 to 15 s, and a compiler, for no gain here.
+            torch._dynamo.config.disable = True
+        import vllm
+
+        self.spec = spec
+        self.llm = vllm.LLM(
+            model=source(spec.path),
+            dtype=str(spec.dtype).removeprefix("torch."),
+            max_model_len=spec.max_model_tokens,
+            kv_cache_memory_bytes=int(spec.kv_cache_gib * 2**30),
+            distributed_executor_backend="external_launcher",
+            skip_tokenizer_init=spec.stop is None,
+            generation_config="vllm",  # the model's own file may add top-p or a penalty
+            logprobs_mode="processed_logprobs",
+            enforce_eager=spec.device.type == "cpu",
+            enable_sleep_mode=spec.sleeps,
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+        )
+        check_own_model(self.llm.llm_engine.model_config)
+        # vLLM's own way to allow some ids only takes the list of them, 150 thousand a request.
+        rows = self.llm.llm_engine.model_config.get_vocab_size()
+        self.logit_bias = {row: NEVER for row in range(spec.vocab_size, rows)} or None
+
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling
+    ) -> list[Completion]:
+        from vllm import SamplingParams
+
+        if not prompts:
+            return []
+        params = [
+            SamplingParams(
+                n=sampling.num_generations,
+                temperature=sampling.temperature,
+                max_tokens=sampling.max_tokens,
+                seed=seed,
+                logprobs=0,
+                flat_logprobs=True,
+                stop_token_ids=list(self.spec.end_token_ids),
+                ignore_eos=True,  # the tokenizer's end token may be none of those
+                logit_bias=self.logit_bias,
+                **self.text_options(),
+            )
+            for seed in seeds
+        ]
+        inputs = [{"prompt_token_ids": ids} for ids in prompts]
+        outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        return [
+            self.completion(output)
+            for request in outputs
+            for output in sorted(request.outputs, key=lambda output: output.index)
+        ]
+
+    def text_options(self) -> dict[str, Any]:
+        """How vLLM is told to look at the text, so that it writes little beyond a stop string."""
+        if self.spec.stop is None:
+            return {"detokenize": False}
+        return {
+            "stop": list(self.spec.stop.strings),
+            "include_stop_str_in_output": True,
+            "skip_special_tokens": False,
+        }
+
+    def completion(self, output: Any) -> Completion:
+        """A completion of vLLM's. Where a stop string ends it is for `cut_at_end` to say, as with
+        the other engine."""
+        token_ids, logps = list(output.token_ids), list(output.logprobs.logprobs)
+        cut_off = output.finish_reason == "length"
+        if self.spec.stop is None:
+            return Completion(token_ids, logps, cut_off)
+        token_ids, unended = cut_at_end(token_ids, self.spec.end_token_ids, self.spec.stop)
+        return Completion(token_ids, logps[: len(token_ids)], unended and cut_off)
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        # All weights in one call: vLLM takes a call for a whole model, and parts of it corrupt it.
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        if self.spec.device.type == "cpu":
+            self.llm.apply_model(repack_tied_head)
+        self.llm.reset_prefix_cache()
+
+    def sleep(self) -> None:
+        self.llm.sleep(level=1)  # the KV cache is dropped; CUDA graphs and addresses stay
+
+    def wake_up(self) -> None:
+        # vLLM maps memory itself: it cannot take what torch keeps for tensors to come.
+        torch.cuda.empty_cache()
+        self.llm.wake_up()
+
+    def close(self) -> None:
+        # Left to the end of the process, vLLM would look for process groups that are gone by then.
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def check_own_model(model_config: Any) -> None:
+    """Raise ConfigError for a model that vLLM has no code for.
+
+    It would run the code of transformers, changed in place, which the trainer cannot use any more.
+    """
+    name = model_config.architectures[0]
+    expected = f"hf: this vLLM has no model of its own for {name}"
+    require(not model_config.using_transformers_backend(), "rollout.engine", "vllm", expected)
+
+
+def repack_tied_head(model: torch.nn.Module) -> None:
+    """Renew the copy of a tied head that vLLM packs for the CPU.
+
+    The stream of weights names a tied matrix once, as the embedding, so vLLM renews that alone and
+    the head would go on with the weights it was loaded with. Gemma 2 has no such copy: its
+    embedding is the head.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):
+        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
