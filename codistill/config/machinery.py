@@ -189,8 +189,10 @@ class EvaluationConfig(Section):
     temperature: float = Field(
         0.0, ge=0, le=2, description="sampling temperature; 0 is greedy, else at least 0.01"
     )
-    large: bool = Field(
-        True, description="also evaluate the large model, before the first and after the last step"
+    large: Literal["never", "ends", "always"] = Field(
+        "ends",
+        description="when the large model is evaluated, too. ends: before the first and after the "
+        "last step; always: whenever the small one is",
     )
 
     @model_validator(mode="after")
