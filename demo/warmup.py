@@ -101,12 +101,11 @@ def accuracy(model, tokenizer, pairs: list[tuple[str, str]], max_new_tokens: int
     return right / len(pairs)
 
 
-def accuracy_text(model, tokenizer, pairs: list[tuple[str, str]]) -> str:
-    return f"accuracy {accuracy(model, tokenizer, pairs, MAX_TOKENS):.3f}"
-
-
-def warm_up(model, make_batch, *, steps: int, learning_rate: float, measure, every: int) -> None:
-    """Next-token training on make_batch(step); measure() is printed every `every` steps."""
+def warm_up(
+    model, make_batch, *, steps: int, learning_rate: float, measure, every: int, target: float = 1.1
+) -> None:
+    """Next-token training on make_batch(step), until measure(), the accuracy, reaches the target;
+    measured every `every` steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50))
     for step in range(steps):
@@ -119,7 +118,10 @@ def warm_up(model, make_batch, *, steps: int, learning_rate: float, measure, eve
         optimizer.step()
         schedule.step()
         if (step + 1) % every == 0 or step + 1 == steps:
-            print(f"step {step + 1}: loss {loss.item():.4f}, {measure()}", flush=True)
+            right = measure()
+            print(f"step {step + 1}: loss {loss.item():.4f}, accuracy {right:.3f}", flush=True)
+            if right >= target:
+                return
 
 
 def main() -> None:
@@ -153,7 +155,7 @@ def main() -> None:
             make_batch,
             steps=steps,
             learning_rate=learning_rate,
-            measure=partial(accuracy_text, model, tokenizer, questions),
+            measure=partial(accuracy, model, tokenizer, questions, MAX_TOKENS),
             every=50,
         )
         model.to(torch.bfloat16).save_pretrained(args.output / name)

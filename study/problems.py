@@ -3,9 +3,10 @@
     Ann has 48 pens. She buys 75. She loses 19. How many?
     <think>48+75=123;123-19=104</think><answer>104</answer>
 
-A problem has one to four steps; a step adds, takes away or multiplies. Training problems have at
-most three steps. The four held-out sets stand for the paper's four benchmarks; none of their
-problems is trained on, and `longer` has more steps than any that is.
+A problem has one to four steps; a step adds, takes away or multiplies. The problems of a run have
+at most three steps; in the models' warm-up every fifth has four. The four held-out sets stand for
+the paper's four benchmarks; none of their problems is trained on, and those of `longer` have more
+steps than any of a run.
 """
 
 import json
@@ -48,6 +49,7 @@ class Kind:
 
 
 TRAINING = [Kind((1, 2, 3), products=False), Kind((2, 3), products=True)]
+WARM_UP = [*TRAINING, *TRAINING, Kind((4,), products=False)]
 HELD_OUT = {
     "sums": Kind((2,), products=False),
     "long_sums": Kind((3,), products=False),
