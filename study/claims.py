@@ -129,7 +129,7 @@ SMALL = [
         low="codistill_alpha1",
     ),
     Claim(
-        "The reason without the number of rollouts: a higher training accuracy than GRPO, first half",
+        "The reason without the number of rollouts: training accuracy above GRPO, first half",
         "Figure 4",
         early(TRAINING),
         high="codistill_alpha1",

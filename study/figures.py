@@ -41,7 +41,7 @@ COLOURS = {
 PHASE_COLOURS = {"rollout": "C2", "score": "C4", "update small": SMALL, "update large": LARGE}
 """Those of curves.png."""
 DPI = 100
-COLOURS_OF_A_FILE = 128
+COLOURS_OF_A_FILE = 256
 SHARE = "{x:.0%}"
 
 Curve = tuple[np.ndarray, np.ndarray]

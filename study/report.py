@@ -76,7 +76,7 @@ def overview(folders: list[Path]) -> str:
         "the study and shows what came out. `TASK/METHOD/seed_K.json` holds the numbers of one "
         "run: its command, versions, every start and how it ended, the rows of "
         "`evaluations.jsonl` and, for each step, some keys of `metrics.jsonl`.",
-        "```\nmake study                                    # all that is missing, then the report\n"
+        "```\nmake study                                    # what is missing, then the report\n"
         ".venv/bin/python -m study run --seeds 0 1 2   # --help: task, methods, steps, jobs\n"
         ".venv/bin/python -m study report\n```",
     ]

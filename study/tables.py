@@ -179,9 +179,7 @@ def cell(values: Iterable[float], style: str) -> str:
 def titled(method: Method) -> str:
     """The title, with the model where GRPO's would not tell."""
     model = METHODS[method.start or method.name].options.get("grpo.model")
-    return (
-        f"{method.title} ({model})" if model and method.title.startswith("GRPO") else method.title
-    )
+    return f"{method.title} ({model})" if model else method.title
 
 
 # --- all runs ----------------------------------------------------------------------------------
