@@ -40,7 +40,7 @@ class Claim:
     allowance: float = 0.0
     """Added to the difference: a claim of at most so much below."""
     unit: str = "points"
-    """Of the difference: points of accuracy, s or min."""
+    """Unit of the difference: points of accuracy, s or min."""
 
     def paired(self, results: Results) -> Paired:
         """The differences, positive in the claim's favour."""

@@ -94,7 +94,8 @@ def training(results: Results, method: str, key: str) -> Curve | None:
     if not found:
         return None
     steps = min(map(len, found))
-    return np.arange(1, steps + 1), np.array([moving_average(row[:steps]) for row in found])
+    rows = np.array([row[:steps] for row in found], dtype=float)  # None is a gap
+    return np.arange(1, steps + 1), np.array([moving_average(row) for row in rows])
 
 
 def held_out(results: Results, method: str, key: str) -> Curve | None:

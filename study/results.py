@@ -108,14 +108,14 @@ def accuracy_fall(key: str) -> Measure:
 
 def whole(key: str) -> Measure:
     """Mean of a key of metrics.jsonl over all steps."""
-    return lambda chain: mean(chain[-1].metrics.get(key, []))
+    return lambda chain: mean(numbers(chain[-1], key))
 
 
 def early(key: str) -> Measure:
     """Mean of a key of metrics.jsonl over the first half of the steps."""
 
     def measure(chain: list[Record]) -> float | None:
-        values = chain[-1].metrics.get(key, [])
+        values = numbers(chain[-1], key)
         return mean(values[: max(1, round(EARLY * len(values)))])
 
     return measure
@@ -125,7 +125,7 @@ def late(key: str) -> Measure:
     """Mean of a key of metrics.jsonl over the last quarter of the steps."""
 
     def measure(chain: list[Record]) -> float | None:
-        values = chain[-1].metrics.get(key, [])
+        values = numbers(chain[-1], key)
         return mean(values[-max(1, round(LATE * len(values))) :])
 
     return measure
@@ -135,7 +135,7 @@ def metric_fall(key: str) -> Measure:
     """The largest fall of a key of metrics.jsonl, smoothed, below what it had reached before."""
 
     def measure(chain: list[Record]) -> float | None:
-        values = chain[-1].metrics.get(key, [])
+        values = numbers(chain[-1], key)
         return fall(moving_average(values).tolist()) if values else None
 
     return measure
@@ -145,7 +145,7 @@ def median(key: str) -> Measure:
     """Median over the steps: a step that had to wait for something else does not count."""
 
     def measure(chain: list[Record]) -> float | None:
-        values = chain[-1].metrics.get(key, [])
+        values = numbers(chain[-1], key)
         return float(np.median(values)) if values else None
 
     return measure
@@ -153,7 +153,12 @@ def median(key: str) -> Measure:
 
 def total(key: str) -> Measure:
     """Sum over the steps of the run and of the runs that it needs."""
-    return lambda chain: sum(sum(record.metrics.get(key, [])) for record in chain)
+    return lambda chain: sum(sum(numbers(record, key)) for record in chain)
+
+
+def numbers(record: Record, key: str) -> list[float]:
+    """A key of metrics.jsonl in the steps that have a finite number of it."""
+    return [value for value in record.metrics.get(key, []) if value is not None]
 
 
 def mean(values: list[float]) -> float | None:

@@ -1,6 +1,6 @@
 """The study's tables, in Markdown."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from codistill.output.evaluation_table import (
@@ -63,28 +63,29 @@ def alphas() -> dict[float, Method]:
 def accuracy(results: Results, model: str, methods: list[Method]) -> str:
     """Table 1 or 2: held-out accuracy after the last step for each set, and the mean over the sets
     with the gain over the model before the first step."""
-    names = results.sets(model)
     rows = {}
     for method in methods:
-        found = numbers(results, method, names, model, final)
+        found = row_of(results, method, model, final)
         if found:
             rows[f"{method.title} (n = {len(found['average']['seeds'])})"] = found
     starts = [m for m in methods if not m.start and results.values(m.name, before(model))]
     if not rows or not starts:
         return "No run has finished."
     first = max(starts, key=lambda method: len(results.finished(method.name)))
-    base = numbers(results, first, names, model, before)
+    base = row_of(results, first, model, before)
     content = {"models": {f"{model} model before training": base} | rows}
     return markdown(accuracy_cells(content), best_rows(content))
 
 
-def numbers(results: Results, method: Method, names: list[str], model: str, measure) -> dict:
+def row_of(
+    results: Results, method: Method, model: str, measure: Callable[[str], Measure]
+) -> dict[str, Any]:
     """Accuracies over seeds, as `accuracy_cells` takes a row; empty if there are none."""
     average = results.values(method.name, measure(model))
     if not average:
         return {}
     sets: dict[str, Any] = {}
-    for name in names:
+    for name in results.sets(model):
         values = results.values(method.name, measure(f"{model}/{name}"))
         sets[name] = {"accuracy": spread(list(values.values()))}
     return {"sets": sets, "average": spread(list(average.values()))}

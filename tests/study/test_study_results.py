@@ -43,6 +43,7 @@ def test_measures():
         {"step": step, "small": value} for step, value in ((0, 0.1), (2, 0.5), (4, 0.3), (8, 0.4))
     ]
     record.metrics = {"a": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 100.0], "b": [3.0, 1.0, 2.0]}
+    record.metrics["d"] = [1.0, None, 3.0]  # a number that was not finite
     chain = [record]
     assert results.final("small")(chain) == 0.4 and results.before("small")(chain) == 0.1
     assert results.gain("small")(chain) == pytest.approx(0.3)
@@ -51,6 +52,7 @@ def test_measures():
     assert results.early("a")(chain) == 2.5 and results.late("a")(chain) == 53.5
     assert results.median("a")(chain) == 4.5 and results.whole("a")(chain) == 16
     assert results.metric_fall("b")(chain) == 2  # three steps are too few to smooth
+    assert results.whole("d")(chain) == 2 and results.total("d")([record, record]) == 8
     assert results.final("large")(chain) is None and results.late("c")(chain) is None
 
 
