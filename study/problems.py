@@ -14,7 +14,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 NAMES = ["Ann", "Ben", "Eva", "Leo", "Mia", "Tom"]
@@ -115,7 +115,11 @@ def held_out_texts() -> frozenset[str]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, a tag, a digit or a sign; spaces are none."""
+    """One token a word, a tag, a digit or a sign; spaces are none.
+
+    Words are added tokens, because transformers replaces the rest of any Qwen2 model's tokenizer by
+    that of Qwen2, which would take them apart.
+    """
     words = ["<pad>", "<eos>", *"0123456789+-*=;.?", *TAGS, *WORDS]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -125,6 +129,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in [*TAGS, *WORDS]])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
