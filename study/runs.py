@@ -18,8 +18,8 @@ from study.record import RESULTS, Record, read, versions
 from study.tasks import Task, training_problems
 
 RUNS = Path("runs/study")
-PROMPTS = 32  # per step, as the task's file has it
-EVALUATIONS = 8  # in a run, at equal distances, besides the one before the first step
+PROMPTS = 16  # per step, as the task's file has it
+EVALUATIONS = 4  # in a run, at equal distances, besides the one before the first step
 
 
 @dataclass(frozen=True)
