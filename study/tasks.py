@@ -43,7 +43,7 @@ WORDS = Task(
     "words",
     small=HERE / "models/small",
     large=HERE / "models/large",
-    learning_rates={"small": "3e-4", "large": "1e-4"},
+    learning_rates={"small": "1.5e-4", "large": "1e-4"},
     write_data=write_words,
 )
 
