@@ -21,8 +21,9 @@ demo: .venv/installed
 	WORLD_SIZE=$(PROCESSES) $(BIN)/python -m codistill doctor --config configs/demo.yaml $(ARGS)
 	OMP_NUM_THREADS=1 $(TORCHRUN) --nproc-per-node $(PROCESSES) train.py --config configs/demo.yaml $(ARGS)
 
+# Two workers, a file of tests on one of them: what its tests share is made once.
 test: .venv/installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 faults: .venv/installed
 	$(BIN)/python -m pytest -m "long or not long" tests/codistill/test_signals.py tests/codistill/test_failures.py \

@@ -54,7 +54,7 @@ EXTRAS = {
     "bench-hopper": ["quack-kernels==0.6.5"],
     "dev": [
         *("mypy==2.4.1", "pytest>=9,<10", "ruff==0.15.14", "setuptools>=78", "types-PyYAML"),
-        "playwright==1.65.2",
+        *("playwright==1.65.2", "pytest-xdist>=3.8,<4"),
         *LOG,
         *LORA,
     ],
