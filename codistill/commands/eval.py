@@ -21,6 +21,7 @@ def main(arguments: list[str]) -> None:
     signals = StopSignals.listen()
     signals.unsaved = "in the middle of a seed; the same command goes on from the last finished one"
     options = load_options(EvalOptions, arguments)
+    options.check_processes(distributed.world_size())
     from codistill.evaluation_run import run  # imports torch, which --help does not wait for
 
     distributed.leave(run(options, environment))
