@@ -166,3 +166,11 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def ended(code: int) -> int:
+    """The exit code of a process whose work has ended early; one that may have joined a group,
+    as it has imported torch, leaves at once."""
+    if "torch" in sys.modules:
+        leave(code)
+    return code
