@@ -67,13 +67,18 @@ def change(policy: Policy) -> None:
 
 
 def check_shared_engine(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # the group is there already
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    from vllm.distributed import get_tp_group
+
     for name in ("tied", "untied"):
         path = f"{folder}/{name}"
         spec = EngineSpec(path, VOCAB, (END,), 20, torch.float32, CPU, 0.05, tensor_parallel=2)
         engine = make_engine("vllm", spec)
+        # Not shared memory, which a run that is killed leaves to the next one.
+        assert get_tp_group().device_communicator.dist_module is torch.distributed
         policy = load_policy("small.path", path, TrainingConfig(dtype="float32"), VOCAB, CPU)
         assert engine.generate([], [], GREEDY) == []
         check_agreement(engine, policy)
