@@ -9,6 +9,7 @@ REQUIRED = (
     "jinja2",
     "matplotlib",
     "math_verify",
+    "packaging",
     "pebble",
     "plotly",
     "pyarrow",

@@ -100,6 +100,7 @@ class Trainer:
             kv_cache_gib=rollout.kv_cache_gib,
             stop=self.inputs.stop,
             sleeps=rollout.sleep,
+            tensor_parallel=rollout.tensor_parallel,
         )
 
     def load_policy(self, name: str) -> Policy:

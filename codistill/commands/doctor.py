@@ -8,6 +8,7 @@ import sys
 
 from codistill import distributed
 from codistill.config import load_config
+from codistill.downloads import check_files
 from codistill.versions import installed
 
 
@@ -15,6 +16,7 @@ def main(arguments: list[str]) -> None:
     """Check a configuration and its inputs; print what would run."""
     config = load_config(arguments)
     config.check_processes(distributed.world_size())
+    check_files(config)
     import torch
 
     from codistill.engine import engine_kind

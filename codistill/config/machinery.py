@@ -89,6 +89,13 @@ class RolloutConfig(Section):
     kv_cache_gib: float = Field(
         4.0, ge=0.001, le=10**4, description="vLLM's KV cache on each process (GiB)"
     )
+    tensor_parallel: int = Field(
+        1,
+        gt=0,
+        le=10**4,
+        description="processes, neighbours by rank, that share one copy of vLLM's weights, for a "
+        "model that is too large for a GPU; it must divide the number of processes and of heads",
+    )
     sleep: bool = Field(
         False,
         description="on a GPU: the engine leaves its memory while rollouts are scored and models "

@@ -8,10 +8,12 @@ from typing import Literal
 from torch import Tensor
 
 from codistill import distributed
+from codistill.config import require
 from codistill.config.machinery import EngineKind
 from codistill.engine.hf import HFEngine
 from codistill.engine.in_process import VLLMEngine
 from codistill.engine.interface import Completion, Engine, EngineError, EngineSpec, Sampling
+from codistill.versions import check_vllm
 
 
 def engine_kind(kind: EngineKind) -> Literal["vllm", "hf"]:
@@ -19,6 +21,18 @@ def engine_kind(kind: EngineKind) -> Literal["vllm", "hf"]:
     if kind == "auto":
         return "vllm" if importlib.util.find_spec("vllm") else "hf"
     return kind
+
+
+def check_engine(section: str, kind: EngineKind, tensor_parallel: int) -> None:
+    """Raise ConfigError unless this engine can run here, shared by so many processes.
+
+    section: what precedes the keys' names in the message, such as "rollout.".
+    """
+    if engine_kind(kind) == "vllm":
+        check_vllm(f"{section}engine", kind)
+        return
+    expected = "1 with engine hf, of which each process has its own"
+    require(tensor_parallel == 1, f"{section}tensor_parallel", tensor_parallel, expected)
 
 
 def make_engine(kind: EngineKind, spec: EngineSpec) -> Engine:

@@ -89,6 +89,9 @@ class EngineSpec:
     """Texts that end a completion, besides `end_token_ids`."""
     sleeps: bool = False
     """It may be put to sleep."""
+    tensor_parallel: int = 1
+    """How many processes, neighbours by rank, share one copy of the weights; 1 for the engine
+    hf."""
 
 
 def cut_at_end(
