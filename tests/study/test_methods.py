@@ -83,6 +83,8 @@ def test_ablations_change_what_their_names_say():
     assert configured("kd_objective").kd.placement == "objective"
 
 
-def test_problems_are_seen_as_often_as_in_the_paper():
-    assert training_problems(64, 32) == 256 and 64 * 32 / 256 == EPOCHS
-    assert training_problems(1, 32) == 32
+def test_a_run_passes_over_its_problems():
+    prompts = configured("grpo_small").rollout.prompts_per_step
+    assert prompts == runs.PROMPTS
+    assert 64 * prompts / training_problems(64, prompts) == EPOCHS
+    assert training_problems(1, prompts) == prompts  # enough for the one step

@@ -5,11 +5,14 @@ import random
 import re
 
 import pytest
+import yaml
+from transformers import AutoTokenizer
 
 from codistill.comparing import is_correct
 from codistill.grading import format_reward
 from study import problems
 from study.problems import HELD_OUT, TRAINING, Problem, held_out, make_problem, make_problems
+from study.tasks import WORDS
 
 COMPUTED = {
     "+": lambda a, b: a + b,
@@ -83,6 +86,20 @@ def test_text_through_tokens_to_a_grade():
             assert is_correct(text, [problem.answer])
             assert not is_correct(text, [str(int(problem.answer) + 1)])
     assert tokenizer.unk_token is None and max(ids) < len(tokenizer)
+
+
+@pytest.mark.parametrize("model", [WORDS.small, WORDS.large], ids=["small", "large"])
+def test_models_have_this_tokenizer(model):
+    """As the trainer loads it: transformers changes tokenizers of some models on the way."""
+    made, loaded = problems.make_tokenizer(), AutoTokenizer.from_pretrained(model)
+    config = yaml.safe_load(WORDS.config.read_text())["rollout"]
+    for problem in (problem for members in held_out().values() for problem in members):
+        ids = loaded.encode(problem.text)
+        assert ids == made.encode(problem.text) and len(ids) <= config["max_prompt_tokens"]
+        solution = loaded.encode(problem.solution)
+        assert loaded.decode(solution, skip_special_tokens=True) == problem.solution
+        assert len(solution) < config["max_completion_tokens"]
+    assert loaded.eos_token_id == made.eos_token_id and loaded.pad_token_id == made.pad_token_id
 
 
 def test_written_rows(tmp_path):

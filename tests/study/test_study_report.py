@@ -27,7 +27,8 @@ def places(tmp_path) -> Places:
     return found
 
 
-def test_whole_report(places):
+def test_whole_report(places, monkeypatch):
+    monkeypatch.setattr(figures, "DPI", 40)  # fewer pixels, less time
     seeds = {name: range(1 + n % 4) for n, name in enumerate(METHODS)}  # some have too few
     for name in METHODS:
         write_study(places.results / "words", [name], seeds[name], {})
