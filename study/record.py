@@ -35,8 +35,8 @@ KEPT = [
 ]
 """Keys of metrics.jsonl that are kept for every step, where the run has them."""
 KD_STD = "reward/kd_std"
-"""Standard deviation of the KD rewards of a prompt's rollouts, mean over prompts (nats, α included):
-a value per evaluation, from the rollouts that are kept in samples/."""
+"""Standard deviation of the KD rewards of a prompt's rollouts, mean over prompts (nats, α
+included): a value per evaluation, from the rollouts that are kept in samples/."""
 DIGITS = 5
 
 
