@@ -4,8 +4,12 @@ import json
 import subprocess
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
+from statistics import mean, pstdev
 from typing import Any
+
+import pyarrow.parquet as pq
 
 from codistill.versions import installed
 
@@ -14,7 +18,6 @@ KEPT = [
     "reward/accuracy",
     "reward/kept_accuracy",
     "reward/kd",
-    "reward/kd_std",
     "reward/zero_fraction",
     "rollout/mean_tokens",
     "rollout/truncated_fraction",
@@ -31,6 +34,9 @@ KEPT = [
     "time/step",
 ]
 """Keys of metrics.jsonl that are kept for every step, where the run has them."""
+KD_STD = "reward/kd_std"
+"""Standard deviation of the KD rewards of a prompt's rollouts, mean over prompts (nats, α
+included): a value per evaluation, from the rollouts that are kept in samples/."""
 DIGITS = 5
 
 
@@ -72,6 +78,8 @@ class Record:
         self.metrics = {
             key: [rounded(row[key]) for row in steps] for key in KEPT if key in steps[0]
         }
+        if "reward/kd" in self.metrics:
+            self.metrics[KD_STD] = [rounded(v) for v in kd_deviations(folder / "samples")]
         self.evaluations = [
             {key: rounded(value) for key, value in row.items()}
             for row in rows(folder / "evaluations.jsonl")
@@ -109,6 +117,16 @@ def read(file: Path) -> Record:
 
 def rows(file: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def kd_deviations(samples: Path) -> list[float]:
+    """`KD_STD` of each file of rollouts, in the order of steps."""
+    found = []
+    for file in sorted(samples.glob("*.parquet")):
+        table = pq.read_table(file, columns=["prompt", "kd"]).to_pylist()
+        groups = [list(rows) for _, rows in groupby(table, key=lambda row: row["prompt"])]
+        found.append(mean(pstdev(row["kd"] for row in group) for group in groups))
+    return found
 
 
 def rounded(value: float) -> float:
