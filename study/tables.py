@@ -11,7 +11,7 @@ from codistill.output.evaluation_table import (
     spread,
 )
 from study.methods import ABLATIONS, CONTINUED, MAIN, METHODS, Method
-from study.record import Record
+from study.record import KD_STD, Record
 from study.results import (
     Measure,
     Results,
@@ -139,8 +139,8 @@ def kd_reward(results: Results) -> str:
     columns: dict[str, tuple[Measure, str]] = {
         "mean, first half": (early("reward/kd"), ".4f"),
         "mean, last quarter": (late("reward/kd"), ".4f"),
-        "std within prompts, first half": (early("reward/kd_std"), ".4f"),
-        "std within prompts, last quarter": (late("reward/kd_std"), ".4f"),
+        "std within prompts, first half": (early(KD_STD), ".4f"),
+        "std within prompts, last quarter": (late(KD_STD), ".4f"),
         "tokens per completion": (whole("rollout/mean_tokens"), ".1f"),
     }
     named = {titled(m): m for m in METHODS.values() if results.values(m.name, whole("reward/kd"))}

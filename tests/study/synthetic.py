@@ -5,7 +5,7 @@ from pathlib import Path
 
 from study.methods import METHODS, Method
 from study.problems import HELD_OUT
-from study.record import Record
+from study.record import KD_STD, Record
 
 STEPS, EVERY = 16, 4
 TIMES = {"rollout": 2.0, "score": 0.5, "update_small": 0.6, "update_large": 1.4, "step": 4.6}
@@ -51,6 +51,7 @@ def make_record(method: Method, seed: int, reached: float) -> Record:
     }
     if "kd.alpha" in method.options:
         record.metrics["reward/kd"] = [-0.05 + 0.001 * k for k in range(STEPS)]
+        record.metrics[KD_STD] = [0.02] * (STEPS // EVERY)
     return record
 
 
