@@ -54,7 +54,10 @@ def most_bytes(options: PlanOptions, shapes: dict[str, ModelShape]) -> float:
 
 
 def fitting(options: PlanOptions, shapes: dict[str, ModelShape]) -> dict[str, Any]:
-    """Keys and values that make the run fit, the cheapest first; nothing if none of these do."""
+    """Keys and values that make the run fit; nothing if none of these do.
+
+    The cheapest are tried first, and what a dearer one has made superfluous is left out again.
+    """
     rollout, gpus = options.rollout, options.machine.gpus
     longest = rollout.max_prompt_tokens + rollout.max_completion_tokens
     tries = [
@@ -66,15 +69,30 @@ def fitting(options: PlanOptions, shapes: dict[str, ModelShape]) -> dict[str, An
         ("training.offload", "all"),
         *(("machine.gpus", gpus * 2**power) for power in range(1, 8)),
     ]
+
+    def needs(changes: dict[str, Any]) -> float:
+        return most_bytes(with_changes(options, changes), shapes)
+
     changes: dict[str, Any] = {}
-    needed = most_bytes(options, shapes)
     for key, value in tries:
+        tried = changes | {key: value}
+        if needs(tried) < needs(changes):
+            changes = tried
+        if needs(changes) <= capacity(options):
+            break
+    else:
+        return {}
+    for key in reversed(tuple(changes)):
+        others = {other: value for other, value in changes.items() if other != key}
+        if needs(others) <= capacity(options):
+            changes = others
+    return changes
+
+
+def with_changes(options: PlanOptions, changes: dict[str, Any]) -> PlanOptions:
+    """The options with other values of some keys."""
+    for key, value in changes.items():
         section, _, name = key.partition(".")
         changed = getattr(options, section).model_copy(update={name: value})
-        tried = options.model_copy(update={section: changed})
-        if most_bytes(tried, shapes) >= needed:
-            continue
-        options, needed, changes = tried, most_bytes(tried, shapes), changes | {key: value}
-        if needed <= capacity(options):
-            return changes
-    return {}
+        options = options.model_copy(update={section: changed})
+    return options

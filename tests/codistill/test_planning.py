@@ -317,6 +317,8 @@ def test_what_makes_it_fit(paper):
     changed = load_config(paper(*arguments), PlanOptions)
     assert max(phase.bytes for phase in phases(changed, shapes)) <= 80 * GIB
     assert max(phase.bytes for phase in phases(options, shapes)) > 80 * GIB
+    # With all on the host neither the engine need sleep nor micro-batches be small.
+    assert changes == {"training.offload": "all"}
 
 
 def test_decoding_is_bound_by_the_longest_completion_or_by_all_of_them(paper):
@@ -337,7 +339,7 @@ def test_command(paper, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     plan.main(paper("--machine.gpus", "1"))
     printed = capsys.readouterr().out
-    for text in ("update large", "does not fit", "--rollout.sleep True"):
+    for text in ("update large", "does not fit", "fits with: --training.offload all"):
         assert text in " ".join(printed.split())
     plan.main(paper("--rollout.sleep", "true"))
     printed = " ".join(capsys.readouterr().out.split())
