@@ -2,6 +2,7 @@
 
 import gc
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from codistill.planning.times import pass_seconds, rollout_seconds, update_secon
 from codistill_kernels import PolicyLoss
 from codistill_kernels._linear import slab_sizes
 
+ROOT = Path(__file__).parents[2]
 SEQUENCES, PROMPT, COMPLETION = 4, 64, 192
 TOKENS, COMPLETION_TOKENS = SEQUENCES * (PROMPT + COMPLETION), SEQUENCES * COMPLETION
 TINY = dict(
@@ -345,6 +347,14 @@ def test_command(paper, capsys, monkeypatch):
     printed = " ".join(capsys.readouterr().out.split())
     assert " fits: " in printed
     assert "host's memory: 23 GiB on each node, 2.9 per process (rollout.sleep)" in printed
+
+
+def test_the_recipe_shows_what_is_printed(paper, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    plan.main(paper("--machine.gpus", "8"))
+    page = (ROOT / "docs" / "training_8_gpus.md").read_text().splitlines()
+    missing = [line for line in capsys.readouterr().out.splitlines() if line.rstrip() not in page]
+    assert not missing
 
 
 def test_mistakes(paper, tmp_path):
