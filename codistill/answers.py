@@ -34,6 +34,10 @@ HEDGE = re.compile(r"\b(?:or|and|not|nor|from|between)\W*$", re.IGNORECASE)
 NUMBER = re.compile(
     r"(?<![\w.])-?\\?\$?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?(?:/\d+)?(?:\s*\\?%)?(?!\w)"
 )
+TUPLE = r"[(\[](?:[^()\[\],;]|\([^()\[\]]*\))*[,;](?:[^()\[\]]|\([^()\[\]]*\))*[)\]]"
+TUPLES = re.compile(rf"{TUPLE}(?:(?:{JOINED.pattern}|\s*(?:∪|∩|U|\\cup|\\cap)\s*){TUPLE})*")
+"""Intervals, points and tuples in plain text. A number in one is a part, no answer: [2, 5)."""
+CLAUSE_END = re.compile(r"[,;](?=\s)")
 WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}")
 
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
@@ -150,7 +154,7 @@ def sentence_at(text: str, start: int) -> str:
 
 def stated(sentence: str) -> Iterator[str]:
     """What a sentence states: its last formulas, else what comes after its last verb, else its last
-    number. Nothing where the sentence denies something."""
+    number, or the intervals or tuples that hold it. Nothing where the sentence denies something."""
     if NEGATION.search(MATH.sub("", sentence)):
         return
     yield sentence
@@ -172,9 +176,20 @@ def stated(sentence: str) -> Iterator[str]:
     rest = FILLER.sub("", rest, count=1) if FILLER.match(rest) else rest
     if rest != sentence:
         yield rest
-    numbers = list(NUMBER.finditer(rest))
-    if numbers and not HEDGE.search(rest[: numbers[-1].start()]):
-        yield re.split(r"[,;](?=\s)", rest[numbers[-1].start() :])[0]  # with its unit
+    value = last_value(rest)
+    if value and not HEDGE.search(rest[: value.start()]):
+        end = CLAUSE_END.search(rest, value.end() - 1)
+        yield rest[value.start() : end.start() if end else None]  # with its unit
+
+
+def last_value(text: str) -> re.Match | None:
+    """The last number of a text, or the intervals or tuples in which it stands."""
+    numbers = list(NUMBER.finditer(text))
+    if not numbers:
+        return None
+    place = numbers[-1].start()
+    around = (found for found in TUPLES.finditer(text) if found.start() < place < found.end())
+    return next(around, numbers[-1])
 
 
 def last_boxed(text: str) -> str | None:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from codistill.answers import NEGATION, answers_in, spelled
 from codistill.mathematics import is_readable, rounds_to, same_mathematics
 
-GRADER_VERSION = 2
+GRADER_VERSION = 3
 """Rises with every change of what is called right; results and caches of grading name it."""
 
 MAX_LENGTH = 1000

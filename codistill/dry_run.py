@@ -11,7 +11,7 @@ from codistill.config import Config
 from codistill.data import Problem
 from codistill.engine import engine_kind
 from codistill.inputs import Inputs, load_inputs
-from codistill.model.pretrained import num_parameters
+from codistill.model.shape import model_shape
 from codistill.run import quiet_libraries
 
 CHECKPOINT_BYTES = 12  # per weight: fp32, and two moments of AdamW
@@ -39,12 +39,14 @@ def plan(config: Config, inputs: Inputs, processes: int) -> Iterator[tuple[str, 
     sharers = config.rollout.tensor_parallel
     shared = f", shared by {sharers} processes each" if sharers > 1 else ""
     yield "processes", f"{processes} on {device}, rollout engine {engine}{shared}"
-    sizes = {name: num_parameters(config.model(name).path) for name in config.loaded}
-    for name, size in sizes.items():
-        yield f"{name} model", f"{size:,} parameters, {role(config, name)}"
+    models = {name: config.model(name) for name in config.loaded}
+    shapes = {n: model_shape(f"{n}.path", model.path, model.lora) for n, model in models.items()}
+    for name, shape in shapes.items():
+        adapters = f" and {sum(shape.adapters):,} of adapters" if shape.adapters else ""
+        yield f"{name} model", f"{shape.parameters:,} parameters{adapters}, {role(config, name)}"
     yield from steps(config, inputs)
     yield from one_step(config, inputs.problems, processes)
-    trained = sum(sizes[name] for name in config.trained)
+    trained = sum(shapes[name].trained for name in config.trained)
     yield from between_steps(config, inputs, trained)
     yield "files", str(config.output_dir / config.name)
     yield "loggers", ", ".join(["metrics.jsonl", *config.log.to])
@@ -56,7 +58,7 @@ def role(config: Config, name: str) -> str:
     if name not in config.trained:
         return ", ".join([*parts, "frozen"])
     parts += [f"learns at {config.model(name).learning_rate:g}"]
-    return ", ".join([*parts, "a frozen copy as reference"] if config.loss.beta else parts)
+    return ", ".join([*parts, "a frozen copy as reference"] if name in config.references else parts)
 
 
 def steps(config: Config, inputs: Inputs) -> Iterator[tuple[str, str]]:

@@ -74,11 +74,7 @@ class Trainer:
             exact = config.has_teacher and config.kd.chosen_estimator == "exact"
             expected = f"an estimator of sampled tokens: the lm_head of {name}.path has a bias"
             require(not (exact and policy.has_bias), "kd.estimator", "exact", expected)
-        self.references = {
-            name: freeze(self.load_policy(name))
-            for name in config.trained
-            if config.loss.beta and config.model(name).lora is None
-        }
+        self.references = {name: freeze(self.load_policy(name)) for name in config.references}
         self.generation = Generation(
             config,
             inputs,

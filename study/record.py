@@ -130,7 +130,7 @@ def kd_deviations(samples: Path) -> list[float]:
 
 
 def rounded(value: float) -> float:
-    return float(f"{value:.{DIGITS}g}")
+    return value if isinstance(value, int) else float(f"{value:.{DIGITS}g}")
 
 
 def versions() -> dict[str, str]:

@@ -169,8 +169,15 @@ def execute_all(runs: list[Run], jobs: int) -> list[str]:
                 print(f"{run.name}: {record.summary()}", flush=True)
             except (subprocess.CalledProcessError, OSError, ValueError) as error:
                 failed.append(run.name)
-                print(f"{run.name}: failed, {error}", flush=True)
+                print(f"{run.name}: failed, {reason(error)}", flush=True)
     return failed
+
+
+def reason(error: Exception) -> str:
+    """One line for a run that failed."""
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"exit code {error.returncode}, see {RUNS / 'logs'}"
+    return str(error)
 
 
 def depth(run: Run) -> int:

@@ -16,12 +16,15 @@ def main(arguments: list[str]) -> None:
     from rich.console import Console
 
     from codistill.model.shape import check_split, model_shape
-    from codistill.planning import GIB, capacity, fitting, most_bytes, phases
+    from codistill.planning import capacity, fitting, most_bytes, phases
+    from codistill.planning.machines import GIB
+    from codistill.planning.memory import host_bytes
 
-    writer, sharers = options.model(options.writer), options.rollout.tensor_parallel
-    check_split("rollout.tensor_parallel", sharers, writer.path)
+    models = {name: options.model(name) for name in options.loaded}
+    sharers = options.rollout.tensor_parallel
+    check_split("rollout.tensor_parallel", sharers, models[options.writer].path)
     shapes = {
-        name: model_shape(f"{name}.path", options.model(name).path) for name in options.loaded
+        name: model_shape(f"{name}.path", model.path, model.lora) for name, model in models.items()
     }
     found = phases(options, shapes)
     console = Console()
@@ -35,6 +38,11 @@ def main(arguments: list[str]) -> None:
         "have never been compared with a GPU.",
         highlight=False,
     )
+    if on_host := host_bytes(options, shapes):
+        each, of = sum(on_host.values()) / GIB, ", ".join(on_host)
+        together = each * min(options.machine.gpus, options.machine.gpus_per_node)
+        text = f"The host's memory: {together:.0f} GiB on each node, {each:.1f} per process ({of})."
+        console.print(text, highlight=False)
     if most > room:
         changes = fitting(options, shapes)
         text = " ".join(f"--{key} {value}" for key, value in changes.items())
@@ -45,7 +53,7 @@ def table(options: PlanOptions, found: list) -> Any:
     """A row per phase, a column per kind of memory."""
     from rich.table import Table
 
-    from codistill.planning import GIB
+    from codistill.planning.machines import GIB
 
     machine = options.machine
     made = Table(title=f"{options.name}: GiB on each of {machine.gpus} {machine.gpu}")

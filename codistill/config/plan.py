@@ -42,3 +42,13 @@ class PlanOptions(Config):
         """Tokens of a completion, on average."""
         longest = self.rollout.max_completion_tokens
         return min(self.machine.mean_completion_tokens or longest / 4, longest)
+
+    @property
+    def mean_sequence(self) -> float:
+        """Tokens of a prompt and its completion, on average."""
+        return self.machine.mean_prompt_tokens + self.mean_completion
+
+    @property
+    def forward_bytes(self) -> int:
+        """Bytes per number of the forward pass."""
+        return 4 if self.training.dtype == "float32" else 2

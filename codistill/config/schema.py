@@ -124,6 +124,12 @@ class Config(CommandOptions):
             case _:
                 assert_never(self.algorithm)
 
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Names of the models of which a frozen copy is loaded, for loss.beta. One with adapters
+        needs none: without them it is its own reference."""
+        return tuple(n for n in self.trained if self.loss.beta and self.model(n).lora is None)
+
     def unused(self) -> list[str]:
         """Sections that were given and that the algorithm has no use for."""
         match self.algorithm:

@@ -81,11 +81,6 @@ def meta_model(path: str) -> PreTrainedModel:
         )
 
 
-def num_parameters(path: str) -> int:
-    """How many weights a model has, tied ones counted once; its weights are not read."""
-    return sum(parameter.numel() for parameter in meta_model(path).parameters())
-
-
 def load_tokenizer(key: str, path: str) -> PreTrainedTokenizerBase:
     """Raises ConfigError under configuration key `key` if there is none."""
     try:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from codistill.config import require
+from codistill.config.machinery import LoraConfig
+from codistill.model.lora import adapter_weights, add_adapters
 from codistill.model.pretrained import load_model_config, meta_model
 
 
@@ -12,12 +14,19 @@ from codistill.model.pretrained import load_model_config, meta_model
 class ModelShape:
     """Sizes of a causal language model."""
 
-    parameters: int
+    weights: tuple[int, ...]
+    """Numbers in each weight; tied ones count once."""
+    adapters: tuple[int, ...]
+    """Numbers in each A and B (LoRA); none in a model that learns all of its weights."""
+    adapter_width: int
+    """Rows of all A of one decoder layer, on average."""
     layers: int
     layer_parameters: int
-    """Parameters of one decoder layer, on average."""
-    largest_parameter: int
-    """Numbers in the largest weight."""
+    """Parameters of one decoder layer, on average, without adapters."""
+    expert_parameters: int
+    """Parameters of the experts of a mixture, all layers together."""
+    expert_share: float
+    """Share of its experts that a token goes through; 1 where there are none."""
     hidden: int
     intermediate: int
     """Width of the MLP; of a mixture, of all experts of a token together."""
@@ -34,32 +43,71 @@ class ModelShape:
     """Whether the head is the embedding."""
 
     @property
+    def parameters(self) -> int:
+        """Weights of the model, without adapters."""
+        return sum(self.weights)
+
+    @property
+    def held(self) -> int:
+        """Numbers of the model and its adapters."""
+        return self.parameters + sum(self.adapters)
+
+    @property
+    def trained(self) -> int:
+        """Numbers that learn: adapters, or all weights."""
+        return sum(self.adapters) or self.parameters
+
+    @property
+    def layer_trained(self) -> int:
+        """Numbers of one decoder layer that learn, on average."""
+        return sum(self.adapters) // self.layers or self.layer_parameters
+
+    @property
     def root_parameters(self) -> int:
         """Embedding, last norm and head."""
         return self.parameters - self.layers * self.layer_parameters
 
     @property
-    def multiplied(self) -> int:
-        """Weights that multiply each token: all but an embedding that only looks up."""
-        return self.parameters - (0 if self.is_tied else self.vocab * self.hidden)
+    def root_trained(self) -> int:
+        """Numbers of embedding, last norm and head that learn; adapters are in layers alone."""
+        return 0 if self.adapters else self.root_parameters
+
+    def multiplied(self, tokens: float = 1) -> float:
+        """Weights that a forward pass over so many tokens multiplies with any of them: all but an
+        embedding that only looks up, and experts that no token chose. They choose at random here.
+        """
+        unread = 0 if self.is_tied else self.vocab * self.hidden
+        return self.parameters - unread - self.expert_parameters * (1 - self.expert_share) ** tokens
 
 
-def model_shape(key: str, path: str) -> ModelShape:
+def model_shape(key: str, path: str, lora: LoraConfig | None = None) -> ModelShape:
     """The shape of the model in this folder or of this Hub name; no weight is loaded.
 
+    lora: the adapters that it is trained with.
+
     Raises:
-        ConfigError: under configuration key `key`, there is no model that is understood.
+        ConfigError: under configuration key `key`, there is no model that is understood, or it has
+            no such layers to adapt.
     """
     config = load_model_config(key, path)
     lm = meta_model(path)
     text = config.get_text_config()
     layers = lm.base_model.layers
     heads, head_size = text.num_attention_heads, head_size_of(text)
+    weights = tuple(weight.numel() for weight in lm.parameters())
+    layer_parameters = count(layers) // len(layers)
+    adapters = []
+    if lora is not None:
+        add_adapters(lm, key, path, lora)
+        adapters = list(adapter_weights(lm).items())
     return ModelShape(
-        parameters=count(lm),
+        weights=weights,
+        adapters=tuple(weight.numel() for _, weight in adapters),
+        adapter_width=sum(len(w) for name, w in adapters if ".lora_A." in name) // len(layers),
         layers=len(layers),
-        layer_parameters=count(layers) // len(layers),
-        largest_parameter=max(parameter.numel() for parameter in lm.parameters()),
+        layer_parameters=layer_parameters,
+        expert_parameters=sum(weight.numel() for weight in expert_weights(lm)),
+        expert_share=expert_share(lm),
         hidden=text.hidden_size,
         intermediate=mlp_width(text),
         query_width=heads * head_size,
@@ -90,6 +138,22 @@ def check_split(key: str, parts: int, path: str) -> None:
 
 def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def expert_weights(lm: nn.Module) -> list[nn.Parameter]:
+    """The weights of a mixture's experts, each of all experts of a layer, [experts, ...]."""
+    return [
+        weight
+        for module in lm.modules()
+        for weight in module.parameters(recurse=False)
+        if weight.dim() == 3 and getattr(module, "num_experts", None) == len(weight)
+    ]
+
+
+def expert_share(lm: nn.Module) -> float:
+    """Share of its experts that a token goes through; 1 in a model without experts."""
+    experts = {len(weight) for weight in expert_weights(lm)}
+    return lm.config.get_text_config().num_experts_per_tok / max(experts) if experts else 1.0
 
 
 def head_size_of(text_config) -> int:

@@ -13,7 +13,7 @@ from codistill.config import Config, ConfigError
 from codistill.dry_run import dry_run, multiples, plan
 from codistill.inputs import load_inputs
 from codistill.model.loading import load_causal_lm
-from codistill.model.pretrained import num_parameters
+from codistill.model.shape import model_shape
 
 
 def test_dry_run_prints_a_configuration_and_a_plan(settings, train, tmp_path):
@@ -35,11 +35,15 @@ def test_dry_run_refuses_what_a_start_refuses(settings, tmp_path):
         dry_run(config)
 
 
+def parameters(path: str) -> int:
+    return model_shape("small.path", path).parameters
+
+
 def test_plan_by_hand(settings):
     changes = {"training": {"inner_epochs": 3}, "loss": {"beta": 0.1}}
     config = Config(**merged(settings, changes))
     texts = dict(plan(config, load_inputs(config), 2))
-    small, large = (num_parameters(settings[name]["path"]) for name in ("small", "large"))
+    small, large = (parameters(settings[name]["path"]) for name in ("small", "large"))
     assert texts["small model"] == (
         f"{small:,} parameters, writes the rollouts, learns at 0.01, a frozen copy as reference"
     )
@@ -76,7 +80,21 @@ def test_frozen_models_and_steps_that_are_done(settings):
 def test_parameters_are_those_of_the_loaded_model(models):
     for path in models.values():
         loaded = load_causal_lm(str(path), dtype=torch.float32)
-        assert num_parameters(str(path)) == sum(p.numel() for p in loaded.parameters())
+        assert parameters(str(path)) == sum(p.numel() for p in loaded.parameters())
+
+
+def test_adapters_are_what_a_checkpoint_holds(settings):
+    """B and A of rank 2 on q_proj alone, in both layers of each model: 2 * 2 * 2 H numbers."""
+    lora = {"rank": 2, "alpha": 4, "target_modules": ["q_proj"]}
+    models = {name: settings[name] | {"lora": lora} for name in ("small", "large")}
+    config = Config(**settings | models | {"loss": {"beta": 0.1}})
+    inputs = load_inputs(config)
+    texts = dict(plan(config, inputs, 1))
+    hidden = [model_shape("", settings[name]["path"]).hidden for name in ("small", "large")]
+    for name, width in zip(("small", "large"), hidden, strict=True):
+        assert f" and {8 * width:,} of adapters, " in texts[f"{name} model"]
+        assert "reference" not in texts[f"{name} model"]
+    assert f"each of {12 * 8 * sum(hidden) / 2**30:.2g} GiB" in texts["checkpoints"]
 
 
 def test_no_lengths_need_more_rows():

@@ -1,6 +1,8 @@
 """`python -m codistill plan`: its formulas against what a CPU allocates, and by hand."""
 
+import gc
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,21 +14,19 @@ from torch.profiler import ProfilerActivity, profile
 from codistill.batch import Ragged, TokenBatch
 from codistill.commands import plan
 from codistill.config import ConfigError, load_config
-from codistill.config.machinery import DistributedConfig, TrainingConfig
+from codistill.config.machinery import DistributedConfig, LoraConfig, TrainingConfig
 from codistill.config.plan import PlanOptions
+from codistill.model.lora import add_adapters, start_adapters
 from codistill.model.policy import prepare
 from codistill.model.shape import ModelShape, model_shape
-from codistill.planning import (
-    GIB,
-    fitting,
-    pass_seconds,
-    phases,
-    rollout_seconds,
-    update_bytes,
-)
+from codistill.planning import fitting, phases
+from codistill.planning.machines import GIB
+from codistill.planning.memory import host_bytes, pinned_bytes, update_bytes
+from codistill.planning.times import pass_seconds, rollout_seconds, update_seconds
 from codistill_kernels import PolicyLoss
 from codistill_kernels._linear import slab_sizes
 
+ROOT = Path(__file__).parents[2]
 SEQUENCES, PROMPT, COMPLETION = 4, 64, 192
 TOKENS, COMPLETION_TOKENS = SEQUENCES * (PROMPT + COMPLETION), SEQUENCES * COMPLETION
 TINY = dict(
@@ -36,24 +36,32 @@ TINY = dict(
     num_key_value_heads=4,
     tie_word_embeddings=False,
 )
+LAYERS = dict(TINY, num_hidden_layers=6, vocab_size=1024)
+LORA = LoraConfig(rank=8, alpha=16)
 CASES = {
-    "layers": ("bfloat16", "none", dict(TINY, num_hidden_layers=6, vocab_size=1024)),
-    "selective": ("bfloat16", "selective", dict(TINY, num_hidden_layers=6, vocab_size=1024)),
-    "full": ("bfloat16", "full", dict(TINY, num_hidden_layers=6, vocab_size=1024)),
-    "head": ("float32", "none", dict(TINY, num_hidden_layers=2, vocab_size=8192)),
+    "layers": ("bfloat16", "none", LAYERS, None),
+    "selective": ("bfloat16", "selective", LAYERS, None),
+    "full": ("bfloat16", "full", LAYERS, None),
+    "head": ("float32", "none", dict(TINY, num_hidden_layers=2, vocab_size=8192), None),
+    "adapters": ("bfloat16", "none", LAYERS, LORA),
+    "adapters, selective": ("bfloat16", "selective", LAYERS, LORA),
+    "adapters, head": ("float32", "none", dict(TINY, num_hidden_layers=2, vocab_size=8192), LORA),
 }
 
 
 def train_twice(case: str) -> None:
     """Two steps of two micro-batches: the second step finds Adam's moments, and its second
     micro-batch the gradients of the first."""
-    dtype, checkpointing, sizes = CASES[case]
+    dtype, checkpointing, sizes, lora = CASES[case]
     options = TrainingConfig(dtype=dtype, gradient_checkpointing=checkpointing)
     lm = transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**sizes))
+    if lora:
+        add_adapters(lm, "small.path", "", lora)
     policy = prepare(lm, options, sizes["vocab_size"], torch.device("cpu"))
+    start_adapters(policy.lm)
     rows = Ragged.of([[1] * PROMPT] * SEQUENCES), Ragged.of([[2] * COMPLETION] * SEQUENCES)
     batch = TokenBatch.build(*rows, list(range(SEQUENCES)), torch.device("cpu"))
-    optimizer = torch.optim.AdamW(policy.parameters())
+    optimizer = torch.optim.AdamW(weight for weight in policy.parameters() if weight.requires_grad)
     for _ in range(2):
         for is_last in (False, True):
             policy.reduce_head(is_last)
@@ -72,6 +80,7 @@ def train_twice(case: str) -> None:
 
 def peak_bytes(case: str) -> int:
     """The most that torch's allocator has given out at once."""
+    gc.collect()  # what an earlier case left would count as given back
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train_twice(case)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -91,15 +100,15 @@ def peak_of_a_process(rank: int, folder: str, case: str) -> None:
     dist.destroy_process_group()
 
 
-def shape_of(folder, **sizes) -> ModelShape:
+def shape_of(folder, *, lora: LoraConfig | None = None, **sizes) -> ModelShape:
     config = transformers.Qwen2Config(**sizes, architectures=["Qwen2ForCausalLM"])
     config.save_pretrained(folder)
-    return model_shape("small.path", str(folder))
+    return model_shape("small.path", str(folder), lora)
 
 
 def predicted_bytes(case: str, folder, processes: int) -> float:
-    dtype, checkpointing, sizes = CASES[case]
-    shape = shape_of(folder, **sizes)
+    dtype, checkpointing, sizes, lora = CASES[case]
+    shape = shape_of(folder, lora=lora, **sizes)
     update = update_bytes(
         shape,
         TOKENS,
@@ -108,7 +117,7 @@ def predicted_bytes(case: str, folder, processes: int) -> float:
         processes=processes,
         checkpointing=checkpointing,
     )
-    return (4 + 8) * shape.parameters / processes + sum(update.values())
+    return (4 * shape.held + 8 * shape.trained) / processes + sum(update.values())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -148,15 +157,16 @@ def paper(tmp_path):
 
 
 def shapes_of(options: PlanOptions) -> dict[str, ModelShape]:
-    return {n: model_shape(f"{n}.path", options.model(n).path) for n in options.loaded}
+    models = {name: options.model(name) for name in options.loaded}
+    return {n: model_shape(f"{n}.path", model.path, model.lora) for n, model in models.items()}
 
 
 def test_shapes_of_the_papers_models(paper):
     small, large = shapes_of(load_config(paper(), PlanOptions)).values()
     assert small.parameters == 1_543_714_304  # as in their model cards: 1.54 and 7.61 billion
     assert large.parameters == 7_615_616_512
-    assert small.multiplied == small.parameters and small.is_tied
-    assert large.multiplied == large.parameters - 152064 * 3584
+    assert small.multiplied() == small.parameters and small.is_tied
+    assert large.multiplied() == large.parameters - 152064 * 3584
     assert large.key_width == 4 * 128 and large.norm_width == 2 * 3584
     assert large.layer_parameters * 28 + large.root_parameters == large.parameters
 
@@ -213,7 +223,7 @@ def test_a_shared_engine_by_hand(paper):
         for more in ((), ("--rollout.tensor_parallel", "2"))
     )
     # 8 GPUs: 14 sequences each, or 28 per pair, of 3072 tokens; both read the same keys and values.
-    saved = 2 * writer.multiplied / 2 / (0.7 * 3.35e12)
+    saved = 2 * writer.multiplied() / 2 / (0.7 * 3.35e12)
     sums = 2 * 28 * (2 * writer.hidden * 28 / 360e9 + 1e-5)
     prefill = 2 * 28 * (2 * writer.hidden * 2 * 150 / 360e9 + 1e-5)
     expected = rollout_seconds(alone, writer) - 3072 * (saved - sums) + prefill
@@ -239,6 +249,89 @@ def test_replicas_by_hand(paper):
         apart.model_copy(update={"distributed": DistributedConfig(replicas=3)}).check_processes(64)
 
 
+def test_what_is_on_the_host_by_hand(paper):
+    """Shards of 8 processes, in blocks of a power of two: the head of the 7B is 273 MB, in 512 MiB.
+    AdamW makes its moments on the CPU unpinned."""
+    assert pinned_bytes([152064 * 3584], 8) == 512 * 2**20
+    offloads = {}
+    for offload in ("none", "optimizer", "all"):
+        options = load_config(paper("--training.offload", offload), PlanOptions)
+        offloads[offload] = host_bytes(options, shapes_of(options))
+    shapes = shapes_of(options)
+    pinned = {name: pinned_bytes(shape.weights, 8) for name, shape in shapes.items()}
+    parameters = sum(shape.parameters for shape in shapes.values())
+    assert 4 * parameters / 8 < sum(pinned.values()) < 2 * 4 * parameters / 8
+    assert offloads["none"] == {}
+    assert offloads["optimizer"] == {"training.offload": 2 * sum(pinned.values())}
+    weights_and_gradients = sum(pinned.values()) + pinned["large"]
+    assert offloads["all"] == {"training.offload": weights_and_gradients + parameters}
+    options = load_config(
+        paper("--rollout.sleep", "true", "--checkpoint.asynchronous", "true"), PlanOptions
+    )
+    assert host_bytes(options, shapes) == {
+        "rollout.sleep": 2 * 1_543_714_304,
+        "checkpoint.asynchronous": 12 * parameters / 8,
+    }
+
+
+def test_time_of_copies_by_hand(paper):
+    """PCIe at 0.8 * 64 GB/s for each GPU; the node's memory at 400 GB/s for all of them."""
+    plain = load_config(paper("--training.gradient_checkpointing", "none"), PlanOptions)
+    shapes = shapes_of(plain)
+    large = shapes["large"]
+    found = {}
+    for offload in ("optimizer", "all"):
+        changed = plain.training.model_copy(update={"offload": offload, "inner_epochs": 2})
+        options = plain.model_copy(update={"training": changed})
+        steps = update_seconds(options, large) - pass_seconds(options, large, 1024, updates=True)
+        found[offload] = steps
+    share = large.parameters / 8
+    assert found["optimizer"] == pytest.approx(2 * 2 * 8 * share / 51.2e9)
+    assert found["all"] == pytest.approx(2 * 84 * share * 8 / 400e9)
+    # One rollout on each GPU: its 918 tokens take less than the copies of all weights.
+    gathered = (2 * 2 + 4) * 7 / 8 * large.parameters / 360e9
+    copied = 2 * 4 * share / 51.2e9
+    assert pass_seconds(options, large, 8, updates=True) == pytest.approx(gathered + copied)
+    asleep = load_config(paper("--rollout.sleep", "true"), PlanOptions)
+    for one, other in zip(phases(asleep, shapes), phases(plain, shapes), strict=True):
+        copy = 2 * shapes["small"].parameters / 51.2e9 if one.name in ("rollout", "sync") else 0
+        assert one.name.startswith("update") or one.seconds == pytest.approx(other.seconds + copy)
+
+
+def test_references_take_weights_and_a_pass_over_what_is_kept(paper):
+    """Two models of 8 kept rollouts each, beside the 14 that both score; with adapters no copy."""
+    plain, beta = (load_config(paper("--loss.beta", value), PlanOptions) for value in ("0", "0.1"))
+    shapes = shapes_of(plain)
+    without, with_references = (
+        {phase.name: phase for phase in phases(options, shapes)} for options in (plain, beta)
+    )
+    weights = without["rollout"].parts["weights"]
+    assert with_references["rollout"].parts["weights"] == 2 * weights
+    expected = without["score"].seconds * (14 + 8) / 14
+    assert with_references["score"].seconds == pytest.approx(expected)
+    lora = ("--loss.beta", "0.1", "--large.lora.rank", "8", "--large.lora.alpha", "16")
+    assert load_config(paper(*lora), PlanOptions).references == ("small",)
+
+
+def test_adapters_are_what_learns(paper):
+    """Rank 32 on all linear layers of the 7B; one pass less, and no gradient of the head."""
+    lora = ("--large.lora.rank", "32", "--large.lora.alpha", "64")
+    options, plain = load_config(paper(*lora), PlanOptions), load_config(paper(), PlanOptions)
+    shapes, whole = shapes_of(options), shapes_of(plain)
+    numbers = 28 * 32 * (2 * 2 * 3584 + 2 * (3584 + 512) + 3 * (3584 + 18944))
+    assert shapes["large"].trained == numbers
+    update = {phase.name: phase for phase in phases(options, shapes)}["update large"]
+    before = {phase.name: phase for phase in phases(plain, whole)}["update large"]
+    small = 1_543_714_304
+    assert update.parts["optimizer"] == 8 * (small + numbers) / 8
+    assert update.parts["weights"] == 4 * (small + 7_615_616_512 + numbers) / 8
+    assert update.parts["gradients"] == pytest.approx(4 * numbers / 8 + 10 * numbers / 28)
+    in_chunks = 2 + 4  # bytes: the gradient, and its sum in fp32
+    assert before.parts["head"] - update.parts["head"] == in_chunks * 152064 * 3584
+    passes = [pass_seconds(options, s["large"], 8000, updates=True) for s in (shapes, whole)]
+    assert passes[0] / passes[1] == pytest.approx(3 / 4)  # with full checkpointing
+
+
 def test_what_makes_it_fit(paper):
     options = load_config(paper("--machine.gpus", "1"), PlanOptions)
     shapes = shapes_of(options)
@@ -247,6 +340,8 @@ def test_what_makes_it_fit(paper):
     changed = load_config(paper(*arguments), PlanOptions)
     assert max(phase.bytes for phase in phases(changed, shapes)) <= 80 * GIB
     assert max(phase.bytes for phase in phases(options, shapes)) > 80 * GIB
+    # With all on the host neither the engine need sleep nor micro-batches be small.
+    assert changes == {"training.offload": "all"}
 
 
 def test_decoding_is_bound_by_the_longest_completion_or_by_all_of_them(paper):
@@ -267,10 +362,20 @@ def test_command(paper, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     plan.main(paper("--machine.gpus", "1"))
     printed = capsys.readouterr().out
-    for text in ("update large", "does not fit", "--rollout.sleep True"):
+    for text in ("update large", "does not fit", "fits with: --training.offload all"):
         assert text in " ".join(printed.split())
-    plan.main(paper())
-    assert "\nfits: " in capsys.readouterr().out
+    plan.main(paper("--rollout.sleep", "true"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert " fits: " in printed
+    assert "host's memory: 23 GiB on each node, 2.9 per process (rollout.sleep)" in printed
+
+
+def test_the_recipe_shows_what_is_printed(paper, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    plan.main(paper("--machine.gpus", "8"))
+    page = (ROOT / "docs" / "training_8_gpus.md").read_text().splitlines()
+    missing = [line for line in capsys.readouterr().out.splitlines() if line.rstrip() not in page]
+    assert not missing
 
 
 def test_mistakes(paper, tmp_path):
