@@ -224,7 +224,8 @@ def host_bytes(options: PlanOptions, shapes: dict[str, ModelShape]) -> dict[str,
         case _:
             assert_never(training.offload)
     if options.rollout.sleep:
-        parts["rollout.sleep"] = float(options.forward_bytes * shapes[options.writer].parameters)
+        weights = options.forward_bytes * shapes[options.writer].parameters
+        parts["rollout.sleep"] = weights / options.rollout.tensor_parallel
     if options.checkpoint.asynchronous:
         parts["checkpoint.asynchronous"] = CHECKPOINT * sum(trained) / processes
     return parts
