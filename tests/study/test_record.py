@@ -28,7 +28,7 @@ def test_numbers_of_a_run(tmp_path):
     record.take(folder)
     record.end("finished", 1.23)
     kept = read(tmp_path / "seed_3.json")
-    assert kept.metrics == {"reward/kd": [0.12346, None], KD_STD: [0.5]}  # of 1 and 0
+    assert kept.metrics == {"reward/kd": [0.12346, None], KD_STD: [0.5]}  # the mean of 1 and 0
     assert kept.evaluations == [{"step": 0, "small": 0.25}, {"step": 2, "small": 0.33333}]
     assert all(type(row["step"]) is int for row in kept.evaluations)  # names of folders
     assert kept.finished and (kept.method, kept.seed) == ("kdrl", 3)
