@@ -39,7 +39,7 @@ COLOURS = {
     "kd_objective": "C2",
 }
 PHASE_COLOURS = {"rollout": "C2", "score": "C4", "update small": SMALL, "update large": LARGE}
-"""Those of curves.png."""
+"""The colours that curves.png gives them."""
 DPI = 100
 COLOURS_OF_A_FILE = 256
 SHARE = "{x:.0%}"

@@ -52,8 +52,8 @@ class Record:
     """Every start: when, how it ended, seconds. A start without an end was killed."""
     evaluations: list[dict[str, float]] = field(default_factory=list)
     """Rows of evaluations.jsonl."""
-    metrics: dict[str, list[float]] = field(default_factory=dict)
-    """A value per step of each key of `KEPT`."""
+    metrics: dict[str, list[float | None]] = field(default_factory=dict)
+    """A value per step of each key of `KEPT`; None where it was not finite."""
     file: Path = field(default=Path(), repr=False)
 
     @classmethod
@@ -129,8 +129,11 @@ def kd_deviations(samples: Path) -> list[float]:
     return found
 
 
-def rounded(value: float) -> float:
-    return value if isinstance(value, int) else float(f"{value:.{DIGITS}g}")
+def rounded(value: float | None) -> float | None:
+    """`DIGITS` of a number; None, which stands for one that was not finite, stays."""
+    if value is None or isinstance(value, int):
+        return value
+    return float(f"{value:.{DIGITS}g}")
 
 
 def versions() -> dict[str, str]:

@@ -33,7 +33,7 @@ def test_equal_differences_have_no_error():
 def test_exact_p_counts_signs():
     assert Paired((0.1, 0.2, 0.3)).exact_p == 2 / 8
     assert Paired((0.01, 0.02, 0.03, 0.04, 0.05)).exact_p == 2 / 32
-    # Of 3, -1 and 2 the sum is 4; 6 and 4 are reached by 3, 1, 2 and by 3, -1, 2, and negated.
+    # The sum of 3, -1 and 2 is 4; 6 and 4 are reached by 3, 1, 2 and by 3, -1, 2, and negated.
     assert Paired((3.0, -1.0, 2.0)).exact_p == 4 / 8
 
 
