@@ -1,6 +1,6 @@
 """Word problems of several difficulties, with worked solutions: the study's task.
 
-    Ann has 48 pens. She buys 75. She loses 19. How many?
+    Ann has 48 pens. Then buys 75. Then loses 19. How many?
     <think>48+75=123;123-19=104</think><answer>104</answer>
 
 A problem has one to four steps; a step adds, takes away or multiplies. The problems of a run have

@@ -69,9 +69,8 @@ def sum_seconds(machine: MachineConfig, shape: ModelShape, tokens: float, sharer
 
 def sleep_seconds(options: PlanOptions, shape: ModelShape) -> float:
     """Copying the engine's weights to the host or back; nothing where it does not sleep."""
-    moved = options.rollout.sleep * options.forward_bytes * shape.parameters
-    moved /= options.rollout.tensor_parallel
-    return moved / host_link_rate(options.machine)
+    asleep = options.rollout.sleep * options.forward_bytes * shape.parameters
+    return asleep / options.rollout.tensor_parallel / host_link_rate(options.machine)
 
 
 def score_seconds(options: PlanOptions, shapes: dict[str, ModelShape]) -> float:
