@@ -154,11 +154,13 @@ def phase_bytes(options: PlanOptions, shapes: dict[str, ModelShape], name: str) 
     writer = shapes[options.writer]
     trained = sum(shapes[model].parameters for model in options.trained)
     is_here, states_are_here = training.offload != "all", training.offload == "none"
+    is_inside = options.rollout.engine != "server"
     is_awake = not options.rollout.sleep or name in ("rollout", "sync")
     parts = {
         "weights": is_here * sum(FP32 * s.parameters for s in shapes.values()) / processes,
         "optimizer": states_are_here * ADAM * trained / processes,
-        "engine": ENGINE + is_awake * (b * writer.parameters + options.rollout.kv_cache_gib * GIB),
+        "engine": is_inside
+        * (ENGINE + is_awake * (b * writer.parameters + options.rollout.kv_cache_gib * GIB)),
         "context": float(CONTEXT),
     }
     match name:

@@ -5,7 +5,7 @@ weights from the trainer. All engines sample from softmax(logits / temperature) 
 tokenizer's tokens and return the log-probability of each sampled token under just that.
 """
 
-from codistill.engine.choice import RestartingEngine, engine_kind, make_engine
+from codistill.engine.choice import RestartingEngine, engine_kind, make_engine, passing_engine
 from codistill.engine.interface import (
     Completion,
     Engine,
@@ -30,5 +30,6 @@ __all__ = [
     "cut_at_end",
     "engine_kind",
     "make_engine",
+    "passing_engine",
     "prompt_seeds",
 ]

@@ -1,0 +1,104 @@
+"""A server that a run starts for itself, for a while: vLLM cannot start twice in one process."""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from codistill import distributed
+from codistill.child import Child
+from codistill.engine.interface import EngineError, EngineSpec
+from codistill.engine.serve import GLOO, ServeCommand, environment_of
+from codistill.engine.server import ServerError, ask
+
+LOOPBACK = "127.0.0.1"
+PAUSE = 0.2  # seconds between two looks at whether it answers
+HEALTH_SECONDS = 10.0  # to say that it is there; chosen, untested
+
+
+@contextmanager
+def own_server(spec: EngineSpec, log: Path) -> Iterator[EngineSpec]:
+    """Run a server of the model on this node; what an engine at it must know. Collective.
+
+    One server per node, which is the fewest that all processes of a node can reach on the loopback
+    interface: the first process of the node starts it, on its own GPU, and sends it the weights, by
+    gloo, because NCCL does not connect a GPU with itself. It is gone when the block ends, or the
+    process.
+
+    log: the file for what it prints.
+
+    Raises:
+        EngineError: on all processes, if a server has not started within `spec.timeout` seconds.
+    """
+    starts = distributed.local_rank() == 0
+    child: Child | None = None
+    url, error = "", None
+    try:
+        try:
+            if starts:
+                command = own_command(spec)
+                url = f"http://{command.host}:{command.port}"
+                environment = environment_of(command) | own_gpu(spec)
+                child = Child(command.arguments, environment, log)
+                wait_for(child, url, spec.timeout, log)
+        except (OSError, RuntimeError) as failure:
+            error = failure
+        if message := distributed.first_error(error):
+            raise EngineError(f"the server for {spec.path} did not start on {message}")
+        urls = [""] * dist.get_world_size()
+        dist.all_gather_object(urls, url)
+        first = distributed.rank() - distributed.local_rank()
+        yield replace(spec, servers=(urls[first],), sends=starts)
+    finally:
+        if child is not None:
+            child.end()
+
+
+def own_command(spec: EngineSpec) -> ServeCommand:
+    """The command, with a port that is free now."""
+    with socket.create_server((LOOPBACK, 0)) as free:
+        port = free.getsockname()[1]
+    return ServeCommand(
+        path=spec.path,
+        dtype=str(spec.dtype).removeprefix("torch."),
+        max_model_tokens=spec.max_model_tokens,
+        kv_cache_gib=spec.kv_cache_gib,
+        has_tokenizer=spec.stop is not None,
+        has_gpu=spec.device.type == "cuda",
+        transfer=GLOO,
+        host=LOOPBACK,
+        port=port,
+    )
+
+
+def own_gpu(spec: EngineSpec) -> dict[str, str]:
+    """The variable that shows a server the GPU of this process alone; none without a GPU."""
+    if spec.device.type != "cuda":
+        return {}
+    index, visible = spec.device.index, os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[index] if visible else str(index)}
+
+
+def wait_for(child: Child, url: str, seconds: float, log: Path) -> None:
+    """Wait until the server answers.
+
+    Raises:
+        RuntimeError: it has ended, or does not within so many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            ask(url, "health", method="GET", timeout=HEALTH_SECONDS)
+            return
+        except ServerError as error:
+            if not child.is_running:
+                raise RuntimeError(f"it has ended; its output is in {log}") from error
+            if time.monotonic() > deadline:
+                limit = f"it does not answer within {seconds:g} s (distributed.timeout)"
+                raise RuntimeError(f"{limit}; its output is in {log}") from error
+        time.sleep(PAUSE)
