@@ -140,8 +140,9 @@ class ServerError(RuntimeError):
     """What happened at a server."""
 
     def __init__(self, url: str, reason: object) -> None:
-        text = str(reason) or type(reason).__name__
-        super().__init__(f"{url}: {text}")
+        is_late = isinstance(reason, httpx.TimeoutException)
+        self.reason = "no answer in time" if is_late else str(reason) or type(reason).__name__
+        super().__init__(f"{url}: {self.reason}")
 
 
 class Servers:
@@ -261,13 +262,14 @@ def check_server(url: str, spec: EngineSpec) -> dict[str, Any]:
     try:
         ask(url, "health", method="GET", timeout=ANSWER_SECONDS)
     except ServerError as error:
-        raise ConfigError(f"{KEY} = {url!r}: expected a server that answers, {error}") from error
+        expected = f"a server that answers: {error.reason}"
+        raise ConfigError(f"{KEY} = {url!r}: expected {expected}") from error
     body = {"method": "codistill_facts"}
     try:
         facts = ask(url, "collective_rpc", body, timeout=ANSWER_SECONDS)["results"][0]
     except (ServerError, LookupError, TypeError) as error:
         expected = "a server that `python -m codistill serve` of this version has started"
-        raise ConfigError(f"{KEY} = {url!r}: expected {expected}: {error}") from error
+        raise ConfigError(f"{KEY} = {url!r}: expected {expected}") from error
     for name, ours in sizes(load_model_config("path", spec.path)).items():
         theirs = facts["sizes"].get(name)
         expected = f"{spec.path}, where {name} is {ours}, it runs {facts['model']}: {theirs}"
@@ -283,6 +285,5 @@ def check_server(url: str, spec: EngineSpec) -> dict[str, Any]:
     transfers = ("nccl", GLOO) if spec.device.type == "cuda" else (GLOO,)
     expected = f"weight transfer by {' or '.join(transfers)}, it has {facts['weight_transfer']}"
     require(facts["weight_transfer"] in transfers, KEY, url, expected)
-    expected = f"a model that vLLM has code for, as hf would run {spec.path}"
-    require(facts["own_code"], KEY, url, expected)
+    require(facts["own_code"], KEY, url, f"{spec.path} in code of vLLM's own, which this one lacks")
     return facts
