@@ -60,9 +60,7 @@ def own_server(spec: EngineSpec, log: Path) -> Iterator[EngineSpec]:
 
 
 def own_command(spec: EngineSpec) -> ServeCommand:
-    """The command, with a port that is free now."""
-    with socket.create_server((LOOPBACK, 0)) as free:
-        port = free.getsockname()[1]
+    """The command of the server."""
     return ServeCommand(
         path=spec.path,
         dtype=str(spec.dtype).removeprefix("torch."),
@@ -72,8 +70,14 @@ def own_command(spec: EngineSpec) -> ServeCommand:
         has_gpu=spec.device.type == "cuda",
         transfer=GLOO,
         host=LOOPBACK,
-        port=port,
+        port=free_port(),
     )
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody uses now."""
+    with socket.create_server((LOOPBACK, 0)) as free:
+        return free.getsockname()[1]
 
 
 def own_gpu(spec: EngineSpec) -> dict[str, str]:

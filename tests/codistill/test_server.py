@@ -18,14 +18,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from background import everything_below
-from test_engine import END, PROMPTS, VOCAB
+from background import BackgroundRun, everything_below
+from processes import spawn
+from test_engine import END, PROMPTS, VOCAB, check_engine
+from test_run import rows
 
 from codistill.child import Child
 from codistill.commands import doctor, serve
 from codistill.config import Config, ConfigError, load_config
 from codistill.engine import EngineSpec, Sampling
-from codistill.engine.own_server import wait_for
+from codistill.engine.own_server import free_port, wait_for
 from codistill.engine.serve import GLOO, sizes
 from codistill.engine.server import ServerEngine, ServerError, Servers, check_server
 from codistill.model.pretrained import load_model_config
@@ -338,3 +340,109 @@ def test_a_server_that_ends_while_it_starts(tmp_path):
         wait_for(child, "http://127.0.0.1:1", 60, tmp_path / "log")
     assert (tmp_path / "log").read_text() == "no such model\n"
     child.end()
+
+
+class RealServer:
+    """`python -m codistill serve` of a configuration, on a port of its own."""
+
+    def __init__(self, folder: Path, settings: dict) -> None:
+        self.folder, self.port = folder, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+        self.start()
+
+    def start(self) -> None:
+        options = ("--config", str(self.folder / "config.yaml"), "--port", str(self.port))
+        command = [sys.executable, "-m", "codistill", "serve", *options]
+        quiet = {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+        self.child = Child(command, os.environ | quiet, self.folder / "log")
+
+    def wait(self) -> None:
+        wait_for(self.child, self.url, 300, self.folder / "log")
+
+
+@pytest.fixture(scope="module")
+def servers(models, tmp_path_factory) -> Iterator[list[RealServer]]:
+    """Two servers of the tiny small model."""
+    pytest.importorskip("vllm", reason="vLLM cannot be installed on this machine")
+    rollout = {"max_prompt_tokens": 10, "max_completion_tokens": 12, "kv_cache_gib": 0.1}
+    settings = {
+        "name": "served",
+        "algorithm": "grpo",
+        "small": {"path": str(models["small"])},
+        "data": {"train": "none", "eval": "none", "template": "{problem}="},
+        "training": {"dtype": "float32"},
+        "rollout": rollout,
+    }
+    started = [RealServer(tmp_path_factory.mktemp("server"), settings) for _ in range(2)]
+    try:
+        for server in started:
+            server.wait()
+        yield started
+    finally:
+        for server in started:
+            server.child.end()
+
+
+def test_vllm_samples_what_it_says_and_takes_weights(servers, models):
+    urls = tuple(server.url for server in servers)
+    spawn(check_engine, "server", str(models["small"]), urls, processes=1)
+
+
+@pytest.fixture
+def served(settings, servers) -> dict:
+    """A run over both servers."""
+    settings["rollout"] |= {"engine": "server", "servers": [server.url for server in servers]}
+    settings["evaluation"] |= {"large": False}  # tests/codistill/test_run.py has it
+    return settings
+
+
+@pytest.mark.long
+def test_a_run_stops_when_a_server_is_gone_and_goes_on_when_it_is_back(
+    served, servers, train, tmp_path
+):
+    served["training"]["steps"] = 500
+    run = BackgroundRun(served, tmp_path)
+    try:
+        run.wait_for("step 3/")
+        servers[1].child.end()
+        assert run.end() == 1
+    finally:
+        run.kill()
+    (line,) = (line for line in run.text.splitlines() if line.startswith("train.py: "))
+    assert line.startswith("train.py: stopped: engine server failed in ") and servers[1].url in line
+    done = train(served)
+    assert done.returncode == 2
+    assert f"rollout.servers = '{servers[1].url}': expected a server that answers" in done.stderr
+    servers[1].start()
+    servers[1].wait()
+    steps = len(rows(served))
+    served["training"]["steps"] = steps + 3
+    done = train(served, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert f"going on after step {steps}" in done.stdout
+    assert max(row["rollout/logp_gap_max"] for row in rows(served)) < 1e-4
+
+
+KEEP = """
+from codistill.engine.server import ServerEngine
+
+def sync(self, weights):
+    for _ in weights:
+        pass
+
+def reward(completions, **columns):
+    ServerEngine.sync = sync
+    return [0.0 for _ in completions]
+"""
+
+
+@pytest.mark.long
+def test_a_server_that_keeps_old_weights_ends_the_run(served, train, tmp_path, monkeypatch):
+    (tmp_path / "keep.py").write_text(KEEP)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    served["reward"]["functions"] = {"keep.reward": 1.0}
+    done = train(served)
+    assert done.returncode == 1
+    assert "server and the trainer differ by" in done.stderr
+    assert len(rows(served)) == 1
