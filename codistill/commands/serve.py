@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
     require(has_vllm, "rollout.engine", "server", "hf: vLLM is not installed here")
     import torch
 
-    from codistill.engine.serve import GLOO, ServeCommand, environment_of
+    from codistill.engine.serve import GLOO, LOCAL, ServeCommand, environment_of
 
     has_gpu, rollout = torch.cuda.is_available(), options.rollout
     command = ServeCommand(
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
         host=options.host,
         port=options.port,
     )
-    if options.host not in ("127.0.0.1", "::1", "localhost"):
+    if options.host not in LOCAL:
         distributed.complain(
             f"host = {options.host!r}: whoever reaches this address can replace the weights of the "
             "server and stop it; expected a network of machines that trust each other"

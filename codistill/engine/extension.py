@@ -3,6 +3,8 @@ engine that receives weights."""
 
 from typing import Any
 
+from vllm.config import set_current_vllm_config
+
 from codistill.engine import transfer as transfer  # tells vLLM of the transfer by gloo
 from codistill.engine.serve import sizes
 
@@ -33,5 +35,6 @@ class ServerExtension:
     def codistill_reset(self) -> None:
         """End an update that an earlier run has left unfinished, and its connection."""
         self._weight_update_active = False
-        self.weight_transfer_engine.finish_weight_update()
+        with set_current_vllm_config(self.vllm_config):
+            self.weight_transfer_engine.finish_weight_update()
         self.weight_transfer_engine.shutdown()

@@ -1,7 +1,6 @@
 """A server that a run starts for itself, for a while: vLLM cannot start twice in one process."""
 
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ def own_server(spec: EngineSpec, log: Path) -> Iterator[EngineSpec]:
     """
     starts = distributed.local_rank() == 0
     child: Child | None = None
-    url, error = "", None
+    url, error = "", None  # the other processes of the node have neither
     try:
         try:
             if starts:
@@ -46,7 +45,7 @@ def own_server(spec: EngineSpec, log: Path) -> Iterator[EngineSpec]:
                 environment = environment_of(command) | own_gpu(spec)
                 child = Child(command.arguments, environment, log)
                 wait_for(child, url, spec.timeout, log)
-        except (OSError, RuntimeError) as failure:
+        except Exception as failure:  # none may keep the others waiting
             error = failure
         if message := distributed.first_error(error):
             raise EngineError(f"the server for {spec.path} did not start on {message}")
@@ -70,14 +69,8 @@ def own_command(spec: EngineSpec) -> ServeCommand:
         has_gpu=spec.device.type == "cuda",
         transfer=GLOO,
         host=LOOPBACK,
-        port=free_port(),
+        port=distributed.free_port(LOOPBACK),
     )
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody uses now."""
-    with socket.create_server((LOOPBACK, 0)) as free:
-        return free.getsockname()[1]
 
 
 def own_gpu(spec: EngineSpec) -> dict[str, str]:

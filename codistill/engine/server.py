@@ -1,7 +1,7 @@
 """vLLM in processes of its own, on this machine or others, reached over HTTP."""
 
 import asyncio
-import socket
+import importlib.util
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ import httpx
 from codistill import distributed, watching
 from codistill.config import ConfigError, require
 from codistill.engine.interface import Completion, EngineSpec, Sampling
-from codistill.engine.serve import GLOO, sizes
+from codistill.engine.serve import GLOO, LOCAL, sizes
 from codistill.engine.vllm_requests import completion, padded_rows_bias, sampling_options
 from codistill.model.pretrained import load_model_config
 from codistill.model.shards import Weights
@@ -39,6 +39,9 @@ class ServerEngine:
 
     def __init__(self, spec: EngineSpec) -> None:
         """Raises ConfigError for a server that does not answer, or that the run cannot use."""
+        has_vllm = importlib.util.find_spec("vllm") is not None
+        expected = "hf: vLLM, which sends the weights, is not installed here"
+        require(has_vllm, "rollout.engine", "server", expected)
         facts = [check_server(url, spec) for url in spec.servers]
         self.spec, self.backend = spec, facts[0]["weight_transfer"]
         for url, found in zip(spec.servers, facts, strict=True):
@@ -114,7 +117,8 @@ class ServerEngine:
         address, port = "", 0
         if self.spec.sends:
             self.servers.reset()
-            address, port = own_address(self.spec.servers)
+            address = own_address(self.spec.servers)
+            port = distributed.free_port(address)
         return connect(
             self.backend,
             self.servers,
@@ -133,7 +137,8 @@ class ServerEngine:
         """Nothing: it does not sleep."""
 
     def close(self) -> None:
-        self.transfer = None
+        if self.transfer is not None:
+            self.transfer.shutdown()
 
 
 class ServerError(RuntimeError):
@@ -157,17 +162,14 @@ class Servers:
 
     def post(self, path: str, bodies: Sequence[Any] | None = None) -> list[Any]:
         """Answers of all servers; bodies: one for each, None where none has any."""
-        send = [
-            lambda url=url, body=body: ask(url, path, body, timeout=self.timeout)
-            for url, body in zip(self.urls, bodies or [None] * len(self.urls), strict=True)
-        ]
-        return self.all(send)
-
-    @staticmethod
-    def all(calls: list[Callable[[], Any]]) -> list[Any]:
-        """Results of calls that are made at the same time."""
-        with ThreadPoolExecutor(len(calls)) as pool:
-            return [future.result() for future in [pool.submit(call) for call in calls]]
+        with ThreadPoolExecutor(len(self.urls)) as pool:
+            return list(
+                pool.map(
+                    lambda url, body: ask(url, path, body, timeout=self.timeout),
+                    self.urls,
+                    bodies or [None] * len(self.urls),
+                )
+            )
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         offset, bodies = init_info["rank_offset"], []
@@ -239,18 +241,10 @@ def content_of(url: str, response: httpx.Response) -> Any:
     raise ServerError(url, f"HTTP {response.status_code}: {first}")
 
 
-def own_address(urls: Sequence[str]) -> tuple[str, int]:
-    """The address of this machine that all servers can reach, and a free port there."""
-    found = []
-    for url in urls:
-        parts = urlsplit(url)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        with socket.create_connection((parts.hostname, port)) as connection:
-            found.append(connection.getsockname()[0])
-    address = next((one for one in found if one not in ("127.0.0.1", "::1")), found[0])
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as free:
-        free.bind((address, 0))
-        return address, free.getsockname()[1]
+def own_address(urls: Sequence[str]) -> str:
+    """The address of this machine that all servers can reach."""
+    found = [distributed.address_towards(urlsplit(url).hostname or "") for url in urls]
+    return next((address for address in found if address not in LOCAL), found[0])
 
 
 def check_server(url: str, spec: EngineSpec) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferUpdateInfo,
 )
 
+from codistill.distributed import address_towards
 from codistill.engine.in_process import repack_tied_head
 from codistill.engine.serve import GLOO
 from codistill.model.shards import Weights
@@ -53,10 +54,15 @@ class GlooGroup:
     def __init__(
         self, address: str, port: int, *, rank: int, size: int, timeout: timedelta = PATIENCE
     ) -> None:
-        """They meet at a port that the sender opens at `address` and nowhere else."""
+        """They meet at a port that the sender opens at `address`; each is open to the others at the
+        address by which it reaches them, and nowhere else."""
         seconds = int(timeout.total_seconds())
         met = StatelessProcessGroup.create(address, port, rank, size, store_timeout=seconds)
-        self.group = dist.ProcessGroupGloo(met.store, rank, size, timeout)
+        options = dist.ProcessGroupGloo._Options()
+        here = address if rank == 0 else address_towards(address)
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=here)]
+        options._timeout = timeout
+        self.group = dist.ProcessGroupGloo(met.store, rank, size, options)
 
     def broadcast(self, tensor: Tensor) -> None:
         """The sender's numbers for all; in place."""

@@ -23,11 +23,12 @@ from processes import spawn
 from test_engine import END, PROMPTS, VOCAB, check_engine
 from test_run import rows
 
+from codistill import distributed
 from codistill.child import Child
 from codistill.commands import doctor, serve
 from codistill.config import Config, ConfigError, load_config
 from codistill.engine import EngineSpec, Sampling
-from codistill.engine.own_server import free_port, wait_for
+from codistill.engine.own_server import wait_for
 from codistill.engine.serve import GLOO, sizes
 from codistill.engine.server import ServerEngine, ServerError, Servers, check_server
 from codistill.model.pretrained import load_model_config
@@ -261,7 +262,7 @@ def test_serve_prints_its_command_and_becomes_it(settings, tmp_path, monkeypatch
     calls: list = []
     monkeypatch.setattr(os, "execve", lambda *arguments: calls.append(arguments))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("RANK", "0")
     settings["rollout"]["stop"] = ["</answer>"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     arguments = ["--config", str(tmp_path / "config.yaml"), "--port", "8007"]
@@ -270,7 +271,7 @@ def test_serve_prints_its_command_and_becomes_it(settings, tmp_path, monkeypatch
     ((program, words, environment),) = calls
     assert program == sys.executable and err == ""
     assert out.startswith("VLLM_SERVER_DEV_MODE=1 ") and environment["VLLM_SERVER_DEV_MODE"] == "1"
-    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in environment
+    assert "RANK" not in environment
     text = " ".join(words)
     for option in (
         f"--model {settings['small']['path']} --host 127.0.0.1 --port 8007 --dtype float32",
@@ -346,7 +347,7 @@ class RealServer:
     """`python -m codistill serve` of a configuration, on a port of its own."""
 
     def __init__(self, folder: Path, settings: dict) -> None:
-        self.folder, self.port = folder, free_port()
+        self.folder, self.port = folder, distributed.free_port("127.0.0.1")
         self.url = f"http://127.0.0.1:{self.port}"
         (folder / "config.yaml").write_text(yaml.safe_dump(settings))
         self.start()
