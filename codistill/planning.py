@@ -144,8 +144,8 @@ def update_bytes(
 def phase_bytes(options: PlanOptions, shapes: dict[str, ModelShape], name: str) -> dict[str, float]:
     """What each GPU holds in a phase: rollout, score, sync, or the name of the model it updates.
 
-    vLLM asleep (rollout.sleep) keeps its CUDA graphs on the GPU, weights on the host and no KV
-    cache.
+    With engine server there is none here. vLLM asleep (rollout.sleep) keeps its CUDA graphs on the
+    GPU, weights on the host and no KV cache.
     """
     training, processes = options.training, options.gpus_per_replica
     b = FP32 if training.dtype == "float32" else 2
@@ -246,15 +246,17 @@ def sequence_tokens(options: PlanOptions) -> float:
 
 
 def rollout_seconds(options: PlanOptions, shape: ModelShape) -> float:
-    """Decoding on each GPU: iterations, each of which reads all weights and the KV cache of the
-    sequences in it, or computes 2 P per sequence, whichever takes longer.
+    """Decoding on each GPU that has an engine, each server on one: iterations, each of which reads
+    all weights and the KV cache of the sequences in it, or computes 2 P per sequence, whichever
+    takes longer.
 
     There are as many iterations as the longest completion has tokens, or more where not all
     sequences are decoded at once.
     """
     gpu, rollout = GPUS[options.machine.gpu], options.rollout
+    engines = len(rollout.servers) or options.machine.gpus
     prompt, completion = options.machine.mean_prompt_tokens, options.mean_completion
-    sequences = rollout.prompts_per_step * rollout.num_generations / options.machine.gpus
+    sequences = rollout.prompts_per_step * rollout.num_generations / engines
     kv_bytes = 2 * 2 * shape.layers * shape.key_width  # K and V in bf16, per token
     room = rollout.kv_cache_gib * GIB / (kv_bytes * (prompt + completion))
     at_once = max(1.0, min(sequences, MOST_SEQUENCES, room))
@@ -263,7 +265,7 @@ def rollout_seconds(options: PlanOptions, shape: ModelShape) -> float:
     read = 2 * shape.multiplied + kv_bytes * together * (prompt + completion / 2)
     compute = 2 * shape.multiplied * together / (SCORING_SHARE * gpu.flops)
     decode = max(read / (BANDWIDTH_SHARE * gpu.bandwidth), compute) + ITERATION
-    prompts = rollout.prompts_per_step / options.machine.gpus * prompt
+    prompts = rollout.prompts_per_step / engines * prompt
     prefill = 2 * shape.multiplied * prompts / (SCORING_SHARE * gpu.flops)
     return iterations * decode + prefill
 

@@ -226,7 +226,10 @@ class EvaluationConfig(Section):
         0.0, ge=0, le=2, description="sampling temperature; 0 is greedy, else at least 0.01"
     )
     large: bool = Field(
-        True, description="also evaluate the large model, before the first and after the last step"
+        True,
+        description="also evaluate the large model, before the first and after the last step; where "
+        "vLLM writes the rollouts, by a server of its own for that time (10 to 20 s to start on a "
+        "CPU)",
     )
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from codistill.engine.serve import GLOO, ServeCommand, environment_of
 from codistill.engine.server import ServerError, ask
 
 LOOPBACK = "127.0.0.1"
-PAUSE = 0.2  # seconds between two looks at whether it answers
+PAUSE = 0.5  # seconds between two looks at whether it answers
 HEALTH_SECONDS = 10.0  # to say that it is there; chosen, untested
 
 

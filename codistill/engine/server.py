@@ -5,6 +5,7 @@ import importlib.util
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -223,10 +224,16 @@ def ask(url: str, path: str, body: Any = None, *, method: str = "POST", timeout:
         ServerError: it does not answer, or with an error.
     """
     try:
-        with httpx.Client(timeout=timeout, **OPTIONS) as client:
-            return content_of(url, client.request(method, f"{url}/{path}", json=body))
+        answer = shared_client().request(method, f"{url}/{path}", json=body, timeout=timeout)
     except httpx.HTTPError as error:
         raise ServerError(url, error) from error
+    return content_of(url, answer)
+
+
+@cache
+def shared_client() -> httpx.Client:
+    """One for all threads: to make one takes longer than a request."""
+    return httpx.Client(**OPTIONS)
 
 
 def content_of(url: str, response: httpx.Response) -> Any:

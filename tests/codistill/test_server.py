@@ -27,11 +27,15 @@ from codistill import distributed
 from codistill.child import Child
 from codistill.commands import doctor, serve
 from codistill.config import Config, ConfigError, load_config
+from codistill.config.plan import PlanOptions
+from codistill.dry_run import dry_run
 from codistill.engine import EngineSpec, Sampling
 from codistill.engine.own_server import wait_for
 from codistill.engine.serve import GLOO, sizes
 from codistill.engine.server import ServerEngine, ServerError, Servers, check_server
 from codistill.model.pretrained import load_model_config
+from codistill.model.shape import model_shape
+from codistill.planning import phase_bytes, rollout_seconds
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -284,6 +288,25 @@ def test_serve_prints_its_command_and_becomes_it(settings, tmp_path, monkeypatch
     serve.main([*arguments, "--host", "0.0.0.0"])
     (line,) = capsys.readouterr().err.splitlines()
     assert "host = '0.0.0.0': whoever reaches this address" in line
+
+
+def test_a_dry_run_needs_no_server(settings, capsys):
+    settings["rollout"] |= {"engine": "server", "servers": ["http://127.0.0.1:1"]}
+    dry_run(Config(**settings))
+    assert "1 on cpu, rollout engine server" in capsys.readouterr().out
+
+
+def test_plan_has_no_engine_beside_the_models_and_shares_rollouts_over_servers(settings):
+    settings["rollout"] |= {"engine": "vllm", "prompts_per_step": 8}
+    own = PlanOptions(**settings, machine={"gpus": 2})
+    served = {"engine": "server", "servers": ["http://a:1", "http://b:1"]}
+    settings["rollout"] |= served
+    apart = PlanOptions(**settings, machine={"gpus": 4})
+    shapes = {name: model_shape(f"{name}.path", own.model(name).path) for name in own.loaded}
+    assert phase_bytes(own, shapes, "rollout")["engine"] > 0
+    assert phase_bytes(apart, shapes, "rollout")["engine"] == 0
+    times = [rollout_seconds(options, shapes["small"]) for options in (own, apart)]
+    assert times[0] == times[1]
 
 
 SLEEPS = (
