@@ -227,9 +227,9 @@ class EvaluationConfig(Section):
     )
     large: bool = Field(
         True,
-        description="also evaluate the large model, before the first and after the last step; where "
-        "vLLM writes the rollouts, by a server of its own for that time (10 to 20 s to start on a "
-        "CPU)",
+        description="also evaluate the large model, before the first and after the last step; "
+        "where vLLM writes the rollouts, by a server of its own, which starts in 10 to 20 s on a "
+        "CPU",
     )
 
     @model_validator(mode="after")
