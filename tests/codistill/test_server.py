@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,24 @@ import torch
 import yaml
 from background import BackgroundRun, everything_below
 from processes import spawn
-from test_engine import END, PROMPTS, VOCAB, check_engine
+from test_engine import END, PROMPTS, VOCAB, check_engine, logp_gap
 from test_run import rows
 
 from codistill import distributed
 from codistill.child import Child
 from codistill.commands import doctor, serve
 from codistill.config import Config, ConfigError, load_config
+from codistill.config.machinery import TrainingConfig
 from codistill.config.plan import PlanOptions
 from codistill.dry_run import dry_run
 from codistill.engine import EngineSpec, Sampling
 from codistill.engine.own_server import wait_for
 from codistill.engine.serve import GLOO, sizes
 from codistill.engine.server import ServerEngine, ServerError, Servers, check_server
+from codistill.model.loading import load_policy
 from codistill.model.pretrained import load_model_config
 from codistill.model.shape import model_shape
+from codistill.model.shards import Weights
 from codistill.planning import phase_bytes, rollout_seconds
 
 CPU = torch.device("cpu")
@@ -408,9 +412,23 @@ def servers(models, tmp_path_factory) -> Iterator[list[RealServer]]:
             server.child.end()
 
 
+def check_servers(rank: int, path: str, servers: tuple[str, ...]) -> None:
+    """As of every engine; then of a sync after one that was broken off."""
+    check_engine(rank, "server", path, servers)
+    policy = load_policy("small.path", path, TrainingConfig(dtype="float32"), VOCAB, CPU)
+    spec = EngineSpec(path, VOCAB, (END,), 20, torch.float32, CPU, 0.1, servers=servers)
+    engine, whole = ServerEngine(spec), policy.full_weights()
+    with pytest.raises(ValueError, match="yielded 5 parameters"):
+        engine.sync(Weights(whole.shapes, islice(whole, 5)))
+    engine.close()
+    engine = ServerEngine(spec)
+    engine.sync(policy.full_weights())
+    assert logp_gap(engine, policy, 1.0) < 1e-4
+
+
 def test_vllm_samples_what_it_says_and_takes_weights(servers, models):
     urls = tuple(server.url for server in servers)
-    spawn(check_engine, "server", str(models["small"]), urls, processes=1)
+    spawn(check_servers, str(models["small"]), urls, processes=1)
 
 
 @pytest.fixture
