@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from codistill import distributed
+from codistill.config import ConfigError
 from codistill.config.machinery import EngineKind
 from codistill.engine.hf import HFEngine
 from codistill.engine.in_process import VLLMEngine
@@ -43,7 +44,10 @@ class RestartingEngine:
     that a second start stumbles over, and servers are started by others. Their error, or a second
     one, ends the run on all processes.
 
-    weights: gives the trainer's weights. Collective, as are `generate` and `sync`.
+    weights: gives the trainer's weights. Collective, as are the start, `generate` and `sync`.
+
+    Raises:
+        ConfigError: on all processes, if one of them cannot use the engine.
     """
 
     def __init__(
@@ -53,7 +57,14 @@ class RestartingEngine:
         weights: Callable[[], Weights],
     ) -> None:
         self.kind, self.spec, self.weights = kind, spec, weights
-        self.engine = make_engine(kind, spec)
+        mistake: ConfigError | None = None
+        try:
+            self.engine = make_engine(kind, spec)
+        except ConfigError as error:
+            mistake = error
+        # Nor may one process sync a server while another still asks it what it is.
+        if message := distributed.first_error(mistake):
+            raise mistake or ConfigError(message)
         self.name = self.engine.name
         self.may_restart = self.name == "hf"
 

@@ -65,10 +65,10 @@ class GlooGroup:
         self.group = dist.ProcessGroupGloo(met.store, rank, size, options)
 
     def broadcast(self, tensor: Tensor) -> None:
-        """The sender's numbers for all; in place."""
+        """The sender's numbers for all, of any dtype; in place, contiguous."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        self.group.broadcast([tensor], options).wait()
+        self.group.broadcast([tensor.view(-1).view(torch.uint8)], options).wait()
 
     def destroy(self) -> None:
         del self.group

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -424,6 +425,20 @@ def check_servers(rank: int, path: str, servers: tuple[str, ...]) -> None:
     engine = ServerEngine(spec)
     engine.sync(policy.full_weights())
     assert logp_gap(engine, policy, 1.0) < 1e-4
+    check_bfloat16()
+
+
+def check_bfloat16() -> None:
+    """Weights of half the size travel, too: from one thread to another."""
+    from codistill.engine.transfer import GlooGroup
+
+    port = distributed.free_port("127.0.0.1")
+    sent = torch.arange(6, dtype=torch.bfloat16).view(2, 3)
+    numbers = [sent, torch.zeros_like(sent)]
+    with ThreadPoolExecutor(2) as pool:
+        groups = [pool.submit(GlooGroup, "127.0.0.1", port, rank=rank, size=2) for rank in range(2)]
+        list(pool.map(lambda group, part: group.result().broadcast(part), groups, numbers))
+    assert torch.equal(*numbers)
 
 
 def test_vllm_samples_what_it_says_and_takes_weights(servers, models):
