@@ -390,34 +390,43 @@ class RealServer:
         wait_for(self.child, self.url, 300, self.folder / "log")
 
 
-@pytest.fixture(scope="module")
-def servers(models, tmp_path_factory) -> Iterator[list[RealServer]]:
-    """Two servers of the tiny small model."""
+@contextmanager
+def real_server(folder: Path, model: Path) -> Iterator[RealServer]:
+    """A server of the tiny small model."""
     pytest.importorskip("vllm", reason="vLLM cannot be installed on this machine")
-    rollout = {"max_prompt_tokens": 10, "max_completion_tokens": 12, "kv_cache_gib": 0.1}
     settings = {
         "name": "served",
         "algorithm": "grpo",
-        "small": {"path": str(models["small"])},
+        "small": {"path": str(model)},
         "data": {"train": "none", "eval": "none", "template": "{problem}="},
         "training": {"dtype": "float32"},
-        "rollout": rollout,
+        "rollout": {"max_prompt_tokens": 10, "max_completion_tokens": 12, "kv_cache_gib": 0.1},
     }
-    started = [RealServer(tmp_path_factory.mktemp("server"), settings) for _ in range(2)]
+    server = RealServer(folder, settings)
     try:
-        for server in started:
-            server.wait()
-        yield started
+        server.wait()
+        yield server
     finally:
-        for server in started:
-            server.child.end()
+        server.child.end()
 
 
-def check_servers(rank: int, path: str, servers: tuple[str, ...]) -> None:
-    """As of every engine; then of a sync after one that was broken off."""
-    check_engine(rank, "server", path, servers)
+@pytest.fixture(scope="module")
+def server(models, tmp_path_factory) -> Iterator[RealServer]:
+    with real_server(tmp_path_factory.mktemp("server"), models["small"]) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def servers(server, models, tmp_path_factory) -> Iterator[list[RealServer]]:
+    with real_server(tmp_path_factory.mktemp("server"), models["small"]) as second:
+        yield [server, second]
+
+
+def check_server_engine(rank: int, path: str, url: str) -> None:
+    """As of every engine; then a sync after one that was broken off."""
+    check_engine(rank, "server", path, (url,))
     policy = load_policy("small.path", path, TrainingConfig(dtype="float32"), VOCAB, CPU)
-    spec = EngineSpec(path, VOCAB, (END,), 20, torch.float32, CPU, 0.1, servers=servers)
+    spec = EngineSpec(path, VOCAB, (END,), 20, torch.float32, CPU, 0.1, servers=(url,))
     engine, whole = ServerEngine(spec), policy.full_weights()
     with pytest.raises(ValueError, match="yielded 5 parameters"):
         engine.sync(Weights(whole.shapes, islice(whole, 5)))
@@ -441,9 +450,8 @@ def check_bfloat16() -> None:
     assert torch.equal(*numbers)
 
 
-def test_vllm_samples_what_it_says_and_takes_weights(servers, models):
-    urls = tuple(server.url for server in servers)
-    spawn(check_servers, str(models["small"]), urls, processes=1)
+def test_vllm_samples_what_it_says_and_takes_weights(server, models):
+    spawn(check_server_engine, str(models["small"]), server.url, processes=1)
 
 
 @pytest.fixture
