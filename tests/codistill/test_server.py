@@ -387,7 +387,7 @@ class RealServer:
         self.child = Child(command, os.environ | quiet, self.folder / "log")
 
     def wait(self) -> None:
-        wait_for(self.child, self.url, 300, self.folder / "log")
+        wait_for(self.child, self.url, 600, self.folder / "log")
 
 
 @contextmanager
