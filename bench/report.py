@@ -5,7 +5,6 @@ the markers in the README. Nothing in them is written by hand, not even where we
 """
 
 import argparse
-import re
 import statistics
 from collections.abc import Callable, Iterable
 
@@ -13,9 +12,9 @@ from bench import plots, roofline, step
 from bench.growth import all_series, slopes_table
 from bench.operations import OPERATIONS, OURS
 from bench.results import FOLDER, Row, read_all, slug
+from bench.sections import with_section
 
 README = FOLDER.parents[1] / "README.md"
-MARKERS = "<!-- bench {}: begin -->", "<!-- bench {}: end -->"
 HEADLINE = "linear_policy_loss"
 TIE = 1.03  # a smaller ratio is no win: medians of equal runs differ by as much
 
@@ -198,19 +197,6 @@ def step_table(device: str) -> list[str]:
     return [f"{title}: median seconds", made]
 
 
-def with_section(text: str, name: str, section: str) -> str:
-    """The README's text with the section between the markers of this name replaced.
-
-    Raises:
-        ValueError: the markers are missing.
-    """
-    begin, end = (marker.format(name) for marker in MARKERS)
-    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"README.md must have the lines {begin} and {end}")
-    return pattern.sub(lambda _: f"{begin}\n\n{section}\n\n{end}", text)
-
-
 def main(arguments: list[str]) -> int:
     argparse.ArgumentParser("python -m bench report", description=__doc__).parse_args(arguments)
     rows = read_all()
@@ -218,7 +204,7 @@ def main(arguments: list[str]) -> int:
         for path in plots.draw(members):
             print(path)
     (FOLDER / "README.md").write_text(full(rows))
-    text = with_section(README.read_text(), "roofline", roofline.summary())
-    README.write_text(with_section(text, "report", headline(rows)))
+    text = with_section(README.read_text(), "bench roofline", roofline.summary())
+    README.write_text(with_section(text, "bench report", headline(rows)))
     print(f"{FOLDER / 'README.md'}\n{README}")
     return 0

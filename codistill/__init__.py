@@ -10,6 +10,7 @@ REQUIRED = (
     "jinja2",
     "matplotlib",
     "math_verify",
+    "packaging",
     "pebble",
     "plotly",
     "pyarrow",

@@ -39,7 +39,7 @@ def main() -> int:
         importlib.import_module(f"codistill.commands.{name}").main(sys.argv[2:])
     except ConfigError as error:
         distributed.complain(str(error))
-        return 2
+        return distributed.ended(2)
     return 0
 
 

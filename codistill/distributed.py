@@ -126,6 +126,15 @@ def totals(numbers: list[int], group: "ProcessGroup | None" = None) -> list[int]
     return found.tolist()
 
 
+def gathered(value: object, group: "ProcessGroup") -> list[Any]:
+    """What each process of a group brings, by rank. Collective."""
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def same_everywhere(value: object) -> bool:
     """Whether all processes bring what the first one brings. Collective."""
     import torch.distributed as dist
@@ -174,3 +183,11 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def ended(code: int) -> int:
+    """The exit code of a process whose work has ended early; one that may have joined a group,
+    as it has imported torch, leaves at once."""
+    if "torch" in sys.modules:
+        leave(code)
+    return code

@@ -7,8 +7,9 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
-from codistill.config import ConfigError, require
+from codistill.config import Config, ConfigError, require
 from codistill.config.base import first_line
+from codistill.config.schema import check_data_files
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 NEEDED, GENERATION = ("config.json", "tokenizer_config.json"), "generation_config.json"
@@ -67,6 +68,14 @@ def is_here(key: str, path: str) -> bool:
     if folder.is_dir():
         check_model_folder(key, folder)
     return folder.is_dir()
+
+
+def check_files(config: Config) -> None:
+    """Raise ConfigError for a file of problems that is not there, or a model of which `is_here`
+    says so. A command calls this before it imports torch, which takes seconds."""
+    check_data_files(config)
+    for name in config.loaded:
+        is_here(f"{name}.path", config.model(name).path)
 
 
 def check_model_folder(key: str, folder: Path) -> Shapes:

@@ -36,7 +36,9 @@ def plan(config: Config, inputs: Inputs, processes: int) -> Iterator[tuple[str, 
     """What would run on so many processes: pairs of a name and a text."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     engine = engine_kind(config.rollout.engine)
-    yield "processes", f"{processes} on {device}, rollout engine {engine}"
+    sharers = config.rollout.tensor_parallel
+    shared = f", shared by {sharers} processes each" if sharers > 1 else ""
+    yield "processes", f"{processes} on {device}, rollout engine {engine}{shared}"
     sizes = {name: num_parameters(config.model(name).path) for name in config.loaded}
     for name, size in sizes.items():
         yield f"{name} model", f"{size:,} parameters, {role(config, name)}"

@@ -20,13 +20,14 @@ from codistill.config import require
 from codistill.config.data import RewardConfig
 from codistill.config.evaluation import EvalOptions
 from codistill.data import Problem, load_problems, warn_of_size
-from codistill.engine import Engine, EngineSpec, engine_kind, make_engine
+from codistill.engine import Engine, EngineSpec, check_engine, engine_kind, make_engine
 from codistill.evaluation import answer
 from codistill.failures import phase
 from codistill.fingerprints import of_data, of_model
 from codistill.grading import Grader
 from codistill.model.policy import DTYPES
 from codistill.model.pretrained import check_model, end_token_ids, load_tokenizer
+from codistill.model.shape import check_split
 from codistill.output.evaluation_files import (
     SETTINGS,
     check_settings,
@@ -121,9 +122,11 @@ def evaluate(options: EvalOptions, starts: int) -> int:
 
 def load_models(options: EvalOptions, grader: Grader) -> list[Model]:
     """Everything that can be wrong about the options, checked before a model is loaded."""
+    check_engine("", options.engine, options.tensor_parallel)
     models = []
     for label, path in zip(labels(options.model), options.model, strict=True):
         positions = check_model("model", path)
+        check_split("tensor_parallel", options.tensor_parallel, path)
         tokenizer = load_tokenizer("model", path)
         sets = {name: load_set(options, name, tokenizer, grader) for name in options.sets}
         limit = longest_prompt(sets) + options.max_tokens
@@ -241,6 +244,7 @@ def engine_spec(options: EvalOptions, model: Model, device: Any) -> EngineSpec:
         device=device,
         kv_cache_gib=options.kv_cache_gib,
         stop=StopStrings(model.tokenizer, tuple(options.stop)) if options.stop else None,
+        tensor_parallel=options.tensor_parallel,
     )
 
 

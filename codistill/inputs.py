@@ -18,12 +18,14 @@ from codistill.data import (
     overlap,
     warn_of_size,
 )
+from codistill.engine import check_engine
 from codistill.files import read_object, read_rows
 from codistill.fingerprints import INPUTS, Fingerprints, brief, changed, fingerprints
 from codistill.grading import TAGS, Grader
 from codistill.losses import make_policy_loss
 from codistill.model.definition import check_trainable
 from codistill.model.pretrained import check_models, end_token_ids, load_tokenizers
+from codistill.model.shape import check_split
 from codistill.output.loggers import check_loggers
 from codistill.reward_functions import RewardFunction, load_functions
 from codistill.templates import CHAT, DATE, asks_for_the_date
@@ -80,7 +82,10 @@ def load_inputs(config: Config) -> Inputs:
     require(not config.rollout.sleep or has_gpu(), "rollout.sleep", True, expected)
     if distributed.is_first():
         check_loggers(config)
+    sharers = config.rollout.tensor_parallel
+    check_engine("rollout.", config.rollout.engine, sharers)
     check_models(config)
+    check_split("rollout.tensor_parallel", sharers, config.model(config.writer).path)
     tokenizer = load_tokenizers(config)
     for name in config.loaded:
         model = config.model(name)

@@ -23,6 +23,7 @@ CONTEXT, ENGINE = 2 * GIB, 2 * GIB
 # Shares of the highest rates that are reached. Assumed.
 TRAINING_SHARE, SCORING_SHARE, BANDWIDTH_SHARE, LINK_SHARE = 0.4, 0.5, 0.7, 0.8
 ITERATION = 4e-3  # s that vLLM's host takes for an iteration of small batches; assumed
+LATENCY = 1e-5  # s that a sum over GPUs takes at least; assumed
 MOST_SEQUENCES = 256  # that vLLM decodes at once by default (max_num_seqs)
 
 
@@ -156,11 +157,11 @@ def phase_bytes(options: PlanOptions, shapes: dict[str, ModelShape], name: str) 
     is_here, states_are_here = training.offload != "all", training.offload == "none"
     is_inside = options.rollout.engine != "server"
     is_awake = not options.rollout.sleep or name in ("rollout", "sync")
+    sharers, cache = options.rollout.tensor_parallel, options.rollout.kv_cache_gib * GIB
     parts = {
         "weights": is_here * sum(FP32 * s.parameters for s in shapes.values()) / processes,
         "optimizer": states_are_here * ADAM * trained / processes,
-        "engine": is_inside
-        * (ENGINE + is_awake * (b * writer.parameters + options.rollout.kv_cache_gib * GIB)),
+        "engine": is_inside * (ENGINE + is_awake * (b * writer.parameters / sharers + cache)),
         "context": float(CONTEXT),
     }
     match name:
@@ -246,28 +247,42 @@ def sequence_tokens(options: PlanOptions) -> float:
 
 
 def rollout_seconds(options: PlanOptions, shape: ModelShape) -> float:
-    """Decoding on each GPU that has an engine, each server on one: iterations, each of which reads
-    all weights and the KV cache of the sequences in it, or computes 2 P per sequence, whichever
-    takes longer.
+    """Decoding by each engine: iterations, each of which reads all weights and the KV cache of the
+    sequences in it, or computes 2 P per sequence, whichever takes longer.
 
     There are as many iterations as the longest completion has tokens, or more where not all
-    sequences are decoded at once.
+    sequences are decoded at once. The GPUs of an engine, its sharers, do equal parts of all that,
+    except that each has at least one key head, and add up hidden states twice per layer.
     """
     gpu, rollout = GPUS[options.machine.gpu], options.rollout
-    engines = len(rollout.servers) or options.machine.gpus
     prompt, completion = options.machine.mean_prompt_tokens, options.mean_completion
+    sharers = rollout.tensor_parallel
+    engines = len(rollout.servers) or options.machine.gpus / sharers
+    weights = shape.multiplied / sharers
     sequences = rollout.prompts_per_step * rollout.num_generations / engines
-    kv_bytes = 2 * 2 * shape.layers * shape.key_width  # K and V in bf16, per token
+    key_width = max(shape.key_width / sharers, shape.query_width / shape.heads)
+    kv_bytes = 2 * 2 * shape.layers * key_width  # K and V in bf16, per token
     room = rollout.kv_cache_gib * GIB / (kv_bytes * (prompt + completion))
     at_once = max(1.0, min(sequences, MOST_SEQUENCES, room))
     iterations = max(rollout.max_completion_tokens, sequences * completion / at_once)
     together = sequences * completion / iterations
-    read = 2 * shape.multiplied + kv_bytes * together * (prompt + completion / 2)
-    compute = 2 * shape.multiplied * together / (SCORING_SHARE * gpu.flops)
+    read = 2 * weights + kv_bytes * together * (prompt + completion / 2)
+    compute = 2 * weights * together / (SCORING_SHARE * gpu.flops)
     decode = max(read / (BANDWIDTH_SHARE * gpu.bandwidth), compute) + ITERATION
+    decode += sum_seconds(options.machine, shape, together, sharers)
     prompts = rollout.prompts_per_step / engines * prompt
-    prefill = 2 * shape.multiplied * prompts / (SCORING_SHARE * gpu.flops)
+    prefill = 2 * weights * prompts / (SCORING_SHARE * gpu.flops)
+    prefill += sum_seconds(options.machine, shape, prompts, sharers)
     return iterations * decode + prefill
+
+
+def sum_seconds(machine: MachineConfig, shape: ModelShape, tokens: float, sharers: int) -> float:
+    """Sums of the hidden states of so many tokens over the GPUs of an engine, in bf16: two per
+    layer, in each of which a GPU sends, and gets, its share twice, less what is its own."""
+    if sharers == 1:
+        return 0.0
+    moved = 2 * 2 * shape.hidden * tokens * (sharers - 1) / sharers
+    return 2 * shape.layers * (moved / link_rate(machine, sharers) + LATENCY)
 
 
 def flops_per_token(shape: ModelShape, sequence: float) -> float:

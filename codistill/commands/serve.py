@@ -52,6 +52,7 @@ def main(arguments: list[str]) -> None:
         kv_cache_gib=rollout.kv_cache_gib,
         has_tokenizer=bool(rollout.stop),
         has_gpu=has_gpu,
+        tensor_parallel=rollout.tensor_parallel,
         transfer="nccl" if has_gpu else GLOO,
         host=options.host,
         port=options.port,

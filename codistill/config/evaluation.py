@@ -61,6 +61,9 @@ class EvalOptions(PromptConfig, CommandOptions):
     kv_cache_gib: float = Field(
         4.0, ge=0.001, le=10**4, description="vLLM's KV cache on each process (GiB)"
     )
+    tensor_parallel: int = Field(
+        1, gt=0, le=10**4, description="processes that share a model, as rollout.tensor_parallel"
+    )
 
     @model_validator(mode="after")
     def check_options(self) -> Self:
@@ -76,6 +79,11 @@ class EvalOptions(PromptConfig, CommandOptions):
         expected = "1 with temperature 0: greedy completions are the same for every seed"
         require(self.temperature > 0 or self.seeds == 1, "seeds", self.seeds, expected)
         return self
+
+    def check_processes(self, world_size: int) -> None:
+        """Raise ConfigError unless processes divide evenly over engines."""
+        sharers, expected = self.tensor_parallel, f"a divisor of the {world_size} processes"
+        require(world_size % sharers == 0, "tensor_parallel", sharers, expected)
 
     @property
     def sets(self) -> dict[str, Path]:

@@ -99,6 +99,14 @@ class RolloutConfig(Section):
     kv_cache_gib: float = Field(
         4.0, ge=0.001, le=10**4, description="vLLM's KV cache on each process (GiB)"
     )
+    tensor_parallel: int = Field(
+        1,
+        gt=0,
+        le=10**4,
+        description="processes, neighbours by rank, that share one copy of vLLM's weights, for a "
+        "model that is too large for a GPU; it must divide the number of processes and of heads. "
+        "With engine server: GPUs of each server",
+    )
     sleep: bool = Field(
         False,
         description="on a GPU: the engine leaves its memory while rollouts are scored and models "
@@ -225,11 +233,11 @@ class EvaluationConfig(Section):
     temperature: float = Field(
         0.0, ge=0, le=2, description="sampling temperature; 0 is greedy, else at least 0.01"
     )
-    large: bool = Field(
-        True,
-        description="also evaluate the large model, before the first and after the last step; "
-        "where vLLM writes the rollouts, by a server of its own, which starts in 10 to 20 s on a "
-        "CPU",
+    large: Literal["never", "ends", "always"] = Field(
+        "ends",
+        description="when the large model is evaluated, too. ends: before the first and after the "
+        "last step; always: whenever the small one is. Where vLLM writes the rollouts, it is done "
+        "by a server of its own, which starts in 10 to 20 s on a CPU, each time",
     )
 
     @model_validator(mode="after")

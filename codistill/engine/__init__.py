@@ -5,7 +5,13 @@ weights from the trainer. All engines sample from softmax(logits / temperature) 
 tokenizer's tokens and return the log-probability of each sampled token under just that.
 """
 
-from codistill.engine.choice import RestartingEngine, engine_kind, make_engine, passing_engine
+from codistill.engine.choice import (
+    RestartingEngine,
+    check_engine,
+    engine_kind,
+    make_engine,
+    passing_engine,
+)
 from codistill.engine.interface import (
     Completion,
     Engine,
@@ -27,6 +33,7 @@ __all__ = [
     "Sampler",
     "Sampling",
     "SyncError",
+    "check_engine",
     "cut_at_end",
     "engine_kind",
     "make_engine",

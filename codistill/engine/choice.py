@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from codistill import distributed
-from codistill.config import ConfigError
+from codistill.config import ConfigError, require
 from codistill.config.machinery import EngineKind
 from codistill.engine.hf import HFEngine
 from codistill.engine.in_process import VLLMEngine
@@ -16,6 +16,7 @@ from codistill.engine.interface import Completion, Engine, EngineError, EngineSp
 from codistill.engine.own_server import own_server
 from codistill.engine.server import ServerEngine
 from codistill.model.shards import Weights
+from codistill.versions import check_vllm
 
 
 def engine_kind(kind: EngineKind) -> Literal["vllm", "hf", "server"]:
@@ -23,6 +24,18 @@ def engine_kind(kind: EngineKind) -> Literal["vllm", "hf", "server"]:
     if kind == "auto":
         return "vllm" if importlib.util.find_spec("vllm") else "hf"
     return kind
+
+
+def check_engine(section: str, kind: EngineKind, tensor_parallel: int) -> None:
+    """Raise ConfigError unless this engine can run here, shared by so many processes.
+
+    section: what precedes the keys' names in the message, such as "rollout.".
+    """
+    if engine_kind(kind) in ("vllm", "server"):
+        check_vllm(f"{section}engine", kind)
+        return
+    expected = "1 with engine hf, of which each process has its own"
+    require(tensor_parallel == 1, f"{section}tensor_parallel", tensor_parallel, expected)
 
 
 def make_engine(kind: EngineKind, spec: EngineSpec) -> Engine:

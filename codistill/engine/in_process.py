@@ -1,25 +1,37 @@
 """vLLM in the trainer's own processes."""
 
 import os
+from itertools import chain
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from codistill import distributed
 from codistill.config import require
 from codistill.downloads import source
 from codistill.engine.interface import Completion, EngineSpec, Sampling
 from codistill.engine.vllm_requests import completion, padded_rows_bias, sampling_options
 from codistill.model.shards import Weights
 
+GLOO_WORKER = "codistill.engine.cpu_worker.GlooWorker"
+
 
 class VLLMEngine:
-    """vLLM in this process: one engine per process with all weights, no tensor parallelism."""
+    """vLLM in this process: an engine of its own, or one that it shares with its neighbours by
+    rank, each of which has a part of every weight (tensor parallelism).
+
+    vLLM plans a shared engine's work in each of its processes anew, so all of them must ask it the
+    same, in the same order. They do: every method is collective, `generate` asks for the prompts
+    of all of them, and `sync` gets whole weights everywhere, of which vLLM takes its part.
+    """
 
     name = "vllm"
 
     def __init__(self, spec: EngineSpec) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights reach it by reference
-        if spec.device.type == "cpu":
+        on_cpu = spec.device.type == "cpu"
+        if on_cpu:
             # The trainer shares these threads: pinning them to cores would slow both.
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
             # vLLM compiles a helper of its sampler: 4 to 15 s, and a compiler, for no gain here.
@@ -27,16 +39,21 @@ class VLLMEngine:
         import vllm
 
         self.spec = spec
+        self.group = None
+        if spec.tensor_parallel > 1:
+            self.group, _ = dist.new_subgroups(spec.tensor_parallel, backend="gloo")
         self.llm = vllm.LLM(
             model=source(spec.path),
             dtype=str(spec.dtype).removeprefix("torch."),
             max_model_len=spec.max_model_tokens,
             kv_cache_memory_bytes=int(spec.kv_cache_gib * 2**30),
             distributed_executor_backend="external_launcher",
+            tensor_parallel_size=spec.tensor_parallel,
+            worker_cls=GLOO_WORKER if on_cpu and self.group else "auto",
             skip_tokenizer_init=spec.stop is None,
             generation_config="vllm",  # the model's own file may add top-p or a penalty
             logprobs_mode="processed_logprobs",
-            enforce_eager=spec.device.type == "cpu",
+            enforce_eager=on_cpu,
             enable_sleep_mode=spec.sleeps,
             disable_log_stats=True,
             use_tqdm_on_load=False,
@@ -48,18 +65,17 @@ class VLLMEngine:
     def generate(
         self, prompts: list[list[int]], seeds: list[int], sampling: Sampling
     ) -> list[Completion]:
-        from vllm import SamplingParams
-
-        if not prompts:
+        asked, first = list(zip(prompts, seeds, strict=True)), 0
+        if self.group is not None:
+            parts = distributed.gathered(asked, self.group)
+            asked, first = list(chain(*parts)), sum(map(len, parts[: self.group.rank()]))
+        if not asked:
             return []
-        params = [
-            SamplingParams(
-                **sampling_options(self.spec, sampling, seed, self.logit_bias), flat_logprobs=True
-            )
-            for seed in seeds
-        ]
-        inputs = [{"prompt_token_ids": ids} for ids in prompts]
-        outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": ids} for ids, _ in asked],
+            [self.parameters(seed, sampling) for _, seed in asked],
+            use_tqdm=False,
+        )
         return [
             completion(
                 self.spec,
@@ -67,9 +83,16 @@ class VLLMEngine:
                 list(output.logprobs.logprobs),
                 output.finish_reason,
             )
-            for request in outputs
+            for request in outputs[first : first + len(prompts)]
             for output in sorted(request.outputs, key=lambda output: output.index)
         ]
+
+    def parameters(self, seed: int, sampling: Sampling) -> Any:
+        """How vLLM is to sample the completions of a prompt."""
+        from vllm import SamplingParams
+
+        options = sampling_options(self.spec, sampling, seed, self.logit_bias)
+        return SamplingParams(**options, flat_logprobs=True)
 
     def sync(self, weights: Weights) -> None:
         # All weights in one call: vLLM takes a call for a whole model, and parts of it corrupt it.

@@ -89,6 +89,9 @@ class EngineSpec:
     """Texts that end a completion, besides `end_token_ids`."""
     sleeps: bool = False
     """It may be put to sleep."""
+    tensor_parallel: int = 1
+    """How many processes, neighbours by rank, share one copy of the weights, or GPUs of a server;
+    1 for the engine hf."""
     servers: tuple[str, ...] = ()
     """URLs of the servers that write, where the engine is not in this process."""
     sends: bool = True

@@ -25,7 +25,8 @@ def own_server(spec: EngineSpec, log: Path) -> Iterator[EngineSpec]:
     """Run a server of the model on this node; what an engine at it must know. Collective.
 
     One server per node, which is the fewest that all processes of a node can reach on the loopback
-    interface: the first process of the node starts it, on its own GPU, and sends it the weights, by
+    interface: the first process of the node starts it, on its own GPU, or on the first ones of the
+    node as many as `spec.tensor_parallel` says, and sends it the weights, by
     gloo, because NCCL does not connect a GPU with itself. It is gone when the block ends, or the
     process.
 
@@ -42,7 +43,9 @@ def own_server(spec: EngineSpec, log: Path) -> Iterator[EngineSpec]:
             if starts:
                 command = own_command(spec)
                 url = f"http://{command.host}:{command.port}"
-                environment = environment_of(command) | own_gpu(spec)
+                environment = environment_of(command)
+                if gpus := own_gpus(spec):
+                    environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
                 child = Child(command.arguments, environment, log)
                 wait_for(child, url, spec.timeout, log)
         except Exception as failure:  # none may keep the others waiting
@@ -67,18 +70,21 @@ def own_command(spec: EngineSpec) -> ServeCommand:
         kv_cache_gib=spec.kv_cache_gib,
         has_tokenizer=spec.stop is not None,
         has_gpu=spec.device.type == "cuda",
+        tensor_parallel=len(own_gpus(spec)) or 1,
         transfer=GLOO,
         host=LOOPBACK,
         port=distributed.free_port(LOOPBACK),
     )
 
 
-def own_gpu(spec: EngineSpec) -> dict[str, str]:
-    """The variable that shows a server the GPU of this process alone; none without a GPU."""
+def own_gpus(spec: EngineSpec) -> list[str]:
+    """The GPUs that a server on this node may see, as CUDA_VISIBLE_DEVICES names them; none on a
+    CPU."""
     if spec.device.type != "cuda":
-        return {}
-    index, visible = spec.device.index, os.environ.get("CUDA_VISIBLE_DEVICES")
-    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[index] if visible else str(index)}
+        return []
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(here)))
+    return visible.split(",")[: min(spec.tensor_parallel, here)]
 
 
 def wait_for(child: Child, url: str, seconds: float, log: Path) -> None:

@@ -43,6 +43,8 @@ class ServeCommand:
     has_tokenizer: bool
     """It looks at the text: rollout.stop has texts."""
     has_gpu: bool
+    tensor_parallel: int
+    """GPUs that share the weights."""
     transfer: str
     """How weights come to it: nccl or GLOO."""
     host: str
@@ -79,6 +81,8 @@ class ServeCommand:
             "worker-extension-cls": "codistill.engine.extension.ServerExtension",
             "uvicorn-log-level": "warning",
         }
+        if self.tensor_parallel > 1:
+            options["tensor-parallel-size"] = str(self.tensor_parallel)
         flags = ["enable-scale-out", "disable-log-stats"]  # the first: token ids in and out
         if not self.has_tokenizer:
             flags.append("skip-tokenizer-init")

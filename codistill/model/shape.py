@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from codistill.config import require
 from codistill.model.pretrained import load_model_config, meta_model
 
 
@@ -67,6 +68,23 @@ def model_shape(key: str, path: str) -> ModelShape:
         norm_width=norm_width(layers[0], text),
         vocab=lm.get_output_embeddings().weight.shape[0],
         is_tied=lm.get_output_embeddings().weight is lm.get_input_embeddings().weight,
+    )
+
+
+def check_split(key: str, parts: int, path: str) -> None:
+    """Raise ConfigError under configuration key `key` unless vLLM can cut the model into so many
+    equal parts; it copies key heads where there are fewer than parts."""
+    if parts == 1:
+        return
+    text = load_model_config(key, path).get_text_config()
+    heads, keys, width = text.num_attention_heads, key_heads(text), text.intermediate_size
+    are_equal = heads % parts == 0 and width % parts == 0
+    require(
+        are_equal and max(keys, parts) % min(keys, parts) == 0,
+        key,
+        parts,
+        f"a divisor of the {heads} heads and the MLP's {width} columns of {path}, and a divisor or "
+        f"a multiple of its {keys} key heads",
     )
 
 

@@ -184,11 +184,11 @@ def test_slopes(make_row):
 
 def test_readme_is_what_the_report_gives():
     text = report.README.read_text()
-    assert report.with_section(text, "report", report.headline(results.read_all())) == text
-    assert report.with_section(text, "roofline", roofline.summary()) == text
+    assert report.with_section(text, "bench report", report.headline(results.read_all())) == text
+    assert report.with_section(text, "bench roofline", roofline.summary()) == text
     assert (results.FOLDER / "README.md").read_text() == report.full(results.read_all())
 
 
 def test_readme_without_markers():
     with pytest.raises(ValueError, match="<!-- bench report: begin -->"):
-        report.with_section("no markers", "report", "x")
+        report.with_section("no markers", "bench report", "x")

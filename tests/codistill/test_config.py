@@ -305,3 +305,45 @@ def test_commands_print_one_line_and_end_with_code_2(settings, train, tmp_path):
     doctor = [sys.executable, "-m", "codistill", "doctor", "--config", tmp_path / "config.yaml"]
     done = subprocess.run(doctor, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr, done.stdout) == (2, f"codistill: {line}", "")
+
+
+@pytest.mark.parametrize("command", ["train", "doctor", "eval"])
+def test_files_that_are_missing_are_said_before_torch_is_imported(settings, tmp_path, command):
+    path = tmp_path / "config.yaml"
+    settings["data"]["eval"] = "nowhere.jsonl"
+    path.write_text(yaml.safe_dump(settings))
+    arguments = ["--config", str(path)]
+    if command == "eval":
+        arguments = f"--model nowhere --data sums={path} --template r1 --output {tmp_path}".split()
+    module = "codistill.train" if command == "train" else "codistill.__main__"
+    names = [] if command == "train" else [command]
+    code = (
+        f"import sys; sys.argv = {['train.py', *names, *arguments]!r}\n"
+        f"from {module} import main\n"
+        "assert main() == 2 and 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    key = "model = 'nowhere'" if command == "eval" else "data.eval = 'nowhere.jsonl'"
+    assert done.stderr.startswith(f"train.py: {key}: expected a f")
+
+
+def test_a_mistake_that_is_seen_in_a_group_ends_the_process_at_once(settings, tmp_path):
+    """Without the interpreter's teardown, which gloo's threads may not survive."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    code = (
+        "import atexit, sys\n"
+        f"sys.argv = ['train.py', '--config', {str(path)!r}]\n"
+        "from codistill import distributed, run, train\n"
+        "from codistill.config import ConfigError\n"
+        "def late(*arguments):\n"
+        "    distributed.start(60)\n"
+        "    raise ConfigError('small.path: expected another one')\n"
+        "run.run = late\n"
+        "atexit.register(print, 'teardown')\n"
+        "sys.exit(train.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    line = "train.py: small.path: expected another one\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)

@@ -38,8 +38,8 @@ def changes_of_run(config: Config, num_problems: int) -> Changes:
         ({}, {}),
         ({"training": {"steps": 9}}, {"training.steps": (3, 9)}),
         (
-            {"evaluation": {"every": 1, "large": False}},
-            {"evaluation.every": (2, 1), "evaluation.large": (True, False)},
+            {"evaluation": {"every": 1, "large": "never"}},
+            {"evaluation.every": (2, 1), "evaluation.large": ("ends", "never")},
         ),
         ({"checkpoint": {"every": 7}}, {"checkpoint.every": (1, 7)}),
         (

@@ -65,7 +65,7 @@ def step(trainer: Trainer) -> dict[str, float]:
         ),
         ({"training": {"update_order": "large_first"}}, SMALL, ""),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_an_option_changes_what_it_names_and_nothing_else(make_trainer, changes, must, may):
     if not base_numbers:

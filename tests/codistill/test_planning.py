@@ -199,6 +199,27 @@ def test_an_engine_that_sleeps_keeps_its_graphs_alone(paper):
     }
 
 
+def test_a_shared_engine_by_hand(paper):
+    """Two GPUs per engine: half of the weights on each, twice the sequences in each iteration."""
+    alone = load_config(paper(), PlanOptions)
+    shared = load_config(paper("--rollout.tensor_parallel", "2"), PlanOptions)
+    shapes = shapes_of(alone)
+    writer = shapes["small"]
+    for phase in phases(shared, shapes):
+        assert phase.parts["engine"] == 1_543_714_304 + (16 + 2) * GIB
+    sizes = ("--machine.mean_completion_tokens", "3072", "--rollout.prompts_per_step", "8")
+    alone, shared = (
+        load_config(paper(*sizes, *more), PlanOptions)
+        for more in ((), ("--rollout.tensor_parallel", "2"))
+    )
+    # 8 GPUs: 14 sequences each, or 28 per pair, of 3072 tokens; both read the same keys and values.
+    saved = 2 * writer.multiplied / 2 / (0.7 * 3.35e12)
+    sums = 2 * 28 * (2 * writer.hidden * 28 / 360e9 + 1e-5)
+    prefill = 2 * 28 * (2 * writer.hidden * 2 * 150 / 360e9 + 1e-5)
+    expected = rollout_seconds(alone, writer) - 3072 * (saved - sums) + prefill
+    assert rollout_seconds(shared, writer) == pytest.approx(expected)
+
+
 def test_replicas_by_hand(paper):
     """64 GPUs of 8 nodes. Each node has all weights and gathers them by NVLink, at 0.8 * 450 GB/s;
     gradients are summed over nodes, at 0.8 * 50 GB/s."""

@@ -226,7 +226,7 @@ def with_levels(settings, tmp_path) -> dict:
     path.write_text("\n".join(map(json.dumps, rows)))
     settings["data"]["train"] = str(path)
     settings["training"]["steps"] = 2
-    settings["evaluation"] = {"every": 1, "large": False}
+    settings["evaluation"] = {"every": 1, "large": "never"}
     return settings
 
 

@@ -1,0 +1,74 @@
+"""The study: train every method of a task with several seeds, and write the report.
+
+python -m study run       the runs that are missing, each kept when it is finished; 1 if any failed
+python -m study report    tables, verdicts and pictures of docs/study.md, from bench/results/study
+"""
+
+import argparse
+import sys
+
+from study.methods import METHODS, STEPS
+
+SEEDS = [0, 1, 2, 3, 4]  # as many as in the paper
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command; its exit code."""
+    options = parser().parse_args(arguments)
+    return {"run": run, "report": report}[options.command](options)
+
+
+def parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(
+        prog="python -m study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = whole.add_subparsers(dest="command", required=True)
+    for name in ("run", "report"):
+        command = commands.add_parser(name)
+        command.add_argument("--task", default="words", help="what is learned (words)")
+        if name == "run":
+            add_run_options(command)
+    return whole
+
+
+def add_run_options(command: argparse.ArgumentParser) -> None:
+    names = list(METHODS)
+    text = f"all, or some of {', '.join(names)}; what these need runs too"
+    seeds = f"a run of each method for each ({' '.join(map(str, SEEDS))})"
+    steps = f"of a run; continued training takes a quarter of them more ({STEPS})"
+    command.add_argument(
+        "--methods", nargs="+", choices=names, default=names, metavar="NAME", help=text
+    )
+    command.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="K", help=seeds)
+    command.add_argument("--steps", type=int, default=STEPS, help=steps)
+    command.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each (1)")
+
+
+def run(options: argparse.Namespace) -> int:
+    # Imported here: transformers takes seconds, and --help needs nothing of it.
+    from study.runs import Run, execute_all
+    from study.tasks import TASKS
+
+    if options.task not in TASKS:
+        print(f"study: --task: expected one of {', '.join(TASKS)}", file=sys.stderr)
+        return 2
+    runs = [
+        Run(TASKS[options.task], METHODS[name], seed, options.steps)
+        for seed in options.seeds
+        for name in options.methods
+    ]
+    return 1 if execute_all(runs, options.jobs) else 0
+
+
+def report(options: argparse.Namespace) -> int:
+    from study.report import write
+
+    for path in write(options.task):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,179 @@
+"""Runs of the study, one after the other, each kept when it is finished.
+
+A run is `train.py` with the task's file and the method's keys, in one process with one thread. Its
+numbers are written to bench/results/study as soon as it ends, and a run whose numbers are there is
+not started again.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from study.methods import METHODS, Method
+from study.record import RESULTS, Record, read, versions
+from study.tasks import Task, training_problems
+
+RUNS = Path("runs/study")
+PROMPTS = 16  # per step, as the task's file has it
+EVALUATIONS = 4  # in a run, at equal distances, besides the one before the first step
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method with one seed."""
+
+    task: Task
+    method: Method
+    seed: int
+    steps: int
+    """The budget: steps of a run that is not continued training."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.task.name}-{self.method.name}-{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return RUNS / self.name
+
+    @property
+    def record(self) -> Path:
+        """The file of its numbers."""
+        return RESULTS / self.task.name / self.method.name / f"seed_{self.seed}.json"
+
+    @property
+    def own_steps(self) -> int:
+        return round(self.steps * self.method.steps_share)
+
+    def needed(self) -> "Run | None":
+        """The run that must be finished before this one."""
+        if self.method.needs is None:
+            return None
+        return Run(self.task, METHODS[self.method.needs], self.seed, self.steps)
+
+    def command(self) -> list[str]:
+        """What a user would type, after `python`."""
+        every = max(1, self.steps // EVALUATIONS)
+        options = {
+            "name": self.name,
+            "seed": str(self.seed),
+            "training.steps": str(self.own_steps),
+            "evaluation.every": str(every),
+            "checkpoint.every": str(every),
+            "checkpoint.keep": str(EVALUATIONS + 1),
+            **self.models(),
+            **self.method.options,
+        }
+        words = [word for key, value in options.items() for word in (f"--{key}", value)]
+        return ["train.py", "--config", str(self.task.config.relative_to(Path.cwd())), *words]
+
+    def models(self) -> dict[str, str]:
+        """The models that it starts from."""
+        paths = {"small": self.task.small, "large": self.task.large}
+        if self.method.options.get("algorithm") == "grpo":
+            paths = {name: paths[name] for name in [self.method.options["grpo.model"]]}
+        needed = self.needed()
+        if needed:
+            step = best_step(needed) if self.method.teacher else needed.own_steps
+            paths["large"] = needed.folder / "export" / f"step_{step}" / "large"
+        found = {}
+        for name, path in paths.items():
+            path = path if not path.is_absolute() else path.relative_to(Path.cwd())
+            found[f"{name}.path"] = str(path)
+            found[f"{name}.learning_rate"] = self.task.learning_rates[name]
+        return found
+
+
+def best_step(run: Run) -> int:
+    """The step after which the large model's held-out accuracy was highest; the first of them."""
+    accuracies = {row["step"]: row["large"] for row in read(run.record).evaluations if row["step"]}
+    return max(accuracies, key=lambda step: (accuracies[step], -step))
+
+
+def export(run: Run, step: int, log: Path) -> None:
+    """Make the model of a checkpoint a folder to load, if it is none yet."""
+    if not (run.folder / "export" / f"step_{step}").exists():
+        words = ["-m", "codistill", "export", str(run.folder), "--step", str(step)]
+        call(words, log)
+
+
+def call(words: list[str], log: Path) -> None:
+    """Run python with these words, one thread; what it prints goes to a file.
+
+    Raises:
+        subprocess.CalledProcessError: its exit code is not 0.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        subprocess.run(
+            [sys.executable, *words], stdout=file, stderr=file, env=environment, check=True
+        )
+
+
+def execute(run: Run) -> Record:
+    """Train, and keep the numbers.
+
+    Raises:
+        subprocess.CalledProcessError: the run failed; its record says so.
+    """
+    log = RUNS / "logs" / f"{run.name}.txt"
+    needed = run.needed()
+    if needed and run.method.teacher:
+        export(needed, best_step(needed), log)
+    record = Record.begin(run.record, run.method.name, run.seed, run.command(), versions())
+    start = time.monotonic()
+    try:
+        call(run.command(), log)
+    except subprocess.CalledProcessError as error:
+        record.end(f"exit code {error.returncode}", time.monotonic() - start)
+        raise
+    record.take(run.folder)
+    record.end("finished", time.monotonic() - start)
+    return record
+
+
+def execute_all(runs: list[Run], jobs: int) -> list[str]:
+    """All runs that are not finished, `jobs` at a time, each after what it needs; what failed."""
+    pending = {run.name: run for run in runs}
+    for run in runs:
+        needed = run.needed()
+        while needed:
+            pending.setdefault(needed.name, needed)
+            needed = needed.needed()
+    todo = [run for run in pending.values() if not read(run.record).finished]
+    if not todo:
+        return []
+    todo[0].task.write_data(training_problems(todo[0].steps, PROMPTS))
+    started: dict[str, Future] = {}
+
+    def after_needed(run: Run) -> Record:
+        needed = run.needed()
+        if needed and needed.name in started:
+            started[needed.name].result()
+        return execute(run)
+
+    # What is needed by others comes first, so that no job waits for one that is not begun.
+    order = sorted(todo, key=depth)
+    failed = []
+    with ThreadPoolExecutor(jobs) as pool:
+        for run in order:
+            started[run.name] = pool.submit(after_needed, run)
+        for run in order:
+            try:
+                record = started[run.name].result()
+                print(f"{run.name}: {record.summary()}", flush=True)
+            except (subprocess.CalledProcessError, OSError, ValueError) as error:
+                failed.append(run.name)
+                print(f"{run.name}: failed, {error}", flush=True)
+    return failed
+
+
+def depth(run: Run) -> int:
+    """How many runs must come before this one."""
+    needed = run.needed()
+    return 0 if needed is None else 1 + depth(needed)

@@ -1,0 +1,88 @@
+"""Every method is a configuration that the trainer takes, and starts from the models it should."""
+
+from pathlib import Path
+
+import pytest
+from synthetic import write_study
+
+from codistill.config import Config, load_config
+from study import runs
+from study.methods import EPOCHS, METHODS
+from study.runs import Run, best_step, depth
+from study.tasks import TASKS, training_problems
+
+ROOT = Path(__file__).parents[2]
+STEPS = 16
+
+
+@pytest.fixture(autouse=True)
+def finished(tmp_path, monkeypatch):
+    """Finished runs of what other runs need, and the repository's root as the current folder."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    needed = {method.needs for method in METHODS.values()} - {None}
+    write_study(tmp_path / "words", sorted(needed), range(1), {})
+
+
+def run_of(name: str) -> Run:
+    return Run(TASKS["words"], METHODS[name], 0, STEPS)
+
+
+def configured(name: str) -> Config:
+    script, *arguments = run_of(name).command()
+    assert script == "train.py"
+    return load_config(arguments)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_trainer_takes_every_method(name):
+    config, method = configured(name), METHODS[name]
+    assert config.seed == 0 and config.name == f"words-{name}-0"
+    assert set(config.evaluation.sets) == {"sums", "long_sums", "products", "longer"}
+    trained = ["small", "large"] if config.algorithm == "codistill" else list(config.trained)
+    for model in trained:
+        rate = getattr(config, model).learning_rate
+        assert rate == float(TASKS["words"].learning_rates[model])
+    assert config.training.steps == (4 if method.start else STEPS)
+    is_all = config.downsample.method == "none"
+    assert is_all == (name.startswith("grpo") or bool(method.start) or "no_downsampling" in name)
+    kept = config.rollout.num_generations if is_all else config.downsample.keep
+    assert (config.rollout.num_generations, kept) == ((8, 8) if is_all else (14, 8))
+
+
+def test_continued_training_starts_from_the_last_large_model():
+    for name in (n for n, method in METHODS.items() if method.start):
+        path = Path(configured(name).large.path)
+        assert path == runs.RUNS / f"words-{METHODS[name].start}-0" / "export" / "step_16" / "large"
+
+
+def test_teacher_is_the_best_evaluation(monkeypatch, tmp_path):
+    run = run_of("grpo_large")
+    record = runs.read(run.record)
+    for row, accuracy in zip(record.evaluations, (0.9, 0.3, 0.7, 0.7, 0.1), strict=True):
+        row["large"] = accuracy
+    record.write()
+    # Not step 0, which is no checkpoint; of equal ones the first.
+    assert best_step(run) == 8
+    assert configured("kdrl").large.path.endswith("words-grpo_large-0/export/step_8/large")
+
+
+def test_needed_runs_have_the_same_seed_and_budget():
+    run = run_of("codistill_hints_ct")
+    assert run.needed() == run_of("codistill_hints") and depth(run) == 1
+    assert run_of("kdrl").needed() == run_of("grpo_large")
+    assert run_of("grpo_small").needed() is None
+
+
+def test_ablations_change_what_their_names_say():
+    assert configured("codistill_alpha1").kd.chosen_estimator == "k1"
+    assert configured("kd_k3").kd.chosen_estimator == "k3"
+    assert configured("hints_always").hint.epochs == EPOCHS
+    assert configured("codistill_hints").hint.epochs == 1
+    assert configured("hints_masked").hint.loss == "masked"
+    assert configured("kd_objective").kd.placement == "objective"
+
+
+def test_problems_are_seen_as_often_as_in_the_paper():
+    assert training_problems(64, 32) == 256 and 64 * 32 / 256 == EPOCHS
+    assert training_problems(1, 32) == 32
