@@ -25,10 +25,9 @@ def own_server(spec: EngineSpec, log: Path) -> Iterator[EngineSpec]:
     """Run a server of the model on this node; what an engine at it must know. Collective.
 
     One server per node, which is the fewest that all processes of a node can reach on the loopback
-    interface: the first process of the node starts it, on its own GPU, or on the first ones of the
-    node as many as `spec.tensor_parallel` says, and sends it the weights, by
-    gloo, because NCCL does not connect a GPU with itself. It is gone when the block ends, or the
-    process.
+    interface: the first process of the node starts it, on its own GPU, or on the first GPUs of the
+    node if `spec.tensor_parallel` is more than 1, and sends it the weights, by gloo, because NCCL
+    does not connect a GPU with itself. It is gone when the block ends, or the process.
 
     log: the file for what it prints.
 
