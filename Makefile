@@ -27,7 +27,8 @@ test: .venv/installed
 
 faults: .venv/installed
 	$(BIN)/python -m pytest -m "long or not long" tests/codistill/test_signals.py tests/codistill/test_failures.py \
-		tests/codistill/test_watching.py tests/codistill/test_saving.py tests/codistill/test_checkpoint.py $(ARGS)
+		tests/codistill/test_watching.py tests/codistill/test_saving.py tests/codistill/test_checkpoint.py \
+		tests/codistill/test_server.py $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from setuptools.errors import CompileError
 REQUIRES = ["torch>=2.11"]
 TRAIN = [
     "numpy>=2.0",
+    "httpx>=0.28,<1",
     "jinja2>=3.1,<4",
     "matplotlib>=3.10,<4",
     "math-verify>=0.9,<0.10",

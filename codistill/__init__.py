@@ -6,6 +6,7 @@ from pathlib import Path
 
 REQUIRED = (
     "numpy",
+    "httpx",
     "jinja2",
     "matplotlib",
     "math_verify",

@@ -5,6 +5,7 @@
     python -m codistill report runs/NAME [runs/OTHER ...]
     python -m codistill export runs/NAME [--step K] [--output DIR]
     python -m codistill plan --config FILE [--machine.gpus N] [--section.key value ...]
+    python -m codistill serve --config FILE [--port 8001] [--section.key value ...]
 
 doctor   say what is installed and which kernel backend and engine run, and check the configuration
          and its inputs; exit code 2 if they are wrong
@@ -13,6 +14,7 @@ report   write one HTML page about runs, with their curves, configuration and ro
          curves.png and print the summary of those that have ended
 export   write the models of a checkpoint in Hugging Face format, each with a model card
 plan     memory and time of a step on GPUs, by formulas
+serve    start a server that writes the rollouts, for rollout.engine server
 
 COMMAND --help lists the options of a command.
 """
@@ -23,7 +25,7 @@ import sys
 from codistill import distributed
 from codistill.config import ConfigError, require
 
-COMMANDS = ("doctor", "eval", "report", "export", "plan")
+COMMANDS = ("doctor", "eval", "report", "export", "plan", "serve")
 
 
 def main() -> int:

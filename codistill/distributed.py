@@ -1,6 +1,7 @@
 """The processes of a run: one per GPU, or any number on a CPU. Started by torchrun, or alone."""
 
 import os
+import socket
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -79,6 +80,22 @@ def local_rank() -> int:
 def has_several_nodes() -> bool:
     """Whether some processes of the group are on other nodes, as far as torchrun says."""
     return world_size() > int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def address_towards(host: str) -> str:
+    """The address of this machine by which it reaches another one, which can reach it there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing: the port does not matter
+        return probe.getsockname()[0]
+
+
+def free_port(address: str) -> int:
+    """A port at an address of this machine that nobody uses now."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as free:
+        free.bind((address, 0))
+        return free.getsockname()[1]
 
 
 def helpers() -> int:

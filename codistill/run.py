@@ -44,7 +44,7 @@ def train(config: Config, signals: StopSignals) -> int:
     """What `run` does, without what it says of errors."""
     console = Console(quiet=not distributed.is_first())
     folder = config.output_dir / config.name
-    if config.reward.functions:
+    if config.reward.functions or config.rollout.engine == "server":
         watching.start(distributed.rank(), failures.log_path(folder, distributed.rank()))
     with phase("loading"):
         inputs = load_inputs(config)
@@ -138,9 +138,9 @@ class Loop:
         if done is not None:
             with phase("checkpoint"):
                 checkpoint.load(self.saver.folder, done, self.learners)
-            with phase("sync"):
-                self.trainer.engine.sync()
             self.console.print(f"going on after step {done}{self.changes_text()}", soft_wrap=True)
+        with phase("sync"):
+            self.trainer.engine.sync()  # a server may have the weights of another run
         self.on_first(lambda directory: self.start(directory, -1 if done is None else done))
         return done or 0
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from codistill import distributed
 from codistill.batch import TokenBatch
 from codistill.config import Config, require
-from codistill.engine import EngineSpec, RestartingEngine
-from codistill.engine.hf import HFEngine
+from codistill.engine import EngineSpec, RestartingEngine, passing_engine
 from codistill.evaluation import answer
 from codistill.grading import Grader
 from codistill.inputs import Inputs
@@ -40,6 +39,26 @@ from codistill.scoring import (
 )
 
 
+def engine_spec(config: Config, inputs: Inputs, name: str, device: torch.device) -> EngineSpec:
+    """What an engine of the model `name` must know."""
+    rollout = config.rollout
+    return EngineSpec(
+        path=config.model(name).path,
+        vocab_size=len(inputs.tokenizer),
+        end_token_ids=inputs.end_token_ids,
+        max_model_tokens=rollout.max_prompt_tokens + rollout.max_completion_tokens,
+        dtype=DTYPES[config.training.dtype],
+        device=device,
+        kv_cache_gib=rollout.kv_cache_gib,
+        stop=inputs.stop,
+        sleeps=rollout.sleep,
+        tensor_parallel=rollout.tensor_parallel,
+        servers=tuple(server.rstrip("/") for server in rollout.servers),
+        sends=distributed.is_first(),
+        timeout=config.distributed.timeout,
+    )
+
+
 class Trainer:
     """The models of a run, and the engine of the one that writes the rollouts.
 
@@ -54,13 +73,12 @@ class Trainer:
         grader: Grader,
     ) -> None:
         self.config, self.inputs, self.device, self.grader = config, inputs, device, grader
-        self.dtype = DTYPES[config.training.dtype]
         self.total_steps = config.total_steps(len(inputs.problems))
         self.mesh = distributed.shard_mesh(config.distributed.replicas, device)
         # The engine comes first: vLLM measures free memory while it starts.
         self.engine = RestartingEngine(
             config.rollout.engine,
-            self.engine_spec(config.writer),
+            engine_spec(config, inputs, config.writer, device),
             weights=lambda: self.policies[config.writer].full_weights(),
         )
         self.learners = {name: self.make_learner(name) for name in config.trained}
@@ -81,22 +99,6 @@ class Trainer:
             self.engine,
             grader,
             hinter=self.policies.get("large"),
-        )
-
-    def engine_spec(self, name: str) -> EngineSpec:
-        """What an engine of this model must know."""
-        rollout = self.config.rollout
-        return EngineSpec(
-            path=self.config.model(name).path,
-            vocab_size=len(self.inputs.tokenizer),
-            end_token_ids=self.inputs.end_token_ids,
-            max_model_tokens=rollout.max_prompt_tokens + rollout.max_completion_tokens,
-            dtype=self.dtype,
-            device=self.device,
-            kv_cache_gib=rollout.kv_cache_gib,
-            stop=self.inputs.stop,
-            sleeps=rollout.sleep,
-            tensor_parallel=rollout.tensor_parallel,
         )
 
     def load_policy(self, name: str) -> Policy:
@@ -292,10 +294,21 @@ class Trainer:
         wanted = {"never": False, "ends": step in ends, "always": True}
         learns = "large" in self.learners and writer != "large"
         if learns and wanted[self.config.evaluation.large]:
-            # Seldom, so a plain engine that lives for this evaluation only is enough.
-            engine = HFEngine(self.engine_spec("large"))
-            engine.sync(self.policies["large"].full_weights())
-            accuracy |= self.evaluate_with(engine, "large")
+            accuracy |= self.evaluate_large()
+        return accuracy
+
+    def evaluate_large(self) -> dict[str, float]:
+        """Accuracy of the large model, by an engine that lives for this evaluation only."""
+        folder = self.config.output_dir / self.config.name
+        self.engine.sleep()
+        with passing_engine(
+            self.config.rollout.engine,
+            engine_spec(self.config, self.inputs, "large", self.device),
+            self.policies["large"].full_weights,
+            log=folder / f"server_rank{distributed.rank()}.log",
+        ) as engine:
+            accuracy = self.evaluate_with(engine, "large")
+        self.engine.wake_up()
         return accuracy
 
     def evaluate_with(self, engine: Any, model: str) -> dict[str, float]:

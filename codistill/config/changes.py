@@ -6,7 +6,7 @@ from codistill.config.schema import Config
 
 MAY_CHANGE = (
     *("output_dir", "training.steps", "training.epochs", "evaluation", "checkpoint"),
-    *("distributed", "log", "reward.function_timeout"),
+    *("distributed", "log", "reward.function_timeout", "rollout.servers"),
 )
 """Keys and sections that say how long a run is, how long it waits and what it writes, not what a
 step computes."""

@@ -15,7 +15,7 @@ from codistill.config.base import (
     require,
 )
 from codistill.config.data import SET_NAMES, PromptConfig, is_set_name
-from codistill.config.machinery import EngineKind, StopString
+from codistill.config.machinery import OwnEngine, StopString
 
 
 class EvalOptions(PromptConfig, CommandOptions):
@@ -54,7 +54,7 @@ class EvalOptions(PromptConfig, CommandOptions):
         True, description="special tokens are no part of the text that is graded"
     )
     limit: int | None = Field(None, gt=0, description="only the first problems of each set")
-    engine: EngineKind = Field(
+    engine: OwnEngine = Field(
         "auto", description="auto: vllm where it is installed, else hf, which is slower"
     )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="type of the weights")

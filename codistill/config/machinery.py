@@ -2,6 +2,7 @@
 evaluation, files, processes."""
 
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -9,7 +10,9 @@ from codistill.config.base import Section, UserPath, UserPathOrName, check_tempe
 from codistill.config.data import SET_NAMES, is_set_name
 
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
-EngineKind = Literal["auto", "vllm", "hf"]
+OwnEngine = Literal["auto", "vllm", "hf"]
+"""An engine in the process that uses it."""
+EngineKind = Literal[OwnEngine, "server"]
 LoggerKind = Literal["tensorboard", "wandb", "trackio"]
 Checkpointing = Literal["none", "selective", "full"]
 
@@ -39,7 +42,14 @@ class ModelConfig(Section):
 class RolloutConfig(Section):
     engine: EngineKind = Field(
         "auto",
-        description="auto: vllm where it is installed, else hf (the forward pass of transformers)",
+        description="auto: vllm where it is installed, else hf (the forward pass of transformers). "
+        "server: processes of their own, at rollout.servers",
+    )
+    servers: list[str] = Field(
+        [],
+        max_length=1000,
+        description="engine server: URLs of what `python -m codistill serve` has started, as "
+        "http://127.0.0.1:8001",
     )
     prompts_per_step: int = Field(
         64, gt=0, le=10**5, description="prompts per step, over all processes"
@@ -94,7 +104,8 @@ class RolloutConfig(Section):
         gt=0,
         le=10**4,
         description="processes, neighbours by rank, that share one copy of vLLM's weights, for a "
-        "model that is too large for a GPU; it must divide the number of processes and of heads",
+        "model that is too large for a GPU; it must divide the number of processes and of heads. "
+        "With engine server: GPUs of each server",
     )
     sleep: bool = Field(
         False,
@@ -107,6 +118,32 @@ class RolloutConfig(Section):
         description="stop when engine and trainer disagree on a token's log-probability by more "
         "(nats); by default 1e-3 in float32, in bfloat16 0.1 on average and 1 on 99 % of tokens",
     )
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        servers = [server.rstrip("/") for server in self.servers]
+        if self.engine != "server":
+            require(not servers, "servers", self.servers, f"none with engine {self.engine}")
+            return self
+        require(bool(servers), "servers", self.servers, "the URLs of engine server, one or more")
+        for server in servers:
+            require(is_address(server), "servers", server, "a URL such as http://127.0.0.1:8001")
+        require(len(set(servers)) == len(servers), "servers", self.servers, "each server once")
+        expected = "false with engine server, whose memory is not the trainer's"
+        require(not self.sleep, "sleep", self.sleep, expected)
+        return self
+
+
+def is_address(url: str) -> bool:
+    """Whether a URL names a server by HTTP or HTTPS and nothing else: no path, no user."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
+    name = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    whole = f"{parts.scheme}://{name}" + (f":{port}" if port is not None else "")
+    return parts.scheme in ("http", "https") and bool(name) and whole == url.lower()
 
 
 class OptimizerConfig(Section):
@@ -199,7 +236,8 @@ class EvaluationConfig(Section):
     large: Literal["never", "ends", "always"] = Field(
         "ends",
         description="when the large model is evaluated, too. ends: before the first and after the "
-        "last step; always: whenever the small one is",
+        "last step; always: whenever the small one is. Where vLLM writes the rollouts, it is done "
+        "by a server of its own, which starts in 10 to 20 s on a CPU, each time",
     )
 
     @model_validator(mode="after")

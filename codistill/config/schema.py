@@ -223,7 +223,8 @@ class Config(CommandOptions):
     def check_processes(self, world_size: int) -> None:
         """Raise ConfigError unless prompts divide evenly over processes and mini-batches, and
         processes over replicas and over engines."""
-        replicas, sharers = self.distributed.replicas, self.rollout.tensor_parallel
+        replicas, rollout = self.distributed.replicas, self.rollout
+        sharers = 1 if rollout.engine == "server" else rollout.tensor_parallel
         expected = f"a divisor of the {world_size} processes"
         require(world_size % replicas == 0, "distributed.replicas", replicas, expected)
         require(world_size % sharers == 0, "rollout.tensor_parallel", sharers, expected)

@@ -5,7 +5,13 @@ weights from the trainer. All engines sample from softmax(logits / temperature) 
 tokenizer's tokens and return the log-probability of each sampled token under just that.
 """
 
-from codistill.engine.choice import RestartingEngine, check_engine, engine_kind, make_engine
+from codistill.engine.choice import (
+    RestartingEngine,
+    check_engine,
+    engine_kind,
+    make_engine,
+    passing_engine,
+)
 from codistill.engine.interface import (
     Completion,
     Engine,
@@ -31,5 +37,6 @@ __all__ = [
     "cut_at_end",
     "engine_kind",
     "make_engine",
+    "passing_engine",
     "prompt_seeds",
 ]

@@ -2,21 +2,24 @@
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
-
 from codistill import distributed
-from codistill.config import require
+from codistill.config import ConfigError, require
 from codistill.config.machinery import EngineKind
 from codistill.engine.hf import HFEngine
 from codistill.engine.in_process import VLLMEngine
 from codistill.engine.interface import Completion, Engine, EngineError, EngineSpec, Sampling
+from codistill.engine.own_server import own_server
+from codistill.engine.server import ServerEngine
+from codistill.model.shards import Weights
 from codistill.versions import check_vllm
 
 
-def engine_kind(kind: EngineKind) -> Literal["vllm", "hf"]:
+def engine_kind(kind: EngineKind) -> Literal["vllm", "hf", "server"]:
     """The engine that `kind` stands for: auto is vllm where it is installed."""
     if kind == "auto":
         return "vllm" if importlib.util.find_spec("vllm") else "hf"
@@ -28,7 +31,7 @@ def check_engine(section: str, kind: EngineKind, tensor_parallel: int) -> None:
 
     section: what precedes the keys' names in the message, such as "rollout.".
     """
-    if engine_kind(kind) == "vllm":
+    if engine_kind(kind) in ("vllm", "server"):
         check_vllm(f"{section}engine", kind)
         return
     expected = "1 with engine hf, of which each process has its own"
@@ -36,31 +39,45 @@ def check_engine(section: str, kind: EngineKind, tensor_parallel: int) -> None:
 
 
 def make_engine(kind: EngineKind, spec: EngineSpec) -> Engine:
-    """The engine of rollout.engine = kind, with the weights on disk."""
+    """The engine of rollout.engine = kind, with the weights on disk; a server has what it last
+    got."""
     match engine_kind(kind):
         case "vllm":
             return VLLMEngine(spec)
         case "hf":
             return HFEngine(spec)
+        case "server":
+            return ServerEngine(spec)
 
 
 class RestartingEngine:
     """An engine that is started again, once, with the trainer's weights, when it raises an error.
 
     Only the engine hf is: vLLM in the trainer's process leaves process groups and memory behind
-    that a second start stumbles over. Its error, or a second one, ends the run on all processes.
+    that a second start stumbles over, and servers are started by others. Their error, or a second
+    one, ends the run on all processes.
 
-    weights: gives the trainer's weights. Collective, as are `generate` and `sync`.
+    weights: gives the trainer's weights. Collective, as are the start, `generate` and `sync`.
+
+    Raises:
+        ConfigError: on all processes, if one of them cannot use the engine.
     """
 
     def __init__(
         self,
         kind: EngineKind,
         spec: EngineSpec,
-        weights: Callable[[], Iterable[tuple[str, Tensor]]],
+        weights: Callable[[], Weights],
     ) -> None:
         self.kind, self.spec, self.weights = kind, spec, weights
-        self.engine = make_engine(kind, spec)
+        mistake: ConfigError | None = None
+        try:
+            self.engine = make_engine(kind, spec)
+        except ConfigError as error:
+            mistake = error
+        # Nor may one process sync a server while another still asks it what it is.
+        if message := distributed.first_error(mistake):
+            raise mistake or ConfigError(message)
         self.name = self.engine.name
         self.may_restart = self.name == "hf"
 
@@ -88,7 +105,7 @@ class RestartingEngine:
         Raises:
             EngineError: on all processes, if the engine of one of them failed.
         """
-        error, weights = None, iter(self.weights())
+        error, weights = None, self.weights()
         try:
             self.engine.sync(weights)
         except Exception as failure:
@@ -125,3 +142,28 @@ class RestartingEngine:
 
     def close(self) -> None:
         self.engine.close()
+
+
+@contextmanager
+def passing_engine(
+    kind: EngineKind, spec: EngineSpec, weights: Callable[[], Weights], log: Path
+) -> Iterator[RestartingEngine]:
+    """An engine for a while, beside that of the run, with the trainer's weights. Collective.
+
+    The one of the kind hf where the run has that, else a server.
+
+    log: the file for what a server prints.
+
+    Raises:
+        EngineError: on all processes, if it does not start or does not take the weights.
+    """
+    if engine_kind(kind) == "hf":
+        engine = RestartingEngine("hf", spec, weights)
+        engine.sync()
+        yield engine
+        return
+    with own_server(spec, log) as at_server:
+        engine = RestartingEngine("server", at_server, weights)
+        engine.sync()
+        yield engine
+        engine.close()

@@ -1,14 +1,12 @@
 """The forward pass of transformers as an engine."""
 
-from collections.abc import Iterable
-
 import numpy as np
 import torch
-from torch import Tensor
 
 from codistill.engine.interface import Completion, EngineSpec, Sampling, cut_at_end
 from codistill.model.loading import load_causal_lm
 from codistill.model.policy import Policy
+from codistill.model.shards import Weights
 
 
 class HFEngine:
@@ -39,7 +37,7 @@ class HFEngine:
                 completions.append(Completion(token_ids, logps[: len(token_ids)], truncated))
         return completions
 
-    def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def sync(self, weights: Weights) -> None:
         parameters = dict(self.policy.lm.named_parameters())
         with torch.no_grad():
             for name, weight in weights:

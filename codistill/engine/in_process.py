@@ -1,21 +1,20 @@
 """vLLM in the trainer's own processes."""
 
 import os
-from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from codistill import distributed
 from codistill.config import require
 from codistill.downloads import source
-from codistill.engine.interface import Completion, EngineSpec, Sampling, cut_at_end
+from codistill.engine.interface import Completion, EngineSpec, Sampling
+from codistill.engine.vllm_requests import completion, padded_rows_bias, sampling_options
+from codistill.model.shards import Weights
 
 GLOO_WORKER = "codistill.engine.cpu_worker.GlooWorker"
-NEVER = -100.0  # the lowest logit bias that vLLM takes: a probability of about 1e-43
 
 
 class VLLMEngine:
@@ -60,9 +59,8 @@ class VLLMEngine:
             use_tqdm_on_load=False,
         )
         check_own_model(self.llm.llm_engine.model_config)
-        # vLLM's own way to allow some ids only takes the list of them, 150 thousand a request.
         rows = self.llm.llm_engine.model_config.get_vocab_size()
-        self.logit_bias = {row: NEVER for row in range(spec.vocab_size, rows)} or None
+        self.logit_bias = padded_rows_bias(spec, rows)
 
     def generate(
         self, prompts: list[list[int]], seeds: list[int], sampling: Sampling
@@ -79,7 +77,12 @@ class VLLMEngine:
             use_tqdm=False,
         )
         return [
-            self.completion(output)
+            completion(
+                self.spec,
+                list(output.token_ids),
+                list(output.logprobs.logprobs),
+                output.finish_reason,
+            )
             for request in outputs[first : first + len(prompts)]
             for output in sorted(request.outputs, key=lambda output: output.index)
         ]
@@ -88,40 +91,10 @@ class VLLMEngine:
         """How vLLM is to sample the completions of a prompt."""
         from vllm import SamplingParams
 
-        return SamplingParams(
-            n=sampling.num_generations,
-            temperature=sampling.temperature,
-            max_tokens=sampling.max_tokens,
-            seed=seed,
-            logprobs=0,
-            flat_logprobs=True,
-            stop_token_ids=list(self.spec.end_token_ids),
-            ignore_eos=True,  # the tokenizer's end token may be none of those
-            logit_bias=self.logit_bias,
-            **self.text_options(),
-        )
+        options = sampling_options(self.spec, sampling, seed, self.logit_bias)
+        return SamplingParams(**options, flat_logprobs=True)
 
-    def text_options(self) -> dict[str, Any]:
-        """How vLLM is told to look at the text, so that it writes little beyond a stop string."""
-        if self.spec.stop is None:
-            return {"detokenize": False}
-        return {
-            "stop": list(self.spec.stop.strings),
-            "include_stop_str_in_output": True,
-            "skip_special_tokens": False,
-        }
-
-    def completion(self, output: Any) -> Completion:
-        """A completion of vLLM's. Where a stop string ends it is for `cut_at_end` to say, as with
-        the other engine."""
-        token_ids, logps = list(output.token_ids), list(output.logprobs.logprobs)
-        cut_off = output.finish_reason == "length"
-        if self.spec.stop is None:
-            return Completion(token_ids, logps, cut_off)
-        token_ids, unended = cut_at_end(token_ids, self.spec.end_token_ids, self.spec.stop)
-        return Completion(token_ids, logps[: len(token_ids)], unended and cut_off)
-
-    def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def sync(self, weights: Weights) -> None:
         # All weights in one call: vLLM takes a call for a whole model, and parts of it corrupt it.
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         if self.spec.device.type == "cpu":

@@ -6,9 +6,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from codistill.failures import RunError
+from codistill.model.shards import Weights
 from codistill.texts import StopStrings
 
 
@@ -59,8 +59,8 @@ class Sampler(Protocol):
 class Engine(Sampler, Protocol):
     """A `Sampler` that takes weights."""
 
-    def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take all weights of the model, Hugging Face names. Consumes the iterator to its end."""
+    def sync(self, weights: Weights) -> None:
+        """Take all weights of the model. Iterates to their end."""
 
     def sleep(self) -> None:
         """Leave the memory of the GPU, with weights in the host's memory, until `wake_up`."""
@@ -90,8 +90,14 @@ class EngineSpec:
     sleeps: bool = False
     """It may be put to sleep."""
     tensor_parallel: int = 1
-    """How many processes, neighbours by rank, share one copy of the weights; 1 for the engine
-    hf."""
+    """How many processes, neighbours by rank, share one copy of the weights, or GPUs of a server;
+    1 for the engine hf."""
+    servers: tuple[str, ...] = ()
+    """URLs of the servers that write, where the engine is not in this process."""
+    sends: bool = True
+    """This process sends the weights to the servers."""
+    timeout: float = 600.0
+    """Limit of a request to a server, and of a sync (seconds)."""
 
 
 def cut_at_end(

@@ -84,12 +84,17 @@ def plain_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
+def own_weights(lm: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a model without those of its adapters."""
+    for name, parameter in lm.named_parameters():
+        if not any(f".{part}.{ADAPTER}." in name for part in PARTS):
+            yield name, parameter
+
+
 def merged_weights(lm: nn.Module, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """All weights, whole, by Hugging Face name, with adapters added. Collective."""
     layers = {f"{name}.base_layer.weight": layer for name, layer in adapted_layers(lm)}
-    for name, parameter in lm.named_parameters():
-        if any(f".{part}.{ADAPTER}." in name for part in PARTS):
-            continue
+    for name, parameter in own_weights(lm):
         weight = whole(parameter, device)
         if name in layers:
             layer = layers[name]

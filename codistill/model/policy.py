@@ -38,7 +38,8 @@ from codistill.config import require
 from codistill.config.machinery import Checkpointing, TrainingConfig
 from codistill.distributed import is_first
 from codistill.failures import first_alone
-from codistill.model.lora import merged_weights
+from codistill.model.lora import merged_weights, own_weights, plain_name
+from codistill.model.shards import Weights
 from codistill.texts import StopStrings
 from codistill_kernels import linear_logps, linear_policy_loss
 from codistill_kernels.integrations.transformers import linear_head
@@ -232,11 +233,11 @@ class Policy(nn.Module):
         if isinstance(self, FSDPModule):
             self.reshard()
 
-    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """All weights by Hugging Face name, adapters merged into them, gathered one by one: every
-        process must iterate."""
+    def full_weights(self) -> Weights:
+        """All weights, adapters merged into them: every process must iterate."""
         self.release()  # what a forward pass leaves behind is rounded to its dtype
-        yield from merged_weights(self.lm, self.device)
+        shapes = {plain_name(name): tuple(weight.shape) for name, weight in own_weights(self.lm)}
+        return Weights(shapes, merged_weights(self.lm, self.device))
 
 
 def drawn(logits: Tensor, draw: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,8 @@
 """The part of a weight that a process holds. A weight of FSDP2 is a DTensor, split over processes
 by rows; any other is whole in each process."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -26,3 +28,23 @@ def whole(weight: Tensor, device: torch.device) -> Tensor:
     """The whole weight on the device, without a gradient. Collective."""
     weight = weight.detach().to(device)
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+class Weights:
+    """All weights of a model, gathered one after the other: an iterator of pairs (Hugging Face
+    name, whole tensor), which can be read once.
+
+    Collective: every process must iterate to the end.
+    shapes: of all of them, in the same order; known before the first is gathered.
+    """
+
+    def __init__(
+        self, shapes: dict[str, tuple[int, ...]], pairs: Iterator[tuple[str, Tensor]]
+    ) -> None:
+        self.shapes, self.pairs = shapes, pairs
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[str, Tensor]:
+        return next(self.pairs)

@@ -118,19 +118,20 @@ def held_shapes(options: PlanOptions, shapes: dict[str, ModelShape]) -> list[Mod
 def phase_bytes(options: PlanOptions, shapes: dict[str, ModelShape], name: str) -> dict[str, float]:
     """What each GPU holds in a phase: rollout, score, sync, or the name of the model it updates.
 
-    vLLM asleep (rollout.sleep) keeps its CUDA graphs on the GPU, weights on the host and no KV
-    cache.
+    With engine server there is none here. vLLM asleep (rollout.sleep) keeps its CUDA graphs on the
+    GPU, weights on the host and no KV cache.
     """
     training, b, processes = options.training, options.forward_bytes, options.gpus_per_replica
     writer = shapes[options.writer]
     trained = sum(shapes[model].trained for model in options.trained)
     held = sum(shape.held for shape in held_shapes(options, shapes))
+    is_inside = options.rollout.engine != "server"
     is_awake = not options.rollout.sleep or name in ("rollout", "sync")
     sharers, cache = options.rollout.tensor_parallel, options.rollout.kv_cache_gib * GIB
     parts = {
         "weights": (training.offload != "all") * FP32 * held / processes,
         "optimizer": (training.offload == "none") * ADAM * trained / processes,
-        "engine": ENGINE + is_awake * (b * writer.parameters / sharers + cache),
+        "engine": is_inside * (ENGINE + is_awake * (b * writer.parameters / sharers + cache)),
         "context": float(CONTEXT),
     }
     match name:

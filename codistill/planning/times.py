@@ -38,7 +38,7 @@ def rollout_seconds(options: PlanOptions, shape: ModelShape) -> float:
     gpu, rollout = GPUS[options.machine.gpu], options.rollout
     prompt, completion = options.machine.mean_prompt_tokens, options.mean_completion
     sharers = rollout.tensor_parallel
-    engines = options.machine.gpus / sharers
+    engines = len(rollout.servers) or options.machine.gpus / sharers
     sequences = rollout.prompts_per_step * rollout.num_generations / engines
     key_width = max(shape.key_width / sharers, shape.query_width / shape.heads)
     kv_bytes = 2 * 2 * shape.layers * key_width  # K and V in bf16, per token

@@ -33,12 +33,14 @@ def logp_gap(engine, policy, temperature: float) -> float:
     return (ours - theirs).abs().max().item()
 
 
-def check_engine(rank: int, kind: str, path: str) -> None:
+def check_engine(rank: int, kind: str, path: str, servers: tuple[str, ...] = ()) -> None:
     distributed.start(timeout=60)
-    spec = EngineSpec(path, VOCAB, (END,), 20, torch.float32, CPU, kv_cache_gib=0.1)
-    engine = make_engine(kind, spec)
+    terms = (path, VOCAB, (END,), 20, torch.float32, CPU)
+    engine = make_engine(kind, EngineSpec(*terms, kv_cache_gib=0.1, servers=servers))
     assert engine.name == kind
     policy = load_policy("small.path", path, TrainingConfig(dtype="float32"), VOCAB, CPU)
+    if servers:
+        engine.sync(policy.full_weights())  # whatever others have left there
 
     sampling = Sampling(num_generations=16, temperature=1.0, max_tokens=12)
     first = engine.generate(PROMPTS, [1, 2, 3], sampling)

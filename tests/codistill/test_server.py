@@ -1,0 +1,514 @@
+"""rollout.engine server: what is asked of servers, what is said of those that fail, and vLLM's
+server itself."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from background import BackgroundRun, everything_below
+from processes import spawn
+from test_engine import END, PROMPTS, VOCAB, check_engine, logp_gap
+from test_run import rows
+
+from codistill import distributed
+from codistill.child import Child
+from codistill.commands import doctor, serve
+from codistill.config import Config, ConfigError, load_config
+from codistill.config.machinery import TrainingConfig
+from codistill.config.plan import PlanOptions
+from codistill.dry_run import dry_run
+from codistill.engine import EngineSpec, Sampling
+from codistill.engine.own_server import wait_for
+from codistill.engine.serve import GLOO, sizes
+from codistill.engine.server import ServerEngine, ServerError, Servers, check_server
+from codistill.model.loading import load_policy
+from codistill.model.pretrained import load_model_config
+from codistill.model.shape import model_shape
+from codistill.model.shards import Weights
+from codistill.planning import phase_bytes, rollout_seconds
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("rollout", "expected"),
+    [
+        ({"engine": "server"}, "rollout.servers = []: expected the URLs of engine server"),
+        ({"engine": "hf", "servers": ["http://a"]}, "expected none with engine hf"),
+        ({"servers": ["http://a"]}, "expected none with engine auto"),
+        ({"engine": "server", "servers": ["a:8001"]}, "expected a URL such as http"),
+        ({"engine": "server", "servers": ["ftp://a:1"]}, "expected a URL such as http"),
+        ({"engine": "server", "servers": ["http://a:99999"]}, "expected a URL such as http"),
+        ({"engine": "server", "servers": ["http://u:p@a:1"]}, "expected a URL such as http"),
+        ({"engine": "server", "servers": ["http://a/v1"]}, "expected a URL such as http"),
+        ({"engine": "server", "servers": ["http://a:1", "http://a:1/"]}, "each server once"),
+        (
+            {"engine": "server", "servers": ["http://a:1"], "sleep": True},
+            "rollout.sleep = True: expected false with engine server",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(settings, tmp_path, rollout, expected):
+    settings["rollout"] |= {"engine": "auto"} | rollout
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ConfigError, match="^rollout.s[a-z]+ = ") as error:
+        load_config(["--config", str(tmp_path / "config.yaml")])
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_addresses(settings):
+    urls = ["http://127.0.0.1:8001", "https://node-7.cluster/", "http://[::1]:8001"]
+    settings["rollout"] |= {"engine": "server", "servers": urls}
+    assert Config(**settings).rollout.servers == urls
+
+
+@pytest.fixture
+def spec(models) -> EngineSpec:
+    return EngineSpec(str(models["small"]), VOCAB, (END,), 20, torch.float32, CPU, 0.1, timeout=5)
+
+
+@pytest.fixture
+def facts(spec) -> dict:
+    """What a right server for `spec` says of itself."""
+    return {
+        "model": spec.path,
+        "sizes": sizes(load_model_config("small.path", spec.path)),
+        "dtype": "float32",
+        "max_model_len": 20,
+        "logprobs_mode": "processed_logprobs",
+        "has_tokenizer": False,
+        "rows": 24,
+        "weight_transfer": GLOO,
+        "workers": 1,
+        "own_code": True,
+    }
+
+
+def written(body: dict) -> dict:
+    """What vLLM answers to a request for completions: the prompt's first token, then the end."""
+    token_ids = [body["token_ids"][0], END]
+    content = [{"token_id": token, "logprob": -0.5 * token} for token in token_ids]
+    choices = [
+        {
+            "index": index,
+            "token_ids": token_ids,
+            "logprobs": {"content": content},
+            "finish_reason": "stop",
+        }
+        for index in range(body["sampling_params"]["n"])
+    ]
+    return {"choices": choices[::-1]}
+
+
+@contextmanager
+def stand_in(answers: dict[str, Any]) -> Iterator[tuple[str, list]]:
+    """A server with these answers by path, and the requests that it gets, (path, body).
+
+    An answer is JSON, (status, JSON), or a function of the request's body that gives one.
+    """
+    requests: list = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = json.loads(content) if content else None
+            requests.append((self.path, body))
+            answer = answers.get(self.path, (404, {"detail": "Not Found"}))
+            answer = answer(body) if callable(answer) else answer
+            status, answer = answer if isinstance(answer, tuple) else (200, answer)
+            self.send_response(status)
+            text = json.dumps(answer).encode()
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        do_GET = do_POST
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", requests
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def right_answers(facts: dict) -> dict[str, Any]:
+    return {
+        "/health": {},
+        "/collective_rpc": {"results": [facts]},
+        "/inference/v1/generate": written,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"dtype": "bfloat16"}, "expected dtype float32, it has bfloat16"),
+        ({"max_model_len": 19}, "expected room for 20 tokens, it has 19"),
+        ({"max_model_len": 64}, None),
+        ({"logprobs_mode": "raw_logprobs"}, "expected --logprobs-mode processed_logprobs"),
+        ({"weight_transfer": None}, "expected weight transfer by codistill_gloo, it has None"),
+        ({"weight_transfer": "nccl"}, "expected weight transfer by codistill_gloo, it has nccl"),
+        ({"own_code": False}, "in code of vLLM's own"),
+        ({"sizes": {"hidden_size": 64}}, "where hidden_size is 32, it runs "),
+        ({"sizes": {"rope_theta": 1.0}}, "where rope_theta is 10000.0, it runs "),
+        ({}, None),
+    ],
+)
+def test_a_server_that_a_run_cannot_use_is_named(spec, facts, changes, expected):
+    changed = facts | changes | {"sizes": facts["sizes"] | changes.get("sizes", {})}
+    with stand_in(right_answers(changed)) as (url, _):
+        if expected is None:
+            assert check_server(url, spec) == changed
+            return
+        with pytest.raises(ConfigError, match=f"^rollout.servers = '{url}': ") as error:
+            check_server(url, spec)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_server_of_another_kind_or_none_is_named(spec):
+    with stand_in({"/health": {}}) as (url, _):
+        with pytest.raises(ConfigError, match=f"'{url}': expected a server that `python -m"):
+            check_server(url, spec)
+    with pytest.raises(ConfigError, match=f"'{url}': expected a server that answers: .*refused"):
+        check_server(url, spec)
+
+
+def test_doctor_says_which_servers_can_be_used(spec, facts, capsys):
+    with stand_in(right_answers(facts)) as (url, _), stand_in({}) as (other, _):
+        with pytest.raises(ConfigError, match=f"'{other}': expected a server that answers"):
+            doctor.check_servers(replace(spec, servers=(other, url)))
+    assert capsys.readouterr().out.splitlines() == [
+        f"server {other} cannot be used",
+        f"server {url} runs {spec.path}",
+    ]
+
+
+def test_requests_are_spread_and_say_what_vllm_is_to_do(spec, facts, monkeypatch):
+    counts = []
+    for rank in range(2):  # the processes of a run have as many prompts each
+        monkeypatch.setenv("RANK", str(rank))
+        answers = right_answers(facts)
+        with stand_in(answers) as (one, first), stand_in(answers) as (two, second):
+            engine = ServerEngine(replace(spec, servers=(one, two)))
+            found = engine.generate(PROMPTS, [4, 5, 6], Sampling(2, 0.7, 9))
+        assert [completion.token_ids[0] for completion in found] == [3, 3, 5, 5, 9, 9]
+        assert found[2].logps == [-2.5, -0.5] and not found[2].truncated
+        asked = [[body for path, body in part if "generate" in path] for part in (first, second)]
+        counts.append([len(part) for part in asked])
+        by_seed = {body["sampling_params"]["seed"]: body for part in asked for body in part}
+        assert [by_seed[seed]["token_ids"] for seed in (4, 5, 6)] == PROMPTS
+        for body in by_seed.values():
+            terms = body["sampling_params"]
+            assert (terms["n"], terms["temperature"], terms["max_tokens"]) == (2, 0.7, 9)
+            assert terms["logit_bias"] == {str(row): -100.0 for row in range(VOCAB, 24)}
+    assert counts == [[2, 1], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ((500, {"error": {"message": "no memory\nat all"}}), "HTTP 500: no memory$"),
+        (lambda body: time.sleep(2) or {}, "no answer in time$"),
+        (lambda body: {"choices": [{"finish_reason": "abort"}]}, "ended by {'abort'}"),
+    ],
+    ids=["error", "hangs", "aborts"],
+)
+def test_a_server_that_fails_is_named(spec, facts, answer, expected):
+    answers = right_answers(facts) | {"/inference/v1/generate": answer}
+    with stand_in(answers) as (url, _):
+        engine = ServerEngine(replace(spec, servers=(url,), timeout=0.5))
+        with pytest.raises(ServerError, match=f"^{url}: .*{expected}"):
+            engine.generate(PROMPTS, [1, 2, 3], Sampling(1, 1.0, 4))
+    with pytest.raises(ServerError, match=f"^{url}: All connection attempts failed"):
+        engine.generate(PROMPTS, [1, 2, 3], Sampling(1, 1.0, 4))
+
+
+def test_workers_of_all_servers_have_numbers_of_their_own():
+    with stand_in({"/init_weight_transfer_engine": {}}) as (one, first):
+        with stand_in({"/init_weight_transfer_engine": {}}) as (two, second):
+            servers = Servers((one, two), [4, 2], timeout=5)
+            servers.init_weight_transfer_engine({"rank_offset": 1, "world_size": 7})
+    offsets = [body["init_info"]["rank_offset"] for _, body in (*first, *second)]
+    assert offsets == [1, 5]
+
+
+def test_a_server_with_other_weights_is_named():
+    answers = {"/finish_weight_update": {}, "/weight_info": {"weight_version": "default"}}
+    with stand_in(answers) as (url, requests):
+        servers = Servers((url,), [1], timeout=5)
+        servers.finish_weight_update()
+        with pytest.raises(ServerError, match=f"^{url}: was started again, or another run uses"):
+            servers.check_version()
+        answers["/weight_info"] = dict(requests[0][1])
+        servers.check_version()
+        answers["/reset_prefix_cache"] = {"success": False}
+        with pytest.raises(ServerError, match=f"^{url}: the prefix cache is in use"):
+            servers.reset_prefix_cache()
+
+
+def test_serve_prints_its_command_and_becomes_it(settings, tmp_path, monkeypatch, capsys):
+    calls: list = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setenv("RANK", "0")
+    settings["rollout"]["stop"] = ["</answer>"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    arguments = ["--config", str(tmp_path / "config.yaml"), "--port", "8007"]
+    serve.main(arguments)
+    out, err = capsys.readouterr()
+    ((program, words, environment),) = calls
+    assert program == sys.executable and err == ""
+    assert out.startswith("VLLM_SERVER_DEV_MODE=1 ") and environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert "RANK" not in environment
+    text = " ".join(words)
+    for option in (
+        f"--model {settings['small']['path']} --host 127.0.0.1 --port 8007 --dtype float32",
+        "--max-model-len 16",
+        "--logprobs-mode processed_logprobs",
+        "--generation-config vllm",
+    ):
+        assert option in text
+    assert "--skip-tokenizer-init" not in words and "trust" not in text
+    serve.main([*arguments, "--host", "0.0.0.0"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "host = '0.0.0.0': whoever reaches this address" in line
+
+
+def test_a_dry_run_needs_no_server(settings, capsys):
+    settings["rollout"] |= {"engine": "server", "servers": ["http://127.0.0.1:1"]}
+    dry_run(Config(**settings))
+    assert "1 on cpu, rollout engine server" in capsys.readouterr().out
+
+
+def test_plan_has_no_engine_beside_the_models_and_shares_rollouts_over_servers(settings):
+    settings["rollout"] |= {"engine": "vllm", "prompts_per_step": 8}
+    own = PlanOptions(**settings, machine={"gpus": 2})
+    served = {"engine": "server", "servers": ["http://a:1", "http://b:1"]}
+    settings["rollout"] |= served
+    apart = PlanOptions(**settings, machine={"gpus": 4})
+    shapes = {name: model_shape(f"{name}.path", own.model(name).path) for name in own.loaded}
+    assert phase_bytes(own, shapes, "rollout")["engine"] > 0
+    assert phase_bytes(apart, shapes, "rollout")["engine"] == 0
+    times = [rollout_seconds(options, shapes["small"]) for options in (own, apart)]
+    assert times[0] == times[1]
+
+
+SLEEPS = (
+    "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(99)'])"
+)
+PARENT = """
+import os, sys, time
+from pathlib import Path
+from codistill.child import Child
+child = Child([sys.executable, "-c", sys.argv[1]], dict(os.environ), Path(sys.argv[2]))
+time.sleep(99)
+"""
+
+
+def wait_until(condition, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def are_gone(pids: list[int]) -> bool:
+    return not any(Path(f"/proc/{pid}/cmdline").exists() and state(pid) != "Z" for pid in pids)
+
+
+def state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "Z"
+
+
+def test_a_child_and_its_children_end_with_the_parent(tmp_path):
+    command = [sys.executable, "-c", PARENT, SLEEPS, str(tmp_path / "log")]
+    parent = subprocess.Popen(command, cwd=ROOT)
+    wait_until(lambda: len(everything_below(parent.pid)) == 3)
+    below = everything_below(parent.pid)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    wait_until(lambda: are_gone(below))
+
+
+def test_a_child_is_ended(tmp_path):
+    child = Child([sys.executable, "-c", SLEEPS], dict(os.environ), tmp_path / "new" / "log")
+    wait_until(lambda: len(everything_below(child.script.pid)) == 2)
+    below = everything_below(child.script.pid)
+    child.end()
+    assert not child.is_running
+    wait_until(lambda: are_gone(below))  # a process that is killed ends a moment later
+
+
+def test_a_server_that_ends_while_it_starts(tmp_path):
+    command = [sys.executable, "-c", "print('no such model')"]
+    child = Child(command, dict(os.environ), tmp_path / "log")
+    with pytest.raises(RuntimeError, match=f"it has ended; its output is in {tmp_path}/log"):
+        wait_for(child, "http://127.0.0.1:1", 60, tmp_path / "log")
+    assert (tmp_path / "log").read_text() == "no such model\n"
+    child.end()
+
+
+class RealServer:
+    """`python -m codistill serve` of a configuration, on a port of its own."""
+
+    def __init__(self, folder: Path, settings: dict) -> None:
+        self.folder, self.port = folder, distributed.free_port("127.0.0.1")
+        self.url = f"http://127.0.0.1:{self.port}"
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+        self.start()
+
+    def start(self) -> None:
+        options = ("--config", str(self.folder / "config.yaml"), "--port", str(self.port))
+        command = [sys.executable, "-m", "codistill", "serve", *options]
+        quiet = {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+        self.child = Child(command, os.environ | quiet, self.folder / "log")
+
+    def wait(self) -> None:
+        wait_for(self.child, self.url, 600, self.folder / "log")
+
+
+@contextmanager
+def real_server(folder: Path, model: Path) -> Iterator[RealServer]:
+    """A server of the tiny small model."""
+    pytest.importorskip("vllm", reason="vLLM cannot be installed on this machine")
+    settings = {
+        "name": "served",
+        "algorithm": "grpo",
+        "small": {"path": str(model)},
+        "data": {"train": "none", "eval": "none", "template": "{problem}="},
+        "training": {"dtype": "float32"},
+        "rollout": {"max_prompt_tokens": 10, "max_completion_tokens": 12, "kv_cache_gib": 0.1},
+    }
+    server = RealServer(folder, settings)
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.child.end()
+
+
+@pytest.fixture(scope="module")
+def server(models, tmp_path_factory) -> Iterator[RealServer]:
+    with real_server(tmp_path_factory.mktemp("server"), models["small"]) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def servers(server, models, tmp_path_factory) -> Iterator[list[RealServer]]:
+    with real_server(tmp_path_factory.mktemp("server"), models["small"]) as second:
+        yield [server, second]
+
+
+def check_server_engine(rank: int, path: str, url: str) -> None:
+    """As of every engine; then a sync after one that was broken off."""
+    check_engine(rank, "server", path, (url,))
+    policy = load_policy("small.path", path, TrainingConfig(dtype="float32"), VOCAB, CPU)
+    spec = EngineSpec(path, VOCAB, (END,), 20, torch.float32, CPU, 0.1, servers=(url,))
+    engine, whole = ServerEngine(spec), policy.full_weights()
+    with pytest.raises(ValueError, match="yielded 5 parameters"):
+        engine.sync(Weights(whole.shapes, islice(whole, 5)))
+    engine.close()
+    engine = ServerEngine(spec)
+    engine.sync(policy.full_weights())
+    assert logp_gap(engine, policy, 1.0) < 1e-4
+    check_bfloat16()
+
+
+def check_bfloat16() -> None:
+    """Weights of half the size travel, too: from one thread to another."""
+    from codistill.engine.transfer import GlooGroup
+
+    port = distributed.free_port("127.0.0.1")
+    sent = torch.arange(6, dtype=torch.bfloat16).view(2, 3)
+    numbers = [sent, torch.zeros_like(sent)]
+    with ThreadPoolExecutor(2) as pool:
+        groups = [pool.submit(GlooGroup, "127.0.0.1", port, rank=rank, size=2) for rank in range(2)]
+        list(pool.map(lambda group, part: group.result().broadcast(part), groups, numbers))
+    assert torch.equal(*numbers)
+
+
+def test_vllm_samples_what_it_says_and_takes_weights(server, models):
+    spawn(check_server_engine, str(models["small"]), server.url, processes=1)
+
+
+@pytest.fixture
+def served(settings, servers) -> dict:
+    """A run over both servers."""
+    settings["rollout"] |= {"engine": "server", "servers": [server.url for server in servers]}
+    settings["evaluation"] |= {"large": "never"}  # tests/codistill/test_run.py has it
+    return settings
+
+
+@pytest.mark.long
+def test_a_run_stops_when_a_server_is_gone_and_goes_on_when_it_is_back(
+    served, servers, train, tmp_path
+):
+    served["training"]["steps"] = 500
+    run = BackgroundRun(served, tmp_path)
+    try:
+        run.wait_for("step 3/")
+        servers[1].child.end()
+        assert run.end() == 1
+    finally:
+        run.kill()
+    (line,) = (line for line in run.text.splitlines() if line.startswith("train.py: "))
+    assert line.startswith("train.py: stopped: engine server failed in ") and servers[1].url in line
+    done = train(served)
+    assert done.returncode == 2
+    assert f"rollout.servers = '{servers[1].url}': expected a server that answers" in done.stderr
+    servers[1].start()
+    servers[1].wait()
+    steps = len(rows(served))
+    served["training"]["steps"] = steps + 3
+    done = train(served, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert f"going on after step {steps}" in done.stdout
+    assert max(row["rollout/logp_gap_max"] for row in rows(served)) < 1e-4
+
+
+KEEP = """
+from codistill.engine.server import ServerEngine
+
+def sync(self, weights):
+    for _ in weights:
+        pass
+
+def reward(completions, **columns):
+    ServerEngine.sync = sync
+    return [0.0 for _ in completions]
+"""
+
+
+@pytest.mark.long
+def test_a_server_that_keeps_old_weights_ends_the_run(served, train, tmp_path, monkeypatch):
+    (tmp_path / "keep.py").write_text(KEEP)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    served["reward"]["functions"] = {"keep.reward": 1.0}
+    done = train(served)
+    assert done.returncode == 1
+    assert "server and the trainer differ by" in done.stderr
+    assert len(rows(served)) == 1
