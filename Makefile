@@ -28,7 +28,7 @@ test: .venv/installed
 faults: .venv/installed
 	$(BIN)/python -m pytest -m "long or not long" tests/codistill/test_signals.py tests/codistill/test_failures.py \
 		tests/codistill/test_watching.py tests/codistill/test_saving.py tests/codistill/test_checkpoint.py \
-		tests/codistill/test_server.py $(ARGS)
+		tests/codistill/test_real_servers.py tests/codistill/test_child.py $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
