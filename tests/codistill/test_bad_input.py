@@ -349,7 +349,11 @@ def test_weights_that_are_missing_are_no_random_numbers(models, tmp_path):
         ),
         ("a.jsonl", "{}".encode("utf-16"), "expected UTF-8: 'utf-8' codec can't"),
         ("a.jsonl.gz", b"no gzip", "Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b"x" * 999, mtime=0)[:-12], "end-of-stream marker was reached"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b"x" * 999, mtime=0)[:-12],
+            "end-of-stream marker was reached",
+        ),
         ("a.csv", 'problem,answer\n1,"2', "unexpected end of data"),
         ("a.csv", "problem,answer\n1,2,3", "row 1 has more values than the first line has names"),
         ("folder", "[1]", "expected rows of problems: list indices must be integers"),
