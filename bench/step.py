@@ -145,7 +145,7 @@ def run_one(folder: Path, run: str, pair, rollouts: str, steps: int) -> list[dic
                 "inputs.check_models": lambda config: None,
                 "inputs.check_trainable": lambda key, path, tokens, lora: None,
                 "inputs.fingerprints": lambda config: {},
-                "engine.make_engine": lambda kind, spec: RandomEngine(spec),
+                "engine.choice.make_engine": lambda kind, spec: RandomEngine(spec),
                 "trainer.load_policy": random_policy,
             }
             for name, replacement in replacements.items():

@@ -15,12 +15,15 @@ from bench.operations import OURS
 
 ROOT = Path(__file__).parents[2]
 
+OUTSIDE = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
+"""The environment without the word that this is a worker, in which nothing may be measured."""
+
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         list(map(str, arguments)),
         cwd=ROOT,
-        env=os.environ | environment,
+        env=OUTSIDE | environment,
         capture_output=True,
         text=True,
     )

@@ -17,7 +17,7 @@ def start(settings, tmp_path) -> Iterator[Callable[..., BackgroundRun]]:
     """Start a run of many steps that saves no checkpoint by itself: start(processes=2)."""
     settings["training"]["steps"] = 500
     settings["checkpoint"]["every"] = settings["evaluation"]["every"] = 500
-    settings["evaluation"]["large"] = False
+    settings["evaluation"]["large"] = "never"
     runs = []
 
     def make(processes: int = 2) -> BackgroundRun:
