@@ -59,7 +59,11 @@ def run(options: argparse.Namespace) -> int:
         for seed in options.seeds
         for name in options.methods
     ]
-    return 1 if execute_all(runs, options.jobs) else 0
+    try:
+        return 1 if execute_all(runs, options.jobs) else 0
+    except ValueError as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 2
 
 
 def report(options: argparse.Namespace) -> int:

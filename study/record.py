@@ -89,6 +89,11 @@ class Record:
     def finished(self) -> bool:
         return bool(self.starts) and self.starts[-1].get("status") == "finished"
 
+    @property
+    def steps(self) -> int:
+        """Steps of the run; 0 before it is finished."""
+        return len(next(iter(self.metrics.values()), []))
+
     def summary(self) -> str:
         """One line for the terminal."""
         first, last = self.evaluations[0], self.evaluations[-1]

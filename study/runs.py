@@ -138,13 +138,24 @@ def execute(run: Run) -> Record:
 
 
 def execute_all(runs: list[Run], jobs: int) -> list[str]:
-    """All runs that are not finished, `jobs` at a time, each after what it needs; what failed."""
+    """All runs that are not finished, `jobs` at a time, each after what it needs; what failed.
+
+    Raises:
+        ValueError: a finished one has another number of steps.
+    """
     pending = {run.name: run for run in runs}
     for run in runs:
         needed = run.needed()
         while needed:
             pending.setdefault(needed.name, needed)
             needed = needed.needed()
+    for run in pending.values():
+        done = read(run.record).steps
+        if done not in (0, run.own_steps):
+            raise ValueError(
+                f"--steps: {run.record} has {done} steps, expected {run.own_steps}; delete "
+                f"{RESULTS / run.task.name} and {RUNS} to start the study anew"
+            )
     todo = [run for run in pending.values() if not read(run.record).finished]
     if not todo:
         return []

@@ -204,7 +204,7 @@ def run_cells(records: list[Record]) -> list[str]:
     """Counts, lengths, dates and commits of some runs."""
     starts = [start for record in records for start in record.starts]
     ends = [start.get("status") for start in starts]
-    steps = {len(next(iter(record.metrics.values()))) for record in records if record.metrics}
+    steps = {record.steps for record in records if record.steps}
     dates = sorted(start["at"][:10] for start in starts)
     commits = sorted({record.versions.get("commit", "") for record in records} - {""})
     return [

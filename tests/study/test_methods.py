@@ -7,7 +7,9 @@ from synthetic import write_study
 
 from codistill.config import Config, load_config
 from study import runs
+from study.__main__ import main
 from study.methods import EPOCHS, METHODS
+from study.record import read
 from study.runs import Run, best_step, depth
 from study.tasks import TASKS, training_problems
 
@@ -88,3 +90,17 @@ def test_a_run_passes_over_its_problems():
     assert prompts == runs.PROMPTS
     assert 64 * prompts / training_problems(64, prompts) == EPOCHS
     assert training_problems(1, prompts) == prompts  # enough for the one step
+
+
+def test_a_finished_run_of_another_budget_is_said_and_nothing_starts(monkeypatch, capsys):
+    monkeypatch.setattr(runs, "execute", lambda run: pytest.fail("a run was started"))
+    steps = read(run_of("grpo_large").record).steps
+    assert main(["run", "--methods", "kdrl", "--seeds", "0", "--steps", str(2 * steps)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"has {steps} steps, expected {2 * steps}" in line
+
+
+def test_finished_runs_are_not_started_again(monkeypatch):
+    monkeypatch.setattr(runs, "execute", lambda run: pytest.fail("a run was started"))
+    steps = read(run_of("grpo_large").record).steps
+    assert main(["run", "--methods", "grpo_large", "--seeds", "0", "--steps", str(steps)]) == 0
