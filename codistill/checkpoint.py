@@ -151,9 +151,9 @@ def checksums(
             mine[name] = files.sha256(folder / name)
         except OSError:
             mine[name] = "unreadable"
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine, group)
-    return {name: value for part in parts for name, value in part.items()}
+    return {
+        name: value for part in distributed.gathered(mine, group) for name, value in part.items()
+    }
 
 
 def read_sums(folder: Path) -> dict[str, str]:

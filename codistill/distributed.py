@@ -126,11 +126,11 @@ def totals(numbers: list[int], group: "ProcessGroup | None" = None) -> list[int]
     return found.tolist()
 
 
-def gathered(value: object, group: "ProcessGroup") -> list[Any]:
-    """What each process of a group brings, by rank. Collective."""
+def gathered(value: object, group: "ProcessGroup | None" = None) -> list[Any]:
+    """What each process of a group, or of the run, brings, by rank. Collective."""
     import torch.distributed as dist
 
-    values: list[Any] = [None] * group.size()
+    values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
@@ -149,10 +149,7 @@ def first_error(error: Exception | None) -> str | None:
 
     Collective: a process that stops alone leaves the others waiting.
     """
-    import torch.distributed as dist
-
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if error is None else str(error) or repr(error))
+    messages = gathered(None if error is None else str(error) or repr(error))
     found = ((number, text) for number, text in enumerate(messages) if text is not None)
     return next((f"rank {number}: {text}" for number, text in found), None)
 

@@ -282,8 +282,7 @@ def gathered(mine: Rollouts, group_size: int) -> Rollouts:
 
     In the order these were drawn: interleaved by rank.
     """
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
+    parts = distributed.gathered(mine)
     whole = Rollouts.cat(parts)
     prompts = torch.arange(len(whole) // group_size).view(len(parts), -1).T.flatten()
     return whole.rows(members(prompts, group_size))

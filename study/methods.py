@@ -1,6 +1,6 @@
 """What is compared: each method is a few keys of the trainer beside those of its task's file."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 STEPS = 64
@@ -20,7 +20,6 @@ class Method:
     """The method whose large model, after the evaluation with the highest accuracy, is frozen."""
     start: str | None = None
     """The method from whose large model, after its last step, this one goes on."""
-    columns: dict[str, str] = field(default_factory=dict)
 
     @property
     def needs(self) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from codistill.files import read_rows
 from codistill.versions import installed
 
 RESULTS = Path("bench/results/study")
@@ -74,7 +75,7 @@ class Record:
 
     def take(self, folder: Path) -> None:
         """Read the numbers of a finished run from its folder."""
-        steps = rows(folder / "metrics.jsonl")
+        steps = read_rows(folder / "metrics.jsonl")
         self.metrics = {
             key: [rounded(row[key]) for row in steps] for key in KEPT if key in steps[0]
         }
@@ -82,7 +83,7 @@ class Record:
             self.metrics[KD_STD] = [rounded(v) for v in kd_deviations(folder / "samples")]
         self.evaluations = [
             {key: rounded(value) for key, value in row.items()}
-            for row in rows(folder / "evaluations.jsonl")
+            for row in read_rows(folder / "evaluations.jsonl")
         ]
 
     @property
@@ -118,10 +119,6 @@ def read(file: Path) -> Record:
     if not file.exists():
         return Record("", 0, file=file)
     return Record(**json.loads(file.read_text()), file=file)
-
-
-def rows(file: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def kd_deviations(samples: Path) -> list[float]:

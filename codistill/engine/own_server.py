@@ -7,15 +7,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import torch.distributed as dist
-
 from codistill import distributed
 from codistill.child import Child
 from codistill.engine.interface import EngineError, EngineSpec
 from codistill.engine.serve import GLOO, ServeCommand, environment_of
 from codistill.engine.server import ServerError, ask
 
-LOOPBACK = "127.0.0.1"
+ADDRESS = "127.0.0.1"
 PAUSE = 0.5  # seconds between two looks at whether it answers
 HEALTH_SECONDS = 10.0  # to say that it is there; chosen, untested
 
@@ -51,8 +49,7 @@ def own_server(spec: EngineSpec, log: Path) -> Iterator[EngineSpec]:
             error = failure
         if message := distributed.first_error(error):
             raise EngineError(f"the server for {spec.path} did not start on {message}")
-        urls = [""] * dist.get_world_size()
-        dist.all_gather_object(urls, url)
+        urls = distributed.gathered(url)
         first = distributed.rank() - distributed.local_rank()
         yield replace(spec, servers=(urls[first],), sends=starts)
     finally:
@@ -71,8 +68,8 @@ def own_command(spec: EngineSpec) -> ServeCommand:
         has_gpu=spec.device.type == "cuda",
         tensor_parallel=len(own_gpus(spec)) or 1,
         transfer=GLOO,
-        host=LOOPBACK,
-        port=distributed.free_port(LOOPBACK),
+        host=ADDRESS,
+        port=distributed.free_port(ADDRESS),
     )
 
 

@@ -52,7 +52,7 @@ def test_many_tokens_together_reach_all_experts(mixture):
 
 @pytest.mark.parametrize(
     ("targets", "numbers", "rows"),
-    # Of rank 3, in 2 layers: inputs and outputs of q, k, v, o, gate, up, down; of q and v alone.
+    # Rank 3, 2 layers: inputs and outputs of q, k, v, o, gate, up, down; then of q and v alone.
     [
         ("all-linear", 3 * 2 * (128 + 96 + 96 + 128 + 3 * 112), 3 * 7),
         (["q_proj", "v_proj"], 3 * 2 * (128 + 96), 3 * 2),
