@@ -7,9 +7,7 @@ python -m study report    tables, verdicts and pictures of docs/study.md, from b
 import argparse
 import sys
 
-from study.methods import METHODS, STEPS
-
-SEEDS = [0, 1, 2, 3, 4]  # as many as in the paper
+from study.methods import METHODS, SEEDS, STEPS
 
 
 def main(arguments: list[str]) -> int:
@@ -36,12 +34,13 @@ def parser() -> argparse.ArgumentParser:
 def add_run_options(command: argparse.ArgumentParser) -> None:
     names = list(METHODS)
     text = f"all, or some of {', '.join(names)}; what these need runs too"
-    seeds = f"a run of each method for each ({' '.join(map(str, SEEDS))})"
+    counts = ", ".join(f"{group} {len(seeds)}" for group, seeds in SEEDS.items())
+    seeds = f"a run of each method for each (0, 1, ..., by group as many as: {counts})"
     steps = f"of a run; continued training takes a quarter of them more ({STEPS})"
     command.add_argument(
         "--methods", nargs="+", choices=names, default=names, metavar="NAME", help=text
     )
-    command.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="K", help=seeds)
+    command.add_argument("--seeds", nargs="+", type=int, metavar="K", help=seeds)
     command.add_argument("--steps", type=int, default=STEPS, help=steps)
     command.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each (1)")
 
@@ -54,10 +53,14 @@ def run(options: argparse.Namespace) -> int:
     if options.task not in TASKS:
         print(f"study: --task: expected one of {', '.join(TASKS)}", file=sys.stderr)
         return 2
-    runs = [
-        Run(TASKS[options.task], METHODS[name], seed, options.steps)
-        for seed in options.seeds
+    asked = [
+        (METHODS[name], seed)
         for name in options.methods
+        for seed in options.seeds or SEEDS[METHODS[name].group]
+    ]
+    runs = [
+        Run(TASKS[options.task], method, seed, options.steps)
+        for method, seed in sorted(asked, key=lambda pair: pair[1])
     ]
     try:
         return 1 if execute_all(runs, options.jobs) else 0

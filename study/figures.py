@@ -35,6 +35,7 @@ COLOURS = {
     "hints_always": "C4",
     "long_hints_always": "C6",
     "hints_masked": "C3",
+    "hints_importance": "C2",
     "kd_k3": "C3",
     "kd_objective": "C2",
 }
@@ -171,7 +172,7 @@ def small_model(results: Results) -> "Drawing":
 
 
 def large_model(results: Results) -> "Drawing":
-    return accuracies(results, "large", large_methods())
+    return accuracies(results, "large", [m for m in large_methods() if m.rate == 1])
 
 
 def accuracies(results: Results, model: str, methods: list[Method]) -> "Drawing":
@@ -278,10 +279,10 @@ def ablations(results: Results) -> "Drawing":
             "reward/accuracy",
             (reference, "hints_always", "long_hints_always"),
         ),
-        "training accuracy, masked hints (Figure 8)": (
+        "training accuracy, hints in the loss (Figure 8)": (
             training,
             "reward/accuracy",
-            (reference, "hints_always", "hints_masked"),
+            (reference, "hints_always", "hints_masked", "hints_importance"),
         ),
         "training accuracy, Eq. 4 for KD (Figure 9)": (
             training,

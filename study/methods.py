@@ -1,12 +1,18 @@
 """What is compared: each method is a few keys of the trainer beside those of its task's file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 STEPS = 64
 """Steps of a run; the budget. Continued training takes a quarter of them more."""
 EPOCHS = 4  # passes over the training problems within a run; Table 3 has 8 over 7500 or more
 CONTINUED_SHARE = 0.25
+LOW_RATE = 0.25  # of the learning rate, in the control of continued training
+Group = Literal["main", "sweep", "ablation"]
+SEEDS: dict[Group, range] = {"main": range(10), "sweep": range(5), "ablation": range(5)}
+"""The seeds of a group's methods. The paper has 5."""
+ADDED_SEEDS = range(5, 10)
+"""Those of the main methods that were added after the first five were seen (docs/study.md)."""
 
 
 @dataclass(frozen=True)
@@ -15,11 +21,13 @@ class Method:
     title: str
     """As tables and figures call it."""
     options: dict[str, str]
-    group: Literal["main", "sweep", "ablation"]
+    group: Group
     teacher: str | None = None
     """The method whose large model, after the evaluation with the highest accuracy, is frozen."""
     start: str | None = None
     """The method from whose large model, after its last step, this one goes on."""
+    rate: float = 1.0
+    """Its learning rates, as a share of the task's."""
 
     @property
     def needs(self) -> str | None:
@@ -39,7 +47,7 @@ GRPO = {
 }
 
 
-def codistill(name: str, title: str, group: Literal["main", "sweep", "ablation"], **options: str):
+def codistill(name: str, title: str, group: Group, **options: str) -> Method:
     """CoDistill-GRPO with some keys changed; __ in a name stands for the dot."""
     return Method(name, title, {k.replace("__", "."): v for k, v in options.items()}, group)
 
@@ -70,6 +78,18 @@ def continued(method: Method) -> Method:
 
 
 CONTINUED = [continued(method) for method in MAIN if method.name not in ("grpo_small", "kdrl")]
+# The paper does not say at which rate training is continued. Here Adam starts anew, with no decay
+# behind it, so that the rate at which a run begins may be too high for the end of one.
+LOW_CONTINUED = [
+    replace(
+        method,
+        name=f"{method.name}_low",
+        title=f"{method.title} at {LOW_RATE:g} of the rate",
+        rate=LOW_RATE,
+    )
+    for method in CONTINUED
+    if method.start in ("grpo_large", "codistill_alpha1")
+]
 
 SWEEP = [
     codistill(f"codistill_alpha{alpha}", f"CoDistill-GRPO, α = {alpha}", "sweep", kd__alpha=alpha)
@@ -116,9 +136,20 @@ ABLATIONS = [
         hint__epochs=str(EPOCHS),
         hint__loss="masked",
     ),
+    # Section 3.1: hint tokens with an importance ratio over the large model that wrote them.
+    codistill(
+        "hints_importance",
+        "hints by Eq. 8",
+        "ablation",
+        hint__tokens=HINT_TOKENS,
+        hint__epochs=str(EPOCHS),
+        hint__loss="importance",
+    ),
     # Figure 9: the estimate of Eq. 4, in the reward and in the objective (section 3.1).
     codistill("kd_k3", "Eq. 4 in the reward", "ablation", kd__estimator="k3"),
     codistill("kd_objective", "Eq. 4 in the objective", "ablation", kd__placement="objective"),
 ]
 
-METHODS = {method.name: method for method in [*MAIN, *CONTINUED, *SWEEP, *ABLATIONS]}
+METHODS = {
+    method.name: method for method in [*MAIN, *CONTINUED, *LOW_CONTINUED, *SWEEP, *ABLATIONS]
+}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from bench.sections import with_section
 from study import claims, figures, tables
+from study.methods import ADDED_SEEDS
 from study.record import RESULTS
 from study.results import Results, load
 
@@ -55,7 +56,8 @@ def sections(results: Results) -> dict[str, str]:
         "ablations": tables.ablations(results),
         "runs": tables.runs(results),
         "versions": f"Made with {tables.versions(results) or 'nothing yet'}.",
-        "verdict": claims.table(results),
+        "verdict": claims.table(results, claims.GROUPS),
+        "added": claims.table(results.among(ADDED_SEEDS), claims.ACCURACY),
     }
     return {name: text.strip() for name, text in found.items()}
 

@@ -1,6 +1,6 @@
 """The records of a task, by method and seed, and the numbers that tables and claims take."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,14 @@ class Results:
     task: str
     records: dict[str, dict[int, Record]]
     """Method -> seed -> record of a run that was started, whatever became of it."""
+
+    def among(self, seeds: Container[int]) -> "Results":
+        """The runs with some of the seeds."""
+        chosen = {
+            method: {seed: record for seed, record in runs.items() if seed in seeds}
+            for method, runs in self.records.items()
+        }
+        return Results(self.task, chosen)
 
     def finished(self, method: str) -> dict[int, Record]:
         """Seed -> record of the runs that are finished."""

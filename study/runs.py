@@ -84,7 +84,8 @@ class Run:
         for name, path in paths.items():
             path = path if not path.is_absolute() else path.relative_to(Path.cwd())
             found[f"{name}.path"] = str(path)
-            found[f"{name}.learning_rate"] = self.task.learning_rates[name]
+            rate = self.task.learning_rates[name] * self.method.rate
+            found[f"{name}.learning_rate"] = f"{rate:g}"
         return found
 
 
@@ -141,7 +142,7 @@ def execute_all(runs: list[Run], jobs: int) -> list[str]:
     """All runs that are not finished, `jobs` at a time, each after what it needs; what failed.
 
     Raises:
-        ValueError: a finished one has another number of steps.
+        ValueError: a finished one has another number of steps, or its folder is needed and gone.
     """
     pending = {run.name: run for run in runs}
     for run in runs:
@@ -157,6 +158,13 @@ def execute_all(runs: list[Run], jobs: int) -> list[str]:
                 f"{RESULTS / run.task.name} and {RUNS} to start the study anew"
             )
     todo = [run for run in pending.values() if not read(run.record).finished]
+    for run in todo:
+        needed = run.needed()
+        if needed and read(needed.record).finished and not needed.folder.is_dir():
+            raise ValueError(
+                f"{run.name}: starts from a model of {needed.folder}, which is gone; delete "
+                f"{needed.record} to train it again"
+            )
     if not todo:
         return []
     todo[0].task.write_data(training_problems(todo[0].steps, PROMPTS))

@@ -10,7 +10,7 @@ from codistill.output.evaluation_table import (
     percent,
     spread,
 )
-from study.methods import ABLATIONS, CONTINUED, MAIN, METHODS, Method
+from study.methods import ABLATIONS, CONTINUED, LOW_CONTINUED, MAIN, METHODS, Method
 from study.record import KD_STD, Record
 from study.results import (
     Measure,
@@ -46,8 +46,12 @@ def small_methods() -> list[Method]:
 def large_methods() -> list[Method]:
     """Rows of Table 2: each method, and after it its continued training."""
     learning = [method for method in MAIN if method.name not in ("grpo_small", "kdrl")]
-    continued = {method.start: method for method in CONTINUED}
-    return [row for method in learning for row in (method, continued[method.name])]
+    continued = [*CONTINUED, *LOW_CONTINUED]
+    return [
+        row
+        for method in learning
+        for row in (method, *(after for after in continued if after.start == method.name))
+    ]
 
 
 def alphas() -> dict[float, Method]:

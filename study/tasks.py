@@ -17,7 +17,7 @@ class Task:
     name: str
     small: Path
     large: Path
-    learning_rates: dict[str, str]
+    learning_rates: dict[str, float]
     """Peak learning rate of each model."""
     write_data: Callable[[int], None]
     """Writes the files that the task's configuration names; takes the number of training
@@ -43,7 +43,7 @@ WORDS = Task(
     "words",
     small=HERE / "models/small",
     large=HERE / "models/large",
-    learning_rates={"small": "1.5e-4", "large": "1e-4"},
+    learning_rates={"small": 1.5e-4, "large": 1e-4},
     write_data=write_words,
 )
 

@@ -44,7 +44,7 @@ def test_the_trainer_takes_every_method(name):
     trained = ["small", "large"] if config.algorithm == "codistill" else list(config.trained)
     for model in trained:
         rate = getattr(config, model).learning_rate
-        assert rate == float(TASKS["words"].learning_rates[model])
+        assert rate == TASKS["words"].learning_rates[model] * method.rate
     assert config.training.steps == (4 if method.start else STEPS)
     is_all = config.downsample.method == "none"
     assert is_all == (name.startswith("grpo") or bool(method.start) or "no_downsampling" in name)
@@ -53,6 +53,9 @@ def test_the_trainer_takes_every_method(name):
 
 
 def test_continued_training_starts_from_the_last_large_model():
+    low = [name for name in METHODS if name.endswith("_ct_low")]
+    assert [METHODS[name].rate for name in low] == [0.25, 0.25]
+    assert configured(low[0]).large.learning_rate == 2.5e-5
     for name in (n for n, method in METHODS.items() if method.start):
         path = Path(configured(name).large.path)
         assert path == runs.RUNS / f"words-{METHODS[name].start}-0" / "export" / "step_16" / "large"
@@ -82,6 +85,7 @@ def test_ablations_change_what_their_names_say():
     assert configured("hints_always").hint.epochs == EPOCHS
     assert configured("codistill_hints").hint.epochs == 1
     assert configured("hints_masked").hint.loss == "masked"
+    assert configured("hints_importance").hint.loss == "importance"
     assert configured("kd_objective").kd.placement == "objective"
 
 
@@ -98,6 +102,17 @@ def test_a_finished_run_of_another_budget_is_said_and_nothing_starts(monkeypatch
     assert main(["run", "--methods", "kdrl", "--seeds", "0", "--steps", str(2 * steps)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"has {steps} steps, expected {2 * steps}" in line
+
+
+def test_a_model_that_is_gone_is_said_and_nothing_starts(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(runs, "execute", lambda run: pytest.fail("a run was started"))
+    monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
+    steps = read(run_of("grpo_large").record).steps
+    assert main(["run", "--methods", "kdrl", "--seeds", "0", "--steps", str(steps)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    folder = tmp_path / "runs" / "words-grpo_large-0"
+    assert line.startswith(f"study: words-kdrl-0: starts from a model of {folder}, which is gone")
+    assert line.endswith(f"delete {run_of('grpo_large').record} to train it again")
 
 
 def test_finished_runs_are_not_started_again(monkeypatch):

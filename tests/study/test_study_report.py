@@ -111,6 +111,15 @@ def test_run_command(started):
     assert jobs == 2
 
 
+def test_seeds_that_are_not_named_are_those_of_the_group(started):
+    command.main("run --methods hints_masked grpo_small".split())
+    asked = [(run.seed, run.method.name) for run in started[:-1]]
+    names = ["hints_masked", "grpo_small"]
+    assert asked == [(k, name) for k in range(5) for name in names] + [
+        (k, "grpo_small") for k in range(5, 10)
+    ]
+
+
 def test_unknown_task(started, capsys):
     assert command.main(["run", "--task", "chess"]) == 2
     assert capsys.readouterr().err == "study: --task: expected one of words\n" and not started

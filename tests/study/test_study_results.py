@@ -72,7 +72,9 @@ def test_verdicts(tmp_path):
     write_study(tmp_path / "right", list(BETTER), range(5), BETTER)
     write_study(tmp_path / "wrong", list(BETTER), range(5), BETTER | {"grpo_small": 0.8})
     write_study(tmp_path / "few", list(BETTER), range(2), BETTER)
-    right, wrong, few = (rows(claims.table(load(tmp_path / n))) for n in ("right", "wrong", "few"))
+    right, wrong, few = (
+        rows(claims.table(load(tmp_path / n), claims.GROUPS)) for n in ("right", "wrong", "few")
+    )
     assert right[above][0] == "**shown**" and right[above][2] == "5 of 5"
     assert re.match(r"\+(9|10)\.\d points \(\+\d+\.\d to \+1\d\.\d\)", right[above][1])
     assert right[above][4] == "0.062"
@@ -94,7 +96,7 @@ def test_an_allowance_moves_the_test_and_not_the_difference(tmp_path):
     """The large model ends 1 point below: within the 2 that the claim allows."""
     methods = ["grpo_large", "codistill_alpha1", "codistill_alpha1_ct"]
     write_study(tmp_path, methods, range(5), {"grpo_large": 0.75, "codistill_alpha1_ct": 0.74})
-    found = rows(claims.table(load(tmp_path)))
+    found = rows(claims.table(load(tmp_path), claims.GROUPS))
     verdict, difference, pairs, *_ = found[
         "With continued training, α = 1: at most 2 points below GRPO"
     ]
@@ -126,7 +128,26 @@ def test_table_1(tmp_path):
 
 def test_rows_of_table_2():
     names = [method.name for method in tables.large_methods()]
-    assert names[:4] == ["grpo_large", "grpo_large_ct", "codistill_alpha1", "codistill_alpha1_ct"]
+    assert names[:4] == [
+        "grpo_large",
+        "grpo_large_ct",
+        "grpo_large_ct_low",
+        "codistill_alpha1",
+    ]
+
+
+def test_verdicts_on_some_seeds_take_no_others(tmp_path):
+    write_study(tmp_path, ["grpo_small"], range(5), {"grpo_small": 0.9})
+    write_study(tmp_path, ["grpo_small"], range(5, 10), {"grpo_small": 0.1})
+
+    def gained(seeds):
+        table = rows(claims.table(load(tmp_path).among(seeds), claims.ACCURACY))
+        verdict, _, pairs, *_ = table["GRPO improves the small model"]
+        return verdict, pairs
+
+    assert gained(range(5)) == ("**shown**", "5 of 5")
+    assert gained(range(5, 10)) == ("**opposite shown**", "0 of 5")
+    assert gained(range(10))[1] == "5 of 10"
 
 
 def test_alphas_are_those_of_the_methods():
