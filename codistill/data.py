@@ -17,7 +17,7 @@ from codistill.config.base import printable
 from codistill.config.data import PromptConfig
 from codistill.grading import Grader
 from codistill.rows import parts_of, read_rows
-from codistill.templates import CHAT, Message, broken_character, encode, render
+from codistill.templates import CHAT, Message, broken_character, encode, lost_text, render
 
 PROBLEM_FIELDS = ("problem", "question", "prompt")
 ANSWER_FIELDS = (
@@ -81,7 +81,7 @@ def load_problems(
     Raises:
         ConfigError: a file is missing, cannot be read or has no row, or a row is unusable and
             `data.unusable` is "stop", or all are: a field is missing, empty or no text, or the
-            prompt is empty or too long.
+            prompt is empty, too long or loses text in the tokenizer.
     """
     files = [part for path in paths for part in parts_of(key, path)]
     tables = [(file, read_rows(key, file)) for file in files]
@@ -160,6 +160,13 @@ class ProblemMaker:
                 f"with a prompt of more than {self.max_prompt_tokens} tokens",
                 f"expected rollout.max_prompt_tokens of at least {len(prompt_ids)}, the length of "
                 "the prompt",
+            )
+        loss = lost_text(prompt, tokenizer)
+        if loss:
+            raise UnusableRow(
+                "with text that the tokenizer loses",
+                f"expected a prompt whose text the tokenizer keeps, it reads {loss[0]!r} as "
+                f"{loss[1]!r}",
             )
         text = content if isinstance(content, str) else content[-1]["content"]
         return Problem(text, answers, prompt, prompt_ids, row, file, number)

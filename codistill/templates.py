@@ -1,6 +1,8 @@
 """From a problem to the text of its prompt and the tokens of that text."""
 
 import datetime
+import os
+import unicodedata
 from typing import Any
 
 from codistill.config.base import ConfigError
@@ -95,3 +97,26 @@ def encode(text: str, tokenizer: Any) -> list[int]:
     while ids[:1] == [bos]:
         ids = ids[1:]
     return [bos, *ids] if begins else ids
+
+
+def lost_text(text: str, tokenizer: Any) -> tuple[str, str] | None:
+    """Where a prompt and the text of its tokens differ: a few characters of each; None if they are
+    equal.
+
+    A tokenizer without a token for a character leaves it out or puts an unknown token, and the
+    model answers another problem. transformers gives some types of models a tokenizer that does so
+    whatever their tokenizer.json says: its Qwen2 one has a pre-tokenizer of its own. White space,
+    capitals and forms of one character (NFKC) may differ, as tokenizers of good models change them.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    read = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    written, read = compared(text), compared(read)
+    if written == read:
+        return None
+    start = max(0, len(os.path.commonprefix([written, read])) - 10)
+    return written[start : start + 20], read[start : start + 20]
+
+
+def compared(text: str) -> str:
+    """A text without what tokenizers may change."""
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())

@@ -45,9 +45,9 @@ class PromptConfig(Section):
     )
     unusable: Literal["stop", "skip"] = Field(
         "stop",
-        description="rows without a problem or an answer, with an answer that cannot be graded, or "
-        "with a prompt of more than rollout.max_prompt_tokens. stop: they are an error; skip: they "
-        "are left out, and counted",
+        description="rows without a problem or an answer, with an answer that cannot be graded, "
+        "with a prompt of more than rollout.max_prompt_tokens or with text that the tokenizer "
+        "loses. stop: they are an error; skip: they are left out, and counted",
     )
     template: str = Field(
         "{problem}",

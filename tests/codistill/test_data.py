@@ -150,10 +150,12 @@ def test_messages_are_for_the_chat_template(tmp_path, tokenizer, name):
     messages = [{"role": "system", "content": "3"}, {"role": "user", "content": "1+1"}]
     row = {"prompt": messages, "reward_model": {"ground_truth": "2", "style": "rule"}}
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}{{ m.content }};{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '+' if m.role == 'system' }}{{ m.content }}={% endfor %}"
+    )
     (problem,) = load(save(tmp_path / name, [row]), tokenizer, template="chat")
     assert (problem.problem, problem.answers) == ("1+1", ("2",))
-    assert problem.prompt == "s3;u1+1;"
+    assert problem.prompt == "+3=1+1="
     with pytest.raises(ConfigError, match="expected data.template = 'chat' for the messages of"):
         load(tmp_path / name, tokenizer)
 

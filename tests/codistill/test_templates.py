@@ -1,14 +1,15 @@
 """Prompts: the texts of the paper's tables, chat templates, and one BOS whatever adds it."""
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from codistill.config import ConfigError
 from codistill.config.data import DataConfig
 from codistill.data import load_problems
-from codistill.templates import asks_for_the_date, encode, render
+from codistill.model.pretrained import load_tokenizer
+from codistill.templates import asks_for_the_date, encode, lost_text, render
 
 BOS, END, WORD = 1, 2, 3
 CHAT = (
@@ -20,6 +21,7 @@ CHAT = (
 def make_tokenizer(*, adds: str, bos: bool = True, chat: str | None = None):
     """Words as tokens. adds: what the tokenizer puts around a text, "<s> $A </s>" for example."""
     words = ["<unk>", "<s>", "</s>", "one", "<user>", "<assistant>"]
+    words += ["system:", "two;", "user:", "one;", "a"]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = [("<s>", BOS), ("</s>", END)]
@@ -158,3 +160,43 @@ def test_both_come_from_the_configuration(tmp_path):
     for key in ("system", "chat_template_arguments"):
         with pytest.raises(ValueError, match=f"{key} = .*: expected nothing without template chat"):
             DataConfig(train="a", eval="a", **{key: keys[key]})
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("one one", None),
+        ("  one\n\none ", None),  # white space is every tokenizer's own affair
+        ("ONE", None),  # as is writing in capitals: this one writes them small
+        ("ｏne", None),  # NFKC: a wide letter
+        ("one two one", ("onetwoone", "one<unk>one")),
+        ("one" + 40 * " one" + " two", (9 * "one" + "two", 9 * "one" + "<unk>")),
+    ],
+)
+def test_text_that_a_tokenizer_loses(text, lost):
+    tokenizer = make_tokenizer(adds="<s> $A </s>")
+    small = [normalizers.NFKC(), normalizers.Lowercase()]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(small)
+    found = lost_text(text, tokenizer)
+    assert found == lost if lost is None else found and lost[0].endswith(found[0][-3:])
+
+
+def test_a_tokenizer_that_transformers_replaces_is_said(tmp_path):
+    """A model of type qwen2 gets Qwen2's tokenizer, which finds no word that is more than a letter
+    among tokens that are whole words."""
+    make_tokenizer(adds="$A").save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen2"}')
+    rows = ['{"problem": "a one", "answer": "1"}', '{"problem": "a", "answer": "1"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    tokenizer = load_tokenizer("small.path", str(tmp_path / "model"))
+
+    def load(unusable: str):
+        keys = {"template": "{problem}", "unusable": unusable}
+        config = DataConfig(train=tmp_path / "a.jsonl", eval=tmp_path / "a.jsonl", **keys)
+        return load_problems(
+            "data.train", config, tokenizer, paths=config.train, max_prompt_tokens=9
+        )
+
+    with pytest.raises(ConfigError, match="keeps, it reads 'aone' as 'a' in row 1"):
+        load("stop")
+    assert [problem.row for problem in load("skip")] == [2]
