@@ -42,7 +42,6 @@ bench: .venv/installed
 
 study: .venv/installed
 	$(BIN)/python -m study run $(ARGS)
-	$(BIN)/python -m study report
 
 docs: .venv-docs/installed
 	.venv-docs/bin/mkdocs build --strict

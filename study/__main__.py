@@ -1,13 +1,16 @@
 """The study: train every method of a task with several seeds, and write the report.
 
-python -m study run       the runs that are missing, each kept when it is finished; 1 if any failed
-python -m study report    tables, verdicts and pictures of docs/study.md, from bench/results/study
+python -m study run       the runs that are missing, each kept when it is finished, and the report;
+                          exit code 1 if any failed
+python -m study report    tables, verdicts and pictures, from the records of the runs
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 from study.methods import METHODS, SEEDS, STEPS
+from study.places import Places
 
 
 def main(arguments: list[str]) -> int:
@@ -26,6 +29,8 @@ def parser() -> argparse.ArgumentParser:
     for name in ("run", "report"):
         command = commands.add_parser(name)
         command.add_argument("--task", default="words", help="what is learned (words)")
+        output = "folder for records, runs and report of a study of your own (the repository's)"
+        command.add_argument("--output", type=Path, metavar="FOLDER", help=output)
         if name == "run":
             add_run_options(command)
     return whole
@@ -59,22 +64,28 @@ def run(options: argparse.Namespace) -> int:
         for seed in options.seeds or SEEDS[METHODS[name].group]
     ]
     runs = [
-        Run(TASKS[options.task], method, seed, options.steps)
+        Run(TASKS[options.task], method, seed, options.steps, places(options))
         for method, seed in sorted(asked, key=lambda pair: pair[1])
     ]
     try:
-        return 1 if execute_all(runs, options.jobs) else 0
+        failed = execute_all(runs, options.jobs)
     except ValueError as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
+    report(options)
+    return 1 if failed else 0
 
 
 def report(options: argparse.Namespace) -> int:
     from study.report import write
 
-    for path in write(options.task):
+    for path in write(options.task, places(options)):
         print(path)
     return 0
+
+
+def places(options: argparse.Namespace) -> Places:
+    return Places.within(options.output) if options.output else Places()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from codistill.files import write_whole
+
 NAMES = ["Ann", "Ben", "Eva", "Leo", "Mia", "Tom"]
 THINGS = ["apples", "books", "cards", "coins", "pens", "stamps"]
 GAINS = ["buys", "finds", "gets", "wins"]
@@ -141,4 +143,5 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def write(problems: list[Problem], file: Path) -> None:
     """Write a data file of the trainer."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(problem.row()) + "\n" for problem in problems))
+    text = "".join(json.dumps(problem.row()) + "\n" for problem in problems)
+    write_whole(file, lambda unfinished: unfinished.write_text(text))

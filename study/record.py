@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 from codistill.files import read_rows
 from codistill.versions import installed
 
-RESULTS = Path("bench/results/study")
 KEPT = [
     "reward/accuracy",
     "reward/kept_accuracy",

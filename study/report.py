@@ -1,38 +1,26 @@
-"""Writes what the study has found: docs/study.md between its markers, pictures, and a README."""
+"""Writes what a study has found: its page between its markers, pictures, and a README."""
 
-from dataclasses import dataclass
+import os
 from pathlib import Path
 
-from bench.sections import with_section
+from bench.sections import MARKERS, with_section
 from study import claims, figures, tables
 from study.methods import ADDED_SEEDS
-from study.record import RESULTS
+from study.places import Places
 from study.results import Results, load
 
-PAGE = Path("docs/study.md")
-PICTURES = Path("docs/study")
 
-
-@dataclass(frozen=True)
-class Places:
-    """Files and folders of the report; tests take others."""
-
-    results: Path = RESULTS
-    page: Path = PAGE
-    pictures: Path = PICTURES
-
-
-def write(task: str, places: Places | None = None) -> list[Path]:
-    """Write the report of a task from the records that there are; the files.
+def write(task: str, places: Places) -> list[Path]:
+    """Write the report of a task from the records that there are; the files. A page that is not
+    there is begun with nothing but the tables and pictures.
 
     Raises:
         ValueError: the page lacks a marker.
     """
-    places = places or Places()
     results = load(places.results / task)
     folder = places.pictures / task
     drawn = figures.write(results, folder)
-    text = places.page.read_text()
+    text = places.page.read_text() if places.page.exists() else bare_page(task)
     for name, section in sections(results).items():
         text = with_section(text, f"study {task} {name}", section)
     for name in figures.FIGURES:
@@ -41,13 +29,25 @@ def write(task: str, places: Places | None = None) -> list[Path]:
     places.page.write_text(text)
     readme = places.results / "README.md"
     readme.parent.mkdir(parents=True, exist_ok=True)
-    readme.write_text(overview(sorted(path for path in places.results.iterdir() if path.is_dir())))
+    readme.write_text(overview(places))
     return [places.page, readme, *(folder / f"{name}.png" for name in drawn)]
+
+
+def bare_page(task: str) -> str:
+    """A page with a place for each table and picture, and nothing said of them."""
+    parts = [f"# Study of the task {task}"]
+    figure_names = [f"figure {name}" for name in figures.FIGURES]
+    for name in [*sections(Results(task, {})), *figure_names]:
+        begin, end = (marker.format(f"study {task} {name}") for marker in MARKERS)
+        parts.append(f"## {name.replace('_', ' ').capitalize()}\n\n{begin}\n{end}")
+    return "\n\n".join(parts) + "\n"
 
 
 def sections(results: Results) -> dict[str, str]:
     """The generated parts of the page, by name."""
     found = {
+        "verdict": claims.table(results, claims.GROUPS),
+        "added": claims.table(results.among(ADDED_SEEDS), claims.ACCURACY),
         "small": tables.accuracy(results, "small", tables.small_methods()),
         "large": tables.accuracy(results, "large", tables.large_methods()),
         "alpha": tables.alpha(results),
@@ -56,8 +56,6 @@ def sections(results: Results) -> dict[str, str]:
         "ablations": tables.ablations(results),
         "runs": tables.runs(results),
         "versions": f"Made with {tables.versions(results) or 'nothing yet'}.",
-        "verdict": claims.table(results, claims.GROUPS),
-        "added": claims.table(results.among(ADDED_SEEDS), claims.ACCURACY),
     }
     return {name: text.strip() for name, text in found.items()}
 
@@ -70,19 +68,20 @@ def show(name: str, drawn: dict[str, figures.Figure], folder: Path) -> str:
     return f"![{figure.alt}]({folder.as_posix()}/{name}.png)\n\n*{figure.caption}*"
 
 
-def overview(folders: list[Path]) -> str:
-    """bench/results/study/README.md: what the files are, commands, versions, all runs."""
+def overview(places: Places) -> str:
+    """The README of the records: what the files are, commands, versions, all runs."""
+    page = os.path.relpath(places.page, places.results)
     parts = [
         "# Runs of the study",
-        "Written by `python -m study report`; [docs/study.md](../../../docs/study.md) explains "
-        "the study and shows what came out. `TASK/METHOD/seed_K.json` holds the numbers of one "
+        f"Written by `python -m study report`; [{places.page.name}]({page}) shows what came out. "
+        "`TASK/METHOD/seed_K.json` holds the numbers of one "
         "run: its command, versions, every start and how it ended, the rows of "
         "`evaluations.jsonl` and, for each step, some keys of `metrics.jsonl`.",
         "```\nmake study                                    # what is missing, then the report\n"
         ".venv/bin/python -m study run --seeds 0 1 2   # --help: task, methods, steps, jobs\n"
         ".venv/bin/python -m study report\n```",
     ]
-    for folder in folders:
+    for folder in sorted(path for path in places.results.iterdir() if path.is_dir()):
         results = load(folder)
         parts += [f"## {folder.name}", f"Versions: {tables.versions(results)}."]
         parts.append(tables.runs(results).strip())

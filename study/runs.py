@@ -1,8 +1,7 @@
 """Runs of the study, one after the other, each kept when it is finished.
 
 A run is `train.py` with the task's file and the method's keys, in one process with one thread. Its
-numbers are written to bench/results/study as soon as it ends, and a run whose numbers are there is
-not started again.
+numbers are written to a record as soon as it ends, and a run that has one is not started again.
 """
 
 import os
@@ -10,14 +9,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from study.methods import METHODS, Method
-from study.record import RESULTS, Record, read, versions
+from study.places import Places
+from study.record import Record, read, versions
 from study.tasks import Task, training_problems
 
-RUNS = Path("runs/study")
 PROMPTS = 16  # per step, as the task's file has it
 EVALUATIONS = 4  # in a run, at equal distances, besides the one before the first step
 
@@ -31,6 +30,7 @@ class Run:
     seed: int
     steps: int
     """The budget: steps of a run that is not continued training."""
+    places: Places
 
     @property
     def name(self) -> str:
@@ -38,12 +38,18 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        return RUNS / self.name
+        return self.places.runs / self.name
+
+    @property
+    def log(self) -> Path:
+        """The file of what it printed."""
+        return self.places.runs / "logs" / f"{self.name}.txt"
 
     @property
     def record(self) -> Path:
         """The file of its numbers."""
-        return RESULTS / self.task.name / self.method.name / f"seed_{self.seed}.json"
+        folder = self.places.results / self.task.name / self.method.name
+        return folder / f"seed_{self.seed}.json"
 
     @property
     def own_steps(self) -> int:
@@ -53,13 +59,15 @@ class Run:
         """The run that must be finished before this one."""
         if self.method.needs is None:
             return None
-        return Run(self.task, METHODS[self.method.needs], self.seed, self.steps)
+        return replace(self, method=METHODS[self.method.needs])
 
-    def command(self) -> list[str]:
+    def command(self, training_file: Path) -> list[str]:
         """What a user would type, after `python`."""
         every = max(1, self.steps // EVALUATIONS)
         options = {
             "name": self.name,
+            "output_dir": str(self.places.runs),
+            "data.train": str(training_file),
             "seed": str(self.seed),
             "training.steps": str(self.own_steps),
             "evaluation.every": str(every),
@@ -73,7 +81,8 @@ class Run:
 
     def models(self) -> dict[str, str]:
         """The models that it starts from."""
-        paths = {"small": self.task.small, "large": self.task.large}
+        here = Path.cwd()
+        paths = {name: getattr(self.task, name).relative_to(here) for name in ("small", "large")}
         if self.method.options.get("algorithm") == "grpo":
             paths = {name: paths[name] for name in [self.method.options["grpo.model"]]}
         needed = self.needed()
@@ -82,7 +91,6 @@ class Run:
             paths["large"] = needed.folder / "export" / f"step_{step}" / "large"
         found = {}
         for name, path in paths.items():
-            path = path if not path.is_absolute() else path.relative_to(Path.cwd())
             found[f"{name}.path"] = str(path)
             rate = self.task.learning_rates[name] * self.method.rate
             found[f"{name}.learning_rate"] = f"{rate:g}"
@@ -96,7 +104,7 @@ def best_step(run: Run) -> int:
 
 
 def export(run: Run, step: int, log: Path) -> None:
-    """Make the model of a checkpoint a folder to load, if it is none yet."""
+    """Make the models of a checkpoint folders to load, if they are none yet."""
     if not (run.folder / "export" / f"step_{step}").exists():
         words = ["-m", "codistill", "export", str(run.folder), "--step", str(step)]
         call(words, log)
@@ -116,20 +124,20 @@ def call(words: list[str], log: Path) -> None:
         )
 
 
-def execute(run: Run) -> Record:
+def execute(run: Run, training_file: Path) -> Record:
     """Train, and keep the numbers.
 
     Raises:
         subprocess.CalledProcessError: the run failed; its record says so.
     """
-    log = RUNS / "logs" / f"{run.name}.txt"
     needed = run.needed()
     if needed and run.method.teacher:
-        export(needed, best_step(needed), log)
-    record = Record.begin(run.record, run.method.name, run.seed, run.command(), versions())
+        export(needed, best_step(needed), run.log)
+    command = run.command(training_file)
+    record = Record.begin(run.record, run.method.name, run.seed, command, versions())
     start = time.monotonic()
     try:
-        call(run.command(), log)
+        call(command, run.log)
     except subprocess.CalledProcessError as error:
         record.end(f"exit code {error.returncode}", time.monotonic() - start)
         raise
@@ -154,8 +162,8 @@ def execute_all(runs: list[Run], jobs: int) -> list[str]:
         done = read(run.record).steps
         if done not in (0, run.own_steps):
             raise ValueError(
-                f"--steps: {run.record} has {done} steps, expected {run.own_steps}; delete "
-                f"{RESULTS / run.task.name} and {RUNS} to start the study anew"
+                f"--steps: {run.record} has {done} steps, expected {run.own_steps}; another "
+                "--output begins a study of another budget"
             )
     todo = [run for run in pending.values() if not read(run.record).finished]
     for run in todo:
@@ -167,14 +175,14 @@ def execute_all(runs: list[Run], jobs: int) -> list[str]:
             )
     if not todo:
         return []
-    todo[0].task.write_data(training_problems(todo[0].steps, PROMPTS))
+    training_file = todo[0].task.write_data(training_problems(todo[0].steps, PROMPTS))
     started: dict[str, Future] = {}
 
     def after_needed(run: Run) -> Record:
         needed = run.needed()
         if needed and needed.name in started:
             started[needed.name].result()
-        return execute(run)
+        return execute(run, training_file)
 
     # What is needed by others comes first, so that no job waits for one that is not begun.
     order = sorted(todo, key=depth)
@@ -188,14 +196,14 @@ def execute_all(runs: list[Run], jobs: int) -> list[str]:
                 print(f"{run.name}: {record.summary()}", flush=True)
             except (subprocess.CalledProcessError, OSError, ValueError) as error:
                 failed.append(run.name)
-                print(f"{run.name}: failed, {reason(error)}", flush=True)
+                print(f"{run.name}: failed, {reason(run, error)}", flush=True)
     return failed
 
 
-def reason(error: Exception) -> str:
+def reason(run: Run, error: Exception) -> str:
     """One line for a run that failed."""
     if isinstance(error, subprocess.CalledProcessError):
-        return f"exit code {error.returncode}, see {RUNS / 'logs'}"
+        return f"exit code {error.returncode}, see {run.log}"
     return str(error)
 
 

@@ -19,9 +19,9 @@ class Task:
     large: Path
     learning_rates: dict[str, float]
     """Peak learning rate of each model."""
-    write_data: Callable[[int], None]
-    """Writes the files that the task's configuration names; takes the number of training
-    problems."""
+    write_data: Callable[[int], Path]
+    """Writes the held-out sets, which the task's configuration names, and so many training
+    problems; the file of the latter. Equal numbers give equal files."""
 
     @property
     def config(self) -> Path:
@@ -29,14 +29,16 @@ class Task:
         return HERE / f"{self.name}.yaml"
 
 
-def write_words(num_problems: int) -> None:
+def write_words(num_problems: int) -> Path:
     """The data files of the task words."""
     folder, held_out = DATA / "words", problems.held_out()
     for name, members in held_out.items():
         problems.write(members, folder / f"{name}.jsonl")
     banned = problems.held_out_texts()
     training = problems.make_problems(num_problems, TRAINING_SEED, problems.TRAINING, banned)
-    problems.write(training, folder / "train.jsonl")
+    file = folder / f"train_{num_problems}.jsonl"
+    problems.write(training, file)
+    return file
 
 
 WORDS = Task(

@@ -10,7 +10,8 @@ from synthetic import write_study
 from study import __main__ as command
 from study import figures, runs
 from study.methods import METHODS
-from study.report import Places, write
+from study.places import Places
+from study.report import write
 from study.results import load
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +21,9 @@ PAGE = ROOT / "docs" / "study.md"
 @pytest.fixture
 def places(tmp_path) -> Places:
     """A copy of the page, and no records."""
-    found = Places(tmp_path / "results", tmp_path / "docs/study.md", tmp_path / "docs/study")
+    found = Places(
+        tmp_path / "results", tmp_path / "runs", tmp_path / "docs/study.md", tmp_path / "docs/study"
+    )
     found.page.parent.mkdir()
     (found.results / "words").mkdir(parents=True)
     shutil.copy(PAGE, found.page)
@@ -59,8 +62,26 @@ def test_nothing_has_run(places):
 
 def test_page_without_a_marker(places):
     places.page.write_text("nothing")
-    with pytest.raises(ValueError, match="<!-- study words small: begin -->"):
+    with pytest.raises(ValueError, match="<!-- study words verdict: begin -->"):
         write("words", places)
+
+
+def test_a_folder_of_ones_own_gets_a_page_with_all_tables(places, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "DPI", 40)
+    own = Places.within(tmp_path / "own")
+    write_study(own.results / "words", list(METHODS), range(3), {})
+    write_study(places.results / "words", list(METHODS), range(3), {})
+    assert own.page in write("words", own)
+    write("words", places)
+    sections = [
+        re.findall(r"(?s)<!-- (study words [a-z ]+?): begin -->(.*?)<!-- ", page.read_text())
+        for page in (own.page, places.page)
+    ]
+    texts = [dict(found) for found in sections]
+    assert texts[0].keys() == texts[1].keys()
+    assert texts[0]["study words verdict"] == texts[1]["study words verdict"]
+    for picture in re.findall(r"\]\((.*?\.png)\)", own.page.read_text()):
+        assert (tmp_path / "own" / picture).exists()
 
 
 def test_bands_need_three_seeds(tmp_path):
