@@ -46,7 +46,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_problems(count: int, seed: int, without: frozenset[str] = frozenset()) -> list[dict]:
     """Distinct problems, none of them in `without`."""
-    rng, problems = random.Random(seed), {}
+    rng = random.Random(seed)
+    problems: dict[str, dict] = {}
     while len(problems) < count:
         a, b, c = (rng.randint(10, 99) for _ in range(3))
         if (problem := f"{a}+{b}+{c}") not in without:

@@ -115,21 +115,22 @@ def held_out(results: Results, method: str, key: str) -> Curve | None:
     return np.array(steps), np.array([[rows[step] for step in steps] for rows in found])
 
 
-def draw_curve(axis: "Axes", curve: Curve | None, method: Method, **style: str) -> None:
+def draw_curve(axis: "Axes", curve: Curve | None, method: Method) -> None:
     """The mean and a band of one standard deviation; with fewer than three seeds a thin line for
-    each."""
+    each. Continued training is dashed."""
     if curve is None:
         return
     steps, values = curve
     colour = COLOURS[method.start or method.name]
+    linestyle = "--" if method.start else "-"
     label = f"{titled(method)}, n = {len(values)}"
     if len(values) < FEWEST_PAIRS:
         for number, row in enumerate(values):
             shown = label if number == 0 else None
-            axis.plot(steps, row, color=colour, linewidth=1, label=shown, **style)
+            axis.plot(steps, row, color=colour, linewidth=1, label=shown, linestyle=linestyle)
         return
     mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1)
-    axis.plot(steps, mean, color=colour, linewidth=1.8, label=label, **style)
+    axis.plot(steps, mean, color=colour, linewidth=1.8, label=label, linestyle=linestyle)
     axis.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.15, lw=0)
 
 
@@ -137,12 +138,13 @@ def finish(axis: "Axes", title: str, *, share: bool = True, legend: bool = True)
     """`finish_panel`, but accuracies fill their panel: differences of methods are small."""
     low, high = axis.get_ylim()
     finish_panel(axis, title)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.locator_params(axis="x", integer=True)
     if share:
         axis.set_ylim(low, high)
         axis.yaxis.set_major_formatter(SHARE)
-    if not legend and axis.get_legend():
-        axis.get_legend().remove()
+    box = axis.get_legend()
+    if box and not legend:
+        box.remove()
 
 
 def panels(rows: int, columns: int, height: float = 4.2) -> tuple["Drawing", np.ndarray]:
@@ -183,8 +185,7 @@ def accuracies(results: Results, model: str, methods: list[Method]) -> "Drawing"
     for axis, name in zip(axes.flat, names, strict=False):
         for method in methods:
             curve = held_out(results, method.name, name)
-            style = {"linestyle": "--"} if method.start else {}
-            draw_curve(axis, continuing(results, method, curve), method, **style)
+            draw_curve(axis, continuing(results, method, curve), method)
         finish(axis, name.partition("/")[2] or "mean over the sets", legend=False)
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
@@ -247,7 +248,7 @@ def draw_rollout_time(axis: "Axes", results: Results) -> None:
         if curve is not None and longer is not None and name != "grpo_large":
             after = longer[0] >= curve[0][-1]
             part = longer[0][after], longer[1][:, after]
-            draw_curve(axis, part, METHODS[f"{name}_ct"], linestyle="--")
+            draw_curve(axis, part, METHODS[f"{name}_ct"])
     finish(axis, "rollout time since the first step, min (Figure 6)", share=False)
 
 

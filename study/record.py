@@ -76,7 +76,9 @@ class Record:
         """Read the numbers of a finished run from its folder."""
         steps = read_rows(folder / "metrics.jsonl")
         self.metrics = {
-            key: [rounded(row[key]) for row in steps] for key in KEPT if key in steps[0]
+            key: [None if row[key] is None else rounded(row[key]) for row in steps]
+            for key in KEPT
+            if key in steps[0]
         }
         if "reward/kd" in self.metrics:
             self.metrics[KD_STD] = [rounded(v) for v in kd_deviations(folder / "samples")]
@@ -130,11 +132,9 @@ def kd_deviations(samples: Path) -> list[float]:
     return found
 
 
-def rounded(value: float | None) -> float | None:
-    """`DIGITS` of a number; None, which stands for one that was not finite, stays."""
-    if value is None or isinstance(value, int):
-        return value
-    return float(f"{value:.{DIGITS}g}")
+def rounded(value: float) -> float:
+    """`DIGITS` of a number; whole ones stay."""
+    return value if isinstance(value, int) else float(f"{value:.{DIGITS}g}")
 
 
 def versions() -> dict[str, str]:

@@ -99,7 +99,8 @@ class Run:
 
 def best_step(run: Run) -> int:
     """The step after which the large model's held-out accuracy was highest; the first of them."""
-    accuracies = {row["step"]: row["large"] for row in read(run.record).evaluations if row["step"]}
+    rows = read(run.record).evaluations
+    accuracies = {int(row["step"]): row["large"] for row in rows if row["step"]}
     return max(accuracies, key=lambda step: (accuracies[step], -step))
 
 
