@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from codistill import files
-from codistill.output.curves import LARGE, SMALL, finish_panel, moving_average
-from study.methods import METHODS, Method
+from codistill.output.curves import LARGE, SMALL, finish_panel, moving_average, show_percent
+from study.methods import ABLATIONS, METHODS, SWEEP, Method
 from study.results import Results, final, median
 from study.statistics import FEWEST_PAIRS
 from study.tables import PHASES, REFERENCE, alphas, large_methods, small_methods, titled
@@ -43,7 +43,6 @@ PHASE_COLOURS = {"rollout": "C2", "score": "C4", "update small": SMALL, "update 
 """The colours that curves.png gives them."""
 DPI = 100
 COLOURS_OF_A_FILE = 256
-SHARE = "{x:.0%}"
 
 Curve = tuple[np.ndarray, np.ndarray]
 """Steps [K], and values [seeds, K]."""
@@ -141,7 +140,7 @@ def finish(axis: "Axes", title: str, *, share: bool = True, legend: bool = True)
     axis.locator_params(axis="x", integer=True)
     if share:
         axis.set_ylim(low, high)
-        axis.yaxis.set_major_formatter(SHARE)
+        show_percent(axis)
     box = axis.get_legend()
     if box and not legend:
         box.remove()
@@ -267,6 +266,7 @@ def rollout_minutes(results: Results, method: str) -> Curve | None:
 
 
 def ablations(results: Results) -> "Drawing":
+    results = results.beside(ABLATIONS)
     figure, axes = panels(2, 2)
     reference = REFERENCE.name
     parts = {
@@ -300,6 +300,7 @@ def ablations(results: Results) -> "Drawing":
 
 def alpha(results: Results) -> "Drawing":
     """Accuracy after the last step over alpha, beside GRPO's."""
+    results = results.beside(SWEEP)
     figure, axes = panels(1, 2, height=3.8)
     methods = alphas()
     for axis, model, colour in zip(axes[0], ("small", "large"), (SMALL, LARGE), strict=True):

@@ -1,6 +1,6 @@
 """The records of a task, by method and seed, and the numbers that tables and claims take."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from codistill.output.curves import moving_average
 from codistill.output.summary import measured
-from study.methods import METHODS
+from study.methods import METHODS, Method
 from study.record import Record, read
 
 EARLY, LATE = 0.5, 0.25
@@ -30,6 +30,11 @@ class Results:
             for method, runs in self.records.items()
         }
         return Results(self.task, chosen)
+
+    def beside(self, methods: Iterable[Method]) -> "Results":
+        """The runs with the seeds that any of some methods has: with more seeds than these, what
+        they are compared with would have other ones."""
+        return self.among({seed for method in methods for seed in self.finished(method.name)})
 
     def finished(self, method: str) -> dict[int, Record]:
         """Seed -> record of the runs that are finished."""

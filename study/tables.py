@@ -10,7 +10,7 @@ from codistill.output.evaluation_table import (
     percent,
     spread,
 )
-from study.methods import ABLATIONS, CONTINUED, LOW_CONTINUED, MAIN, METHODS, Method
+from study.methods import ABLATIONS, CONTINUED, LOW_CONTINUED, MAIN, METHODS, SWEEP, Method
 from study.record import KD_STD, Record
 from study.results import (
     Measure,
@@ -104,6 +104,7 @@ def alpha(results: Results) -> str:
         "KD reward, last quarter": (late("reward/kd"), ".4f"),
         "ess of the large model": (whole("ratio/large_ess"), "%"),
     }
+    results = results.beside(SWEEP)
     return measures(results, {f"{a:g}": method for a, method in alphas().items()}, "α", columns)
 
 
@@ -118,7 +119,7 @@ def ablations(results: Results) -> str:
     }
     methods = {method.title: method for method in [REFERENCE, METHODS["codistill_alpha0"]]}
     methods |= {method.title: method for method in ABLATIONS}
-    return measures(results, methods, "", columns)
+    return measures(results.beside(ABLATIONS), methods, "", columns)
 
 
 def time(results: Results) -> str:

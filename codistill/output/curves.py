@@ -116,11 +116,18 @@ def finish_panel(axis: "Axes", title: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(length=0)
     if title in SHARES:
-        axis.yaxis.set_major_formatter("{x:.0%}")
+        show_percent(axis)
     if axis.lines:
         axis.legend(
             fontsize=9, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12)
         )
+
+
+def show_percent(axis: "Axes") -> None:
+    """Shares as percent, with as many decimals as tell one tick from the next."""
+    from matplotlib.ticker import PercentFormatter
+
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def limits(low: float, high: float) -> tuple[float, float]:

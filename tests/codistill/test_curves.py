@@ -14,6 +14,7 @@ from codistill.output.curves import (
     finish_panel,
     moving_average,
     plot,
+    show_percent,
 )
 from codistill.output.summary import summarize
 
@@ -112,3 +113,11 @@ def test_numbers_that_are_missing_are_left_out(tmp_path):
         "problems": 7,
         "seconds": 78.0,
     }
+
+
+def test_percent_ticks_between_whole_percents():
+    axis = Figure().subplots()
+    axis.plot([0, 1], [0.35, 0.475])
+    show_percent(axis)
+    axis.set_yticks([0.35, 0.375, 0.4])
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["35.0%", "37.5%", "40.0%"]

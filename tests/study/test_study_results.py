@@ -170,3 +170,12 @@ def test_every_start_is_counted(tmp_path):
     assert lines[3].startswith("| codistill_alpha3 (no longer a method) | 1 | 1 | 0 | 0 |")
     assert lines[4].startswith("| all | 4 | 2 | 1 | 1 |")
     assert tables.versions(found) == "torch 2.13.0"
+
+
+def test_a_sweep_is_compared_on_its_own_seeds(tmp_path):
+    write_study(tmp_path, ["codistill_alpha1"], range(10), {})
+    write_study(tmp_path, ["codistill_alpha0"], range(2), {})
+    write_study(tmp_path, ["kd_k3"], range(3), {})
+    found = load(tmp_path)
+    for table, counts in ((tables.alpha(found), ["2", "2"]), (tables.ablations(found), "323")):
+        assert [line.split("|")[-2].strip() for line in table.splitlines()[2:]] == list(counts)
