@@ -2,6 +2,8 @@
 
 import gc
 import json
+import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from codistill.config.plan import PlanOptions
 from codistill.model.lora import add_adapters, start_adapters
 from codistill.model.policy import prepare
 from codistill.model.shape import ModelShape, model_shape
-from codistill.planning import fitting, phases
+from codistill.planning import fitting, lacking_bytes, phases, ways_to_fit, with_changes
 from codistill.planning.machines import GIB
 from codistill.planning.memory import host_bytes, pinned_bytes, update_bytes
 from codistill.planning.times import pass_seconds, rollout_seconds, update_seconds
@@ -38,6 +40,7 @@ TINY = dict(
 )
 LAYERS = dict(TINY, num_hidden_layers=6, vocab_size=1024)
 LORA = LoraConfig(rank=8, alpha=16)
+TWO = LoraConfig(rank=8, alpha=16, target_modules=["q_proj", "v_proj"])
 CASES = {
     "layers": ("bfloat16", "none", LAYERS, None),
     "selective": ("bfloat16", "selective", LAYERS, None),
@@ -45,6 +48,8 @@ CASES = {
     "head": ("float32", "none", dict(TINY, num_hidden_layers=2, vocab_size=8192), None),
     "adapters": ("bfloat16", "none", LAYERS, LORA),
     "adapters, selective": ("bfloat16", "selective", LAYERS, LORA),
+    "two adapters": ("bfloat16", "none", LAYERS, TWO),
+    "two adapters, selective": ("bfloat16", "selective", LAYERS, TWO),
     "adapters, head": ("float32", "none", dict(TINY, num_hidden_layers=2, vocab_size=8192), LORA),
 }
 
@@ -177,7 +182,8 @@ def test_weights_and_optimizer_by_hand(paper):
     for phase in phases(options, shapes_of(options)):
         assert phase.parts["weights"] == 4 * parameters / 8
         assert phase.parts["optimizer"] == 8 * parameters / 8
-        assert phase.parts["engine"] == 2 * 1_543_714_304 + (16 + 2) * GIB
+        if phase.name != "evaluate large":
+            assert phase.parts["engine"] == 2 * 1_543_714_304 + (16 + 2) * GIB
 
 
 def test_what_is_on_the_host_is_not_on_the_gpu(paper):
@@ -197,7 +203,8 @@ def test_what_is_on_the_host_is_not_on_the_gpu(paper):
 
 
 def test_an_engine_that_sleeps_keeps_its_graphs_alone(paper):
-    options = load_config(paper("--rollout.sleep", "true"), PlanOptions)
+    sleeps = paper("--rollout.sleep", "true", "--evaluation.large", "never")
+    options = load_config(sleeps, PlanOptions)
     engine = {phase.name: phase.parts["engine"] for phase in phases(options, shapes_of(options))}
     awake = 2 * 1_543_714_304 + (16 + 2) * GIB
     assert engine == {
@@ -209,8 +216,55 @@ def test_an_engine_that_sleeps_keeps_its_graphs_alone(paper):
     }
 
 
+SMALL, LARGE = 1_543_714_304, 7_615_616_512
+
+
+@pytest.mark.parametrize(
+    ("arguments", "engine", "contexts"),
+    [
+        ((), 2 * SMALL + 2 * LARGE + 2 * (16 + 2) * GIB, 2),
+        (("--rollout.sleep", "true"), 2 * LARGE + (16 + 2 + 2) * GIB, 2),
+        (("--rollout.tensor_parallel", "2"), SMALL + LARGE + 2 * (16 + 2) * GIB, 2),
+        (("--rollout.engine", "hf"), 2 * SMALL + 2 * LARGE + 2 * (16 + 2) * GIB, 1),
+        (
+            ("--rollout.engine", "server", "--rollout.servers", "http://a:1"),
+            2 * LARGE + (16 + 2) * GIB,
+            2,
+        ),
+    ],
+    ids=["vllm", "sleep", "shared", "hf", "server"],
+)
+def test_evaluation_of_the_large_model_by_hand(paper, arguments, engine, contexts):
+    """A server is a process of its own; the embedding is gathered, and rounded for the server."""
+    options = load_config(paper(*arguments), PlanOptions)
+    phase = phases(options, shapes_of(options))[-1]
+    assert (phase.name, phase.seconds) == ("evaluate large", 0)
+    assert phase.parts == {
+        "weights": 4 * (SMALL + LARGE) / 8,
+        "optimizer": 8 * (SMALL + LARGE) / 8,
+        "engine": engine,
+        "context": contexts * 2 * GIB,
+        "gathered": (4 + 2 * (contexts - 1)) * 152064 * 3584,
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--evaluation.large", "never"),
+        ("--algorithm", "kdrl"),
+        ("--algorithm", "grpo", "--grpo.model", "large"),
+    ],
+    ids=str,
+)
+def test_a_large_model_that_no_second_engine_evaluates(paper, arguments):
+    options = load_config(paper(*arguments), PlanOptions)
+    assert phases(options, shapes_of(options))[-1].name == "sync"
+
+
 def test_a_shared_engine_by_hand(paper):
     """Two GPUs per engine: half of the weights on each, twice the sequences in each iteration."""
+    paper = partial(paper, "--evaluation.large", "never")
     alone = load_config(paper(), PlanOptions)
     shared = load_config(paper("--rollout.tensor_parallel", "2"), PlanOptions)
     shapes = shapes_of(alone)
@@ -342,6 +396,33 @@ def test_what_makes_it_fit(paper):
     assert max(phase.bytes for phase in phases(options, shapes)) > 80 * GIB
     # With all on the host neither the engine need sleep nor micro-batches be small.
     assert changes == {"training.offload": "all"}
+
+
+def asleep_at_70_gib(paper, *arguments: str) -> PlanOptions:
+    """A configuration whose evaluation of the large model does not fit."""
+    sizes = ("--machine.memory_gib", "70", "--rollout.sleep", "true", "--rollout.kv_cache_gib")
+    return load_config(paper(*sizes, "38", *arguments), PlanOptions)
+
+
+def test_an_engine_that_does_not_fit_is_shared_by_as_few_as_suffice(paper):
+    """28 heads of the 7B and 12 of the 1.5B: 2 and 4 of the 8 processes of a node, and not 8."""
+    options = asleep_at_70_gib(paper)
+    shapes = shapes_of(options)
+    lacking = [phase.name for phase in phases(options, shapes) if phase.bytes > 70 * GIB]
+    assert lacking == ["evaluate large"]
+    assert fitting(options, shapes) == {"rollout.tensor_parallel": 2}
+    ways = [value for key, value in ways_to_fit(options) if key == "rollout.tensor_parallel"]
+    assert ways == [2, 4, 8]
+    assert lacking_bytes(with_changes(options, {"rollout.tensor_parallel": 8}), shapes) == math.inf
+    # Other engines are not shared: less of the rest is on the GPU, or it is left out.
+    options = asleep_at_70_gib(paper, "--rollout.engine", "hf")
+    assert fitting(options, shapes) == {"training.offload": "optimizer"}
+
+
+def test_an_evaluation_that_does_not_fit_is_left_out_before_machines_are_bought(paper):
+    options = asleep_at_70_gib(paper, "--rollout.engine", "hf", "--training.offload", "all")
+    options = with_changes(options, {"machine.memory_gib": 45})
+    assert fitting(options, shapes_of(options)) == {"evaluation.large": "never"}
 
 
 def test_decoding_is_bound_by_the_longest_completion_or_by_all_of_them(paper):
