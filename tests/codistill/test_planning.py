@@ -398,31 +398,41 @@ def test_what_makes_it_fit(paper):
     assert changes == {"training.offload": "all"}
 
 
-def asleep_at_70_gib(paper, *arguments: str) -> PlanOptions:
-    """A configuration whose evaluation of the large model does not fit."""
-    sizes = ("--machine.memory_gib", "70", "--rollout.sleep", "true", "--rollout.kv_cache_gib")
-    return load_config(paper(*sizes, "38", *arguments), PlanOptions)
+def with_memory(paper, gib: int, *arguments: str) -> PlanOptions:
+    """An engine that sleeps, and a KV cache of 38 GiB: the evaluation of the large model takes most
+    of all phases."""
+    sizes = ("--machine.memory_gib", str(gib), "--rollout.sleep", "true")
+    return load_config(paper(*sizes, "--rollout.kv_cache_gib", "38", *arguments), PlanOptions)
 
 
 def test_an_engine_that_does_not_fit_is_shared_by_as_few_as_suffice(paper):
     """28 heads of the 7B and 12 of the 1.5B: 2 and 4 of the 8 processes of a node, and not 8."""
-    options = asleep_at_70_gib(paper)
+    options = with_memory(paper, 70)
     shapes = shapes_of(options)
     lacking = [phase.name for phase in phases(options, shapes) if phase.bytes > 70 * GIB]
     assert lacking == ["evaluate large"]
     assert fitting(options, shapes) == {"rollout.tensor_parallel": 2}
     ways = [value for key, value in ways_to_fit(options) if key == "rollout.tensor_parallel"]
     assert ways == [2, 4, 8]
+    assert lacking_bytes(with_changes(options, {"rollout.tensor_parallel": 4}), shapes) == 0
     assert lacking_bytes(with_changes(options, {"rollout.tensor_parallel": 8}), shapes) == math.inf
-    # Other engines are not shared: less of the rest is on the GPU, or it is left out.
-    options = asleep_at_70_gib(paper, "--rollout.engine", "hf")
+    # The engine hf is not shared.
+    options = with_memory(paper, 70, "--rollout.engine", "hf")
     assert fitting(options, shapes) == {"training.offload": "optimizer"}
 
 
-def test_an_evaluation_that_does_not_fit_is_left_out_before_machines_are_bought(paper):
-    options = asleep_at_70_gib(paper, "--rollout.engine", "hf", "--training.offload", "all")
-    options = with_changes(options, {"machine.memory_gib": 45})
+def test_an_evaluation_that_does_not_fit_is_left_out_before_there_are_more_gpus(paper):
+    options = with_memory(paper, 50, "--rollout.engine", "hf", "--training.offload", "all")
     assert fitting(options, shapes_of(options)) == {"evaluation.large": "never"}
+
+
+def test_a_dearer_change_lets_others_take_a_cheaper_value(paper):
+    """Two processes per engine suffice once the optimizer's states are on the host."""
+    options = with_memory(paper, 62)
+    shapes = shapes_of(options)
+    assert lacking_bytes(with_changes(options, {"rollout.tensor_parallel": 4}), shapes) > 0
+    expected = {"rollout.tensor_parallel": 2, "training.offload": "optimizer"}
+    assert fitting(options, shapes) == expected
 
 
 def test_decoding_is_bound_by_the_longest_completion_or_by_all_of_them(paper):
@@ -443,12 +453,19 @@ def test_command(paper, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     plan.main(paper("--machine.gpus", "1"))
     printed = capsys.readouterr().out
-    for text in ("update large", "does not fit", "fits with: --training.offload all"):
+    for text in ("does not fit (rollout, score, ", "fits with: --training.offload all"):
         assert text in " ".join(printed.split())
     plan.main(paper("--rollout.sleep", "true"))
     printed = " ".join(capsys.readouterr().out.split())
     assert " fits: " in printed
     assert "host's memory: 23 GiB on each node, 2.9 per process (rollout.sleep)" in printed
+    assert "by a vLLM server on the first GPU of each node" in printed
+    plan.main(paper("--machine.memory_gib", "70"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "does not fit (evaluate large): 72.9 of 70 GiB" in printed
+    assert "--evaluation.large never leaves it out. fits with: --rollout.sleep True" in printed
+    plan.main(paper("--evaluation.large", "never", "--machine.memory_gib", "70"))
+    assert "evaluate" not in capsys.readouterr().out
 
 
 def test_the_recipe_shows_what_is_printed(paper, capsys, monkeypatch):

@@ -140,4 +140,6 @@ def test_eval_has_the_same_option(tmp_path):
         check_engine("", "hf", 2)
     problem = SimpleNamespace(prompt_ids=[1])
     model = SimpleNamespace(path="m", tokenizer=[], end_token_ids=(1,), sets={"sums": [problem]})
-    assert engine_spec(options, model, CPU).tensor_parallel == 2
+    spec = engine_spec(options, model, CPU)
+    assert spec.tensor_parallel == 2
+    assert (spec.path_key, spec.engine_key) == ("model", "engine")
