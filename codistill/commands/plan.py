@@ -81,7 +81,7 @@ def evaluation_text(options: PlanOptions) -> str:
     if options.rollout.engine == "hf":
         where = "a second engine on each GPU"
     return (
-        f"evaluate large: {when}, by {where} beside all else there; "
+        f"evaluate: the large model, {when}, by {where} beside all else there; "
         "--evaluation.large never leaves it out."
     )
 

@@ -56,7 +56,7 @@ def phases(options: PlanOptions, shapes: dict[str, ModelShape]) -> list[Phase]:
         for name, value in seconds.items()
     ]
     if options.evaluates_large:
-        found.append(Phase("evaluate large", phase_bytes(options, shapes, "evaluate")))
+        found.append(Phase("evaluate", phase_bytes(options, shapes, "evaluate")))
     return found
 
 

@@ -182,7 +182,7 @@ def test_weights_and_optimizer_by_hand(paper):
     for phase in phases(options, shapes_of(options)):
         assert phase.parts["weights"] == 4 * parameters / 8
         assert phase.parts["optimizer"] == 8 * parameters / 8
-        if phase.name != "evaluate large":
+        if phase.name != "evaluate":
             assert phase.parts["engine"] == 2 * 1_543_714_304 + (16 + 2) * GIB
 
 
@@ -238,7 +238,7 @@ def test_evaluation_of_the_large_model_by_hand(paper, arguments, engine, context
     """A server is a process of its own; the embedding is gathered, and rounded for the server."""
     options = load_config(paper(*arguments), PlanOptions)
     phase = phases(options, shapes_of(options))[-1]
-    assert (phase.name, phase.seconds) == ("evaluate large", 0)
+    assert (phase.name, phase.seconds) == ("evaluate", 0)
     assert phase.parts == {
         "weights": 4 * (SMALL + LARGE) / 8,
         "optimizer": 8 * (SMALL + LARGE) / 8,
@@ -410,7 +410,7 @@ def test_an_engine_that_does_not_fit_is_shared_by_as_few_as_suffice(paper):
     options = with_memory(paper, 70)
     shapes = shapes_of(options)
     lacking = [phase.name for phase in phases(options, shapes) if phase.bytes > 70 * GIB]
-    assert lacking == ["evaluate large"]
+    assert lacking == ["evaluate"]
     assert fitting(options, shapes) == {"rollout.tensor_parallel": 2}
     ways = [value for key, value in ways_to_fit(options) if key == "rollout.tensor_parallel"]
     assert ways == [2, 4, 8]
@@ -462,7 +462,7 @@ def test_command(paper, capsys, monkeypatch):
     assert "by a vLLM server on the first GPU of each node" in printed
     plan.main(paper("--machine.memory_gib", "70"))
     printed = " ".join(capsys.readouterr().out.split())
-    assert "does not fit (evaluate large): 72.9 of 70 GiB" in printed
+    assert "does not fit (evaluate): 72.9 of 70 GiB" in printed
     assert "--evaluation.large never leaves it out. fits with: --rollout.sleep True" in printed
     plan.main(paper("--evaluation.large", "never", "--machine.memory_gib", "70"))
     assert "evaluate" not in capsys.readouterr().out
