@@ -94,8 +94,8 @@ def load_causal_lm(path: str, *, dtype: torch.dtype, key: str = "path") -> PreTr
     key: of the path in what the user gave.
 
     Raises:
-        ConfigError: under `key`, the weights cannot be read, some are missing and would be random numbers, or
-            there are others, which would be left out.
+        ConfigError: under `key`, the weights cannot be read, some are missing and would be random
+            numbers, or there are others, which would be left out.
     """
     try:
         lm, found = AutoModelForCausalLM.from_pretrained(
