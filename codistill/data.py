@@ -90,7 +90,8 @@ def load_problems(
     require(count > 0, key, where, "at least one problem, found none")
     if config.template == CHAT and not tokenizer.chat_template:
         raise ConfigError(
-            "data.template = 'chat': expected a tokenizer with a chat template, this one has none"
+            f"{config.section}template = 'chat': expected a tokenizer with a chat template, this "
+            "one has none"
         )
     maker = ProblemMaker(key, config, tokenizer, max_prompt_tokens)
     problems = [problem for file, rows in tables for problem in maker.problems(file, rows)]
@@ -146,7 +147,7 @@ class ProblemMaker:
     ) -> Problem:
         """Raises ValueError if the row makes none."""
         config, tokenizer = self.config, self.tokenizer
-        content = problem_of(problem_field, row, config.template)
+        content = problem_of(problem_field, row, config)
         answers = answers_of(answer_field, row)
         arguments = config.chat_template_arguments
         prompt = render(
@@ -188,8 +189,8 @@ def chosen_fields(
     require(
         bool(problem and answer),
         *(key, str(file)),
-        f"rows with {expected}, found {printable(', '.join(names))}; data.problem_field and "
-        "data.answer_field name others",
+        f"rows with {expected}, found {printable(', '.join(names))}; "
+        f"{config.section}problem_field and {config.section}answer_field name others",
     )
     return problem, answer
 
@@ -217,7 +218,7 @@ def value_of(row: dict[str, Any], name: str) -> Any:
     return next((value for value in found if value is not None), None)
 
 
-def problem_of(name: str, row: dict[str, Any], template: str) -> str | list[Message]:
+def problem_of(name: str, row: dict[str, Any], config: PromptConfig) -> str | list[Message]:
     """The problem in field `name`: a text, or messages for the chat template.
 
     Raises:
@@ -225,8 +226,9 @@ def problem_of(name: str, row: dict[str, Any], template: str) -> str | list[Mess
     """
     value = value_of(row, name)
     if isinstance(value, list) and value and all(map(is_message, value)):
-        if template != CHAT:
-            raise ValueError(f"expected data.template = 'chat' for the messages of {name}")
+        if config.template != CHAT:
+            key = f"{config.section}template"
+            raise ValueError(f"expected {key} = 'chat' for the messages of {name}")
         messages = [{"role": turn["role"], "content": turn["content"]} for turn in value]
         for turn in messages:
             check_text(name, turn["content"])

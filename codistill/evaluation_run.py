@@ -245,6 +245,8 @@ def engine_spec(options: EvalOptions, model: Model, device: Any) -> EngineSpec:
         kv_cache_gib=options.kv_cache_gib,
         stop=StopStrings(model.tokenizer, tuple(options.stop)) if options.stop else None,
         tensor_parallel=options.tensor_parallel,
+        path_key="model",
+        engine_key="engine",
     )
 
 

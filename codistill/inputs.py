@@ -86,6 +86,8 @@ def load_inputs(config: Config) -> Inputs:
     check_engine("rollout.", config.rollout.engine, sharers)
     check_models(config)
     check_split("rollout.tensor_parallel", sharers, config.model(config.writer).path)
+    if config.evaluates_large and has_gpu():  # without one its server runs in one process
+        check_split("rollout.tensor_parallel", sharers, config.model("large").path)
     tokenizer = load_tokenizers(config)
     for name in config.loaded:
         model = config.model(name)

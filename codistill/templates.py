@@ -81,7 +81,7 @@ def render(
             )
         except Exception as error:  # a template is a program, which may raise anything
             message = " ".join(str(error).split())
-            raise ConfigError(f"the chat template of small.path fails: {message}") from error
+            raise ConfigError(f"the tokenizer's chat template fails: {message}") from error
     assert isinstance(problem, str)
     return NAMED.get(template, template).replace("{problem}", problem)
 

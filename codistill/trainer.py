@@ -56,6 +56,7 @@ def engine_spec(config: Config, inputs: Inputs, name: str, device: torch.device)
         servers=tuple(server.rstrip("/") for server in rollout.servers),
         sends=distributed.is_first(),
         timeout=config.distributed.timeout,
+        path_key=f"{name}.path",
     )
 
 
@@ -288,12 +289,10 @@ class Trainer:
         """Held-out accuracy of the writer and, where evaluation.large says so, of a large model
         that learns: under the model's name the mean over all sets, under model/set that of a set
         which has a name."""
-        writer = self.config.writer
-        accuracy = {"step": step, **self.evaluate_with(self.engine, writer)}
-        ends = (0, self.total_steps)
-        wanted = {"never": False, "ends": step in ends, "always": True}
-        learns = "large" in self.learners and writer != "large"
-        if learns and wanted[self.config.evaluation.large]:
+        config = self.config
+        accuracy = {"step": step, **self.evaluate_with(self.engine, config.writer)}
+        is_time = config.evaluation.large == "always" or step in (0, self.total_steps)
+        if config.evaluates_large and is_time:
             accuracy |= self.evaluate_large()
         return accuracy
 

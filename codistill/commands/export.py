@@ -6,6 +6,8 @@ does. Needs neither a GPU nor an engine; the run may still be going on.
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import Field
@@ -62,8 +64,9 @@ def export_run(config: Config, folder: Path, wanted: int | None, output: Path | 
     from codistill.output.model_card import Cards
 
     step = chosen_step(folder / "checkpoints", wanted)
-    tokenizer = load_tokenizers(config)
-    policies = load_policies(config, len(tokenizer))
+    with keys_of(folder):
+        tokenizer = load_tokenizers(config)
+        policies = load_policies(config, len(tokenizer))
     checkpoint.load_weights(folder / "checkpoints", step, policies)
     target = output or folder / "export" / f"step_{step}"
     cards = Cards(config, step, read_rows(folder / "evaluations.jsonl"))
@@ -80,12 +83,19 @@ def stored_config(folder: Path) -> Config:
     """The configuration that a run was last started with."""
     path = folder / "config.yaml"
     require(path.is_file(), "run", str(folder), "the folder of a run, with config.yaml in it")
-    try:
+    with keys_of(folder):
         return load_config(["--config", str(path)])
+
+
+@contextmanager
+def keys_of(folder: Path) -> Iterator[None]:
+    """Say a ConfigError about a key of the run's config.yaml as one about the run, which is all
+    that this command is given."""
+    try:
+        yield
     except ConfigError as error:
-        raise ConfigError(
-            f"run = {str(folder)!r}: expected a run of this version: {path}: {error}"
-        ) from error
+        expected = f"a run of this version whose models are there: {folder / 'config.yaml'}"
+        raise ConfigError(f"run = {str(folder)!r}: expected {expected}: {error}") from error
 
 
 def chosen_step(folder: Path, wanted: int | None) -> int:
@@ -124,7 +134,7 @@ def load_policies(config: Config, num_tokens: int) -> dict:
     for name in config.trained:
         key, model = f"{name}.path", config.model(name)
         find_model(key, model.path)
-        lm = load_causal_lm(model.path, dtype=torch.float32)
+        lm = load_causal_lm(model.path, dtype=torch.float32, key=key)
         if model.lora is not None:
             add_adapters(lm, key, model.path, model.lora)
         policies[name] = Policy(lm, vocab_size=num_tokens)

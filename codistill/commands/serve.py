@@ -5,15 +5,15 @@ command, and become it. vLLM's routes for weights are open at its address withou
 belong on the loopback interface or in a network of machines that trust each other.
 """
 
-import importlib.util
 import os
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from codistill import distributed
-from codistill.config import Config, load_config, require
+from codistill.config import Config, load_config
 from codistill.downloads import is_here
+from codistill.versions import check_vllm
 
 
 class ServeOptions(Config):
@@ -38,8 +38,7 @@ def main(arguments: list[str]) -> None:
     options = load_config(arguments, ServeOptions)
     key, model = f"{options.writer}.path", options.model(options.writer)
     is_here(key, model.path)
-    has_vllm = importlib.util.find_spec("vllm") is not None
-    require(has_vllm, "rollout.engine", "server", "hf: vLLM is not installed here")
+    check_vllm("command", "serve")
     import torch
 
     from codistill.engine.serve import GLOO, LOCAL, ServeCommand, environment_of

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -30,6 +30,9 @@ def is_set_name(name: str) -> bool:
 
 class PromptConfig(Section):
     """How rows of files become problems, and problems prompts."""
+
+    section: ClassVar[str] = ""
+    """What precedes the names of these keys where the user gives them."""
 
     problem_field: str | None = Field(
         None,
@@ -83,6 +86,8 @@ class PromptConfig(Section):
 
 
 class DataConfig(PromptConfig):
+    section: ClassVar[str] = "data."
+
     train: Annotated[list[UserPath], BeforeValidator(several)] = Field(
         min_length=1,
         description="training problems: .jsonl, .json, .csv (these also as .gz), .parquet, a "

@@ -130,6 +130,13 @@ class Config(CommandOptions):
         needs none: without them it is its own reference."""
         return tuple(n for n in self.trained if self.loss.beta and self.model(n).lora is None)
 
+    @property
+    def evaluates_large(self) -> bool:
+        """Whether the large model is evaluated, by an engine of its own: it learns, and another one
+        writes the rollouts."""
+        learns = "large" in self.trained and self.writer != "large"
+        return learns and self.evaluation.large != "never"
+
     def unused(self) -> list[str]:
         """Sections that were given and that the algorithm has no use for."""
         match self.algorithm:

@@ -1,6 +1,5 @@
 """The engine that the configuration asks for, started again where that can be."""
 
-import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,13 +15,13 @@ from codistill.engine.interface import Completion, Engine, EngineError, EngineSp
 from codistill.engine.own_server import own_server
 from codistill.engine.server import ServerEngine
 from codistill.model.shards import Weights
-from codistill.versions import check_vllm
+from codistill.versions import check_vllm, has_vllm
 
 
 def engine_kind(kind: EngineKind) -> Literal["vllm", "hf", "server"]:
     """The engine that `kind` stands for: auto is vllm where it is installed."""
     if kind == "auto":
-        return "vllm" if importlib.util.find_spec("vllm") else "hf"
+        return "vllm" if has_vllm() else "hf"
     return kind
 
 

@@ -18,8 +18,8 @@ class HFEngine:
 
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
-        model = load_causal_lm(spec.path, dtype=spec.dtype).to(spec.device)
-        self.policy = Policy(model, vocab_size=spec.vocab_size).eval()
+        lm = load_causal_lm(spec.path, dtype=spec.dtype, key=spec.path_key).to(spec.device)
+        self.policy = Policy(lm, vocab_size=spec.vocab_size).eval()
 
     def generate(
         self, prompts: list[list[int]], seeds: list[int], sampling: Sampling

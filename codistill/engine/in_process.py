@@ -58,7 +58,7 @@ class VLLMEngine:
             disable_log_stats=True,
             use_tqdm_on_load=False,
         )
-        check_own_model(self.llm.llm_engine.model_config)
+        check_own_model(spec.engine_key, self.llm.llm_engine.model_config)
         rows = self.llm.llm_engine.model_config.get_vocab_size()
         self.logit_bias = padded_rows_bias(spec, rows)
 
@@ -114,14 +114,14 @@ class VLLMEngine:
         self.llm.llm_engine.engine_core.shutdown()
 
 
-def check_own_model(model_config: Any) -> None:
-    """Raise ConfigError for a model that vLLM has no code for.
+def check_own_model(key: str, model_config: Any) -> None:
+    """Raise ConfigError under key `key`, the engine's, for a model that vLLM has no code for.
 
     It would run the code of transformers, changed in place, which the trainer cannot use any more.
     """
     name = model_config.architectures[0]
     expected = f"hf: this vLLM has no model of its own for {name}"
-    require(not model_config.using_transformers_backend(), "rollout.engine", "vllm", expected)
+    require(not model_config.using_transformers_backend(), key, "vllm", expected)
 
 
 def repack_tied_head(model: torch.nn.Module) -> None:

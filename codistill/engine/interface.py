@@ -98,6 +98,10 @@ class EngineSpec:
     """This process sends the weights to the servers."""
     timeout: float = 600.0
     """Limit of a request to a server, and of a sync (seconds)."""
+    path_key: str = "path"
+    """Key of `path` in what the user gave, as messages name it."""
+    engine_key: str = "rollout.engine"
+    """Key of the kind of engine there."""
 
 
 def cut_at_end(

@@ -53,7 +53,7 @@ def load_policy(
         logging.getLogger(__name__).info(
             "%s: transformers converts the weights of %s, whole in every process", key, path
         )
-        lm = load_causal_lm(path, dtype=torch.float32).to(home)
+        lm = load_causal_lm(path, dtype=torch.float32, key=key).to(home)
         check_finite(key, path, lm)
     if lora is not None:
         add_adapters(lm, key, path, lora)
@@ -88,12 +88,14 @@ def check_finite(key: str, path: str, lm: nn.Module) -> None:
     require(found is None, key, path, f"weights that are finite; {name} has a NaN or an infinity")
 
 
-def load_causal_lm(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
+def load_causal_lm(path: str, *, dtype: torch.dtype, key: str = "path") -> PreTrainedModel:
     """From safetensors only: other formats are pickles, which may run code.
 
+    key: of the path in what the user gave.
+
     Raises:
-        ConfigError: the weights cannot be read, some are missing and would be random numbers, or
-            there are others, which would be left out.
+        ConfigError: under `key`, the weights cannot be read, some are missing and would be random
+            numbers, or there are others, which would be left out.
     """
     try:
         lm, found = AutoModelForCausalLM.from_pretrained(
@@ -104,9 +106,9 @@ def load_causal_lm(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"path = {path!r}: {first_line(error)}") from error
+        raise ConfigError(f"{key} = {path!r}: {first_line(error)}") from error
     for kind in ("missing", "unexpected"):
         names = sorted(found[f"{kind}_keys"])
         expected = f"all weights and no others, {len(names)} are {kind}: {', '.join(names[:3])}"
-        require(not names, "path", path, expected)
+        require(not names, key, path, expected)
     return lm

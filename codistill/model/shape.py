@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from codistill.config import require
 from codistill.config.machinery import LoraConfig
-from codistill.model.lora import adapter_weights, add_adapters
+from codistill.model.lora import adapted_layers, adapter_weights, add_adapters
 from codistill.model.pretrained import load_model_config, meta_model
+
+INNER = {"o_proj", "dense", "down_proj", "fc2", "c_proj"}
+"""Names of linear layers that read what the others of their module make: attention's, the MLP's."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,11 @@ class ModelShape:
     """Numbers in each A and B (LoRA); none in a model that learns all of its weights."""
     adapter_width: int
     """Rows of all A of one decoder layer, on average."""
+    adapter_outputs: int
+    """Rows of all B of one decoder layer, on average."""
+    adapter_inputs: int
+    """Numbers that the adapted layers of one decoder layer read per token, on average; what several
+    of them read counts once."""
     layers: int
     layer_parameters: int
     """Parameters of one decoder layer, on average, without adapters."""
@@ -63,6 +71,13 @@ class ModelShape:
         return sum(self.adapters) // self.layers or self.layer_parameters
 
     @property
+    def learning_inputs(self) -> int:
+        """Numbers per token that are read by those linear layers of a decoder layer that learn; all
+        of them read what two norms, attention and the MLP's product give."""
+        everything = 2 * self.hidden + self.query_width + self.intermediate
+        return self.adapter_inputs if self.adapters else everything
+
+    @property
     def root_parameters(self) -> int:
         """Embedding, last norm and head."""
         return self.parameters - self.layers * self.layer_parameters
@@ -96,14 +111,15 @@ def model_shape(key: str, path: str, lora: LoraConfig | None = None) -> ModelSha
     heads, head_size = text.num_attention_heads, head_size_of(text)
     weights = tuple(weight.numel() for weight in lm.parameters())
     layer_parameters = count(layers) // len(layers)
-    adapters = []
     if lora is not None:
         add_adapters(lm, key, path, lora)
-        adapters = list(adapter_weights(lm).items())
+    adapters = adapter_weights(lm)
     return ModelShape(
         weights=weights,
-        adapters=tuple(weight.numel() for _, weight in adapters),
-        adapter_width=sum(len(w) for name, w in adapters if ".lora_A." in name) // len(layers),
+        adapters=tuple(weight.numel() for weight in adapters.values()),
+        adapter_width=adapter_rows(adapters, "lora_A") // len(layers),
+        adapter_outputs=adapter_rows(adapters, "lora_B") // len(layers),
+        adapter_inputs=adapter_inputs(lm) // len(layers),
         layers=len(layers),
         layer_parameters=layer_parameters,
         expert_parameters=sum(weight.numel() for weight in expert_weights(lm)),
@@ -138,6 +154,21 @@ def check_split(key: str, parts: int, path: str) -> None:
 
 def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def adapter_rows(adapters: dict[str, Tensor], part: str) -> int:
+    """Rows of all A (part lora_A) or of all B (lora_B)."""
+    return sum(len(weight) for name, weight in adapters.items() if f".{part}." in name)
+
+
+def adapter_inputs(lm: nn.Module) -> int:
+    """Numbers that all adapted layers read per token. The layers of a module read the same ones,
+    but for those of `INNER`."""
+    widths: dict[tuple[str, bool], int] = {}
+    for name, layer in adapted_layers(lm):
+        module, _, own_name = name.rpartition(".")
+        widths[module, own_name in INNER] = layer.in_features
+    return sum(widths.values())
 
 
 def expert_weights(lm: nn.Module) -> list[nn.Parameter]:

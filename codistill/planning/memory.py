@@ -25,20 +25,24 @@ CHECKPOINT = FP32 + ADAM  # bytes of a checkpoint per number that learns
 def activation_bytes(shape: ModelShape, b: int) -> float:
     """What a decoder layer keeps for its backward pass, per token.
 
-    Counted tensor by tensor in transformers' Qwen2: a norm keeps its input in fp32, the same
-    divided by its root mean square, and what it gives; attention q, k, v, what it gives, once more
-    in one row, and the log-sum-exp of each head; the MLP gate, up, activation and product. Each
-    adapter keeps what A gives. All linear layers count as adapted: the input of another is not
-    kept.
+    Counted tensor by tensor in transformers' Qwen2: attention keeps q, k, v, what it gives and the
+    log-sum-exp of each head; the MLP gate, up and activation. A linear layer y = x W^T has the
+    gradients dx = dy W and dW = dy^T x, so it keeps x only if W learns. One with an adapter,
+    y = x W^T + s (x A^T) B^T, keeps x for dA and x A^T for dB. All linear layers of a decoder
+    layer read four different x: what its two norms give, attention's output in one row, and the
+    product of activation and up. The first decoder layer counts as any other, although nothing
+    before its first adapter has a gradient.
     """
     norms = norm_bytes(shape, b) * shape.norm_width + 2 * FP32
-    attention = b * (3 * shape.query_width + 2 * shape.key_width) + FP32 * shape.heads
-    return norms + attention + b * (4 * shape.intermediate + shape.adapter_width)
+    attention = b * (2 * shape.query_width + 2 * shape.key_width) + FP32 * shape.heads
+    linear = b * (shape.learning_inputs + shape.adapter_width)
+    return norms + attention + b * 3 * shape.intermediate + linear
 
 
 def norm_bytes(shape: ModelShape, b: int) -> int:
-    """What a norm keeps per number. One that is frozen does not need its normalized input."""
-    return FP32 + (b if shape.adapters else 2 * b)
+    """What a norm keeps per number: its input in fp32 and, if its weight learns, the same divided
+    by its root mean square. What it gives is kept by what reads it."""
+    return FP32 + (0 if shape.adapters else b)
 
 
 def kept_bytes(
@@ -47,19 +51,18 @@ def kept_bytes(
     """What all layers and the last norm keep of a micro-batch of T tokens.
 
     With gradient checkpointing the input of each layer, and all of the one that is computed again;
-    where it is selective also what products and attention have given. Each adapted layer makes
-    three products: its own, A's, and B's, which is as wide as its own.
+    where it is selective the others also keep what products and attention have given. Frozen layers
+    make products, too, and each adapter two more: A's, and B's, which is as wide as its layer's.
     """
     layer, hidden, attention = activation_bytes(shape, b), shape.hidden, shape.query_width
     linear = shape.query_width + 2 * shape.key_width + 2 * hidden + 2 * shape.intermediate
-    products = linear + attention + (linear + shape.adapter_width if shape.adapters else 0)
+    products = linear + attention + shape.adapter_width + shape.adapter_outputs
     match checkpointing:
         case "none":
             layers = shape.layers * layer
         case "selective":
-            kept = b * (products + hidden) + FP32 * shape.heads
-            again = layer - b * (linear + attention + shape.adapter_width)
-            layers = shape.layers * kept + again
+            others = b * products + FP32 * shape.heads
+            layers = shape.layers * b * hidden + (shape.layers - 1) * others + layer
         case "full":
             layers = shape.layers * b * hidden + layer
         case _:
@@ -115,23 +118,30 @@ def held_shapes(options: PlanOptions, shapes: dict[str, ModelShape]) -> list[Mod
     return [*shapes.values(), *(shapes[name] for name in options.references)]
 
 
+def engine_bytes(options: PlanOptions, shape: ModelShape, sharers: int) -> float:
+    """An engine on each of the GPUs that share it: weights, KV cache, and what else it takes."""
+    weights = options.forward_bytes * shape.parameters / sharers
+    return ENGINE + weights + options.rollout.kv_cache_gib * GIB
+
+
 def phase_bytes(options: PlanOptions, shapes: dict[str, ModelShape], name: str) -> dict[str, float]:
-    """What each GPU holds in a phase: rollout, score, sync, or the name of the model it updates.
+    """What each GPU holds in a phase: rollout, score, sync, evaluate (of the large model), or the
+    name of the model it updates.
 
     With engine server there is none here. vLLM asleep (rollout.sleep) keeps its CUDA graphs on the
     GPU, weights on the host and no KV cache.
     """
-    training, b, processes = options.training, options.forward_bytes, options.gpus_per_replica
+    training, processes = options.training, options.gpus_per_replica
     writer = shapes[options.writer]
     trained = sum(shapes[model].trained for model in options.trained)
     held = sum(shape.held for shape in held_shapes(options, shapes))
     is_inside = options.rollout.engine != "server"
     is_awake = not options.rollout.sleep or name in ("rollout", "sync")
-    sharers, cache = options.rollout.tensor_parallel, options.rollout.kv_cache_gib * GIB
+    awake = engine_bytes(options, writer, options.rollout.tensor_parallel)
     parts = {
         "weights": (training.offload != "all") * FP32 * held / processes,
         "optimizer": (training.offload == "none") * ADAM * trained / processes,
-        "engine": is_inside * (ENGINE + is_awake * (b * writer.parameters / sharers + cache)),
+        "engine": is_inside * (awake if is_awake else float(ENGINE)),
         "context": float(CONTEXT),
     }
     match name:
@@ -141,8 +151,29 @@ def phase_bytes(options: PlanOptions, shapes: dict[str, ModelShape], name: str) 
             return parts | {"gathered": float(FP32 * max(writer.weights))}
         case "score":
             return parts | score_bytes(options, shapes)
+        case "evaluate":
+            return parts | evaluation_bytes(options, shapes["large"], parts)
         case _:
             return parts | learning_bytes(options, shapes, name)
+
+
+def evaluation_bytes(
+    options: PlanOptions, large: ModelShape, parts: dict[str, float]
+) -> dict[str, float]:
+    """The large model's engine added to `parts`, and what a sync of it gathers.
+
+    Where vLLM writes the rollouts it is a server, a process of its own with its own context, on the
+    first GPU of each node, or the first `rollout.tensor_parallel` ones (`engine.own_server`); a
+    weight is there once more as it travels. The engine hf is in each process and takes it as it is.
+    """
+    machine, is_server = options.machine, options.rollout.engine != "hf"
+    sharers = min(options.rollout.tensor_parallel, machine.gpus, machine.gpus_per_node)
+    travelling = FP32 + is_server * options.forward_bytes
+    return {
+        "engine": parts["engine"] + engine_bytes(options, large, sharers),
+        "context": parts["context"] + is_server * CONTEXT,
+        "gathered": float(travelling * max(large.weights)),
+    }
 
 
 def completion_tokens(options: PlanOptions) -> float:

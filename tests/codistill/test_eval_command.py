@@ -264,6 +264,7 @@ def test_vllm_on_two_processes(command, models, tmp_path, more):
         (("--temperature", "0"), "seeds = 12: expected 1 with temperature 0"),
         (("--max-tokens", "61"), "max_tokens = 61: expected no more than the 64 positions"),
         (("--model", "nowhere/"), "model = 'nowhere/': expected a folder that exists"),
+        (("--template", "chat"), "template = 'chat': expected a tokenizer with a chat template"),
     ],
     ids=str,
 )
@@ -271,3 +272,19 @@ def test_mistakes_are_one_line(command, changes, expected):
     with Grader(timeout=5.0) as grader, pytest.raises(ConfigError) as error:
         load_models(load_options(EvalOptions, [*command[3:], *changes]), grader)
     assert str(error.value).startswith(expected) and "\n" not in str(error.value)
+
+
+def test_messages_about_rows_name_the_options_of_this_command(command, tmp_path):
+    turns = [{"role": "user", "content": "1+1"}]
+    (tmp_path / "turns.jsonl").write_text(json.dumps({"problem": turns, "answer": "2"}) + "\n")
+    for changes, expected in (
+        (("--problem-field", "text"), "; problem_field and answer_field name others"),
+        (
+            ("--data", f"turns={tmp_path / 'turns.jsonl'}"),
+            ": expected template = 'chat' for the messages of problem in row 1, which has problem, "
+            "answer",
+        ),
+    ):
+        with Grader(timeout=5.0) as grader, pytest.raises(ConfigError) as error:
+            load_models(load_options(EvalOptions, [*command[3:], *changes]), grader)
+        assert str(error.value).endswith(expected)

@@ -85,6 +85,11 @@ def test_what_is_refused(run, tmp_path, monkeypatch):
     assert refused(str(run), "--step", "7").endswith("the step of a checkpoint of the run: 1, 2")
     (tmp_path / "file").touch()
     assert "expected a folder that can be" in refused(str(run), "--output", f"{tmp_path}/file/x")
+    with monkeypatch.context() as moved:
+        moved.setattr("codistill.model.pretrained.source", lambda path: f"{path}/gone")
+        line = refused(str(run))
+    assert line.startswith(f"run = {str(run)!r}: expected a run of this version whose models are ")
+    assert f"{run / 'config.yaml'}: small.path = " in line
     (run / "checkpoints").rename(run / "moved")
     assert refused(str(run)).endswith("a run with a checkpoint, there is none")
     (run / "config.yaml").write_text("name: x\nold: 1\n")

@@ -108,10 +108,9 @@ def check_vllm(rank: int, paths: list[str], foreign: str) -> None:
     distributed.start(timeout=60)
     for path in paths:
         check_engine("vllm", path)
-    spec = EngineSpec(foreign, VOCAB, (), 20, torch.float32, CPU, kv_cache_gib=0.05)
-    with pytest.raises(
-        ConfigError, match="rollout.engine = 'vllm': expected hf: .* PhiForCausalLM"
-    ):
+    terms = (foreign, VOCAB, (), 20, torch.float32, CPU, 0.05)
+    spec = EngineSpec(*terms, engine_key="engine")
+    with pytest.raises(ConfigError, match="^engine = 'vllm': expected hf: .* PhiForCausalLM"):
         make_engine("vllm", spec)
 
 

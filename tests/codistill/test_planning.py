@@ -1,136 +1,24 @@
-"""`python -m codistill plan`: its formulas against what a CPU allocates, and by hand."""
+"""`python -m codistill plan`: its formulas by hand, what it prints and what it proposes."""
 
-import gc
 import json
+import math
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
-import transformers
-from processes import spawn
-from torch.profiler import ProfilerActivity, profile
+from test_planned_memory import shape_of
 
-from codistill.batch import Ragged, TokenBatch
 from codistill.commands import plan
 from codistill.config import ConfigError, load_config
-from codistill.config.machinery import DistributedConfig, LoraConfig, TrainingConfig
+from codistill.config.machinery import DistributedConfig
 from codistill.config.plan import PlanOptions
-from codistill.model.lora import add_adapters, start_adapters
-from codistill.model.policy import prepare
 from codistill.model.shape import ModelShape, model_shape
-from codistill.planning import fitting, phases
+from codistill.planning import fitting, lacking_bytes, phases, ways_to_fit, with_changes
 from codistill.planning.machines import GIB
-from codistill.planning.memory import host_bytes, pinned_bytes, update_bytes
+from codistill.planning.memory import host_bytes, pinned_bytes
 from codistill.planning.times import pass_seconds, rollout_seconds, update_seconds
-from codistill_kernels import PolicyLoss
-from codistill_kernels._linear import slab_sizes
 
 ROOT = Path(__file__).parents[2]
-SEQUENCES, PROMPT, COMPLETION = 4, 64, 192
-TOKENS, COMPLETION_TOKENS = SEQUENCES * (PROMPT + COMPLETION), SEQUENCES * COMPLETION
-TINY = dict(
-    hidden_size=256,
-    intermediate_size=768,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    tie_word_embeddings=False,
-)
-LAYERS = dict(TINY, num_hidden_layers=6, vocab_size=1024)
-LORA = LoraConfig(rank=8, alpha=16)
-CASES = {
-    "layers": ("bfloat16", "none", LAYERS, None),
-    "selective": ("bfloat16", "selective", LAYERS, None),
-    "full": ("bfloat16", "full", LAYERS, None),
-    "head": ("float32", "none", dict(TINY, num_hidden_layers=2, vocab_size=8192), None),
-    "adapters": ("bfloat16", "none", LAYERS, LORA),
-    "adapters, selective": ("bfloat16", "selective", LAYERS, LORA),
-    "adapters, head": ("float32", "none", dict(TINY, num_hidden_layers=2, vocab_size=8192), LORA),
-}
-
-
-def train_twice(case: str) -> None:
-    """Two steps of two micro-batches: the second step finds Adam's moments, and its second
-    micro-batch the gradients of the first."""
-    dtype, checkpointing, sizes, lora = CASES[case]
-    options = TrainingConfig(dtype=dtype, gradient_checkpointing=checkpointing)
-    lm = transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**sizes))
-    if lora:
-        add_adapters(lm, "small.path", "", lora)
-    policy = prepare(lm, options, sizes["vocab_size"], torch.device("cpu"))
-    start_adapters(policy.lm)
-    rows = Ragged.of([[1] * PROMPT] * SEQUENCES), Ragged.of([[2] * COMPLETION] * SEQUENCES)
-    batch = TokenBatch.build(*rows, list(range(SEQUENCES)), torch.device("cpu"))
-    optimizer = torch.optim.AdamW(weight for weight in policy.parameters() if weight.requires_grad)
-    for _ in range(2):
-        for is_last in (False, True):
-            policy.reduce_head(is_last)
-            loss, _ = policy.policy_loss(
-                batch,
-                1.0,
-                loss=PolicyLoss(),
-                old_logps=torch.zeros(COMPLETION_TOKENS),
-                advantages=torch.ones(SEQUENCES),
-                normalizer=1.0,
-            )
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def peak_bytes(case: str) -> int:
-    """The most that torch's allocator has given out at once."""
-    gc.collect()  # what an earlier case left would count as given back
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        train_twice(case)
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
-
-
-def peak_of_a_process(rank: int, folder: str, case: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    found = peak_bytes(case)
-    if rank == 0:
-        torch.save(found, f"{folder}/peak.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def shape_of(folder, *, lora: LoraConfig | None = None, **sizes) -> ModelShape:
-    config = transformers.Qwen2Config(**sizes, architectures=["Qwen2ForCausalLM"])
-    config.save_pretrained(folder)
-    return model_shape("small.path", str(folder), lora)
-
-
-def predicted_bytes(case: str, folder, processes: int) -> float:
-    dtype, checkpointing, sizes, lora = CASES[case]
-    shape = shape_of(folder, lora=lora, **sizes)
-    update = update_bytes(
-        shape,
-        TOKENS,
-        COMPLETION_TOKENS,
-        2 if dtype == "bfloat16" else 4,
-        processes=processes,
-        checkpointing=checkpointing,
-    )
-    return (4 * shape.held + 8 * shape.trained) / processes + sum(update.values())
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_memory_of_an_update(process_group, tmp_path, monkeypatch, case):
-    monkeypatch.setattr(slab_sizes, "SLAB_BYTES", 0)  # a GPU's
-    assert predicted_bytes(case, tmp_path, 1) == pytest.approx(peak_bytes(case), rel=0.15)
-
-
-def test_memory_of_an_update_by_two_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(slab_sizes, "SLAB_BYTES", 0)
-    spawn(peak_of_a_process, str(tmp_path), "layers", processes=2)
-    measured = torch.load(tmp_path / "peak.pt")
-    assert predicted_bytes("layers", tmp_path, 2) == pytest.approx(measured, rel=0.15)
 
 
 @pytest.fixture
@@ -177,7 +65,8 @@ def test_weights_and_optimizer_by_hand(paper):
     for phase in phases(options, shapes_of(options)):
         assert phase.parts["weights"] == 4 * parameters / 8
         assert phase.parts["optimizer"] == 8 * parameters / 8
-        assert phase.parts["engine"] == 2 * 1_543_714_304 + (16 + 2) * GIB
+        if phase.name != "evaluate":
+            assert phase.parts["engine"] == 2 * 1_543_714_304 + (16 + 2) * GIB
 
 
 def test_what_is_on_the_host_is_not_on_the_gpu(paper):
@@ -197,7 +86,8 @@ def test_what_is_on_the_host_is_not_on_the_gpu(paper):
 
 
 def test_an_engine_that_sleeps_keeps_its_graphs_alone(paper):
-    options = load_config(paper("--rollout.sleep", "true"), PlanOptions)
+    sleeps = paper("--rollout.sleep", "true", "--evaluation.large", "never")
+    options = load_config(sleeps, PlanOptions)
     engine = {phase.name: phase.parts["engine"] for phase in phases(options, shapes_of(options))}
     awake = 2 * 1_543_714_304 + (16 + 2) * GIB
     assert engine == {
@@ -209,8 +99,55 @@ def test_an_engine_that_sleeps_keeps_its_graphs_alone(paper):
     }
 
 
+SMALL, LARGE = 1_543_714_304, 7_615_616_512
+
+
+@pytest.mark.parametrize(
+    ("arguments", "engine", "contexts"),
+    [
+        ((), 2 * SMALL + 2 * LARGE + 2 * (16 + 2) * GIB, 2),
+        (("--rollout.sleep", "true"), 2 * LARGE + (16 + 2 + 2) * GIB, 2),
+        (("--rollout.tensor_parallel", "2"), SMALL + LARGE + 2 * (16 + 2) * GIB, 2),
+        (("--rollout.engine", "hf"), 2 * SMALL + 2 * LARGE + 2 * (16 + 2) * GIB, 1),
+        (
+            ("--rollout.engine", "server", "--rollout.servers", "http://a:1"),
+            2 * LARGE + (16 + 2) * GIB,
+            2,
+        ),
+    ],
+    ids=["vllm", "sleep", "shared", "hf", "server"],
+)
+def test_evaluation_of_the_large_model_by_hand(paper, arguments, engine, contexts):
+    """A server is a process of its own; the embedding is gathered, and rounded for the server."""
+    options = load_config(paper(*arguments), PlanOptions)
+    phase = phases(options, shapes_of(options))[-1]
+    assert (phase.name, phase.seconds) == ("evaluate", 0)
+    assert phase.parts == {
+        "weights": 4 * (SMALL + LARGE) / 8,
+        "optimizer": 8 * (SMALL + LARGE) / 8,
+        "engine": engine,
+        "context": contexts * 2 * GIB,
+        "gathered": (4 + 2 * (contexts - 1)) * 152064 * 3584,
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--evaluation.large", "never"),
+        ("--algorithm", "kdrl"),
+        ("--algorithm", "grpo", "--grpo.model", "large"),
+    ],
+    ids=str,
+)
+def test_a_large_model_that_no_second_engine_evaluates(paper, arguments):
+    options = load_config(paper(*arguments), PlanOptions)
+    assert phases(options, shapes_of(options))[-1].name == "sync"
+
+
 def test_a_shared_engine_by_hand(paper):
     """Two GPUs per engine: half of the weights on each, twice the sequences in each iteration."""
+    paper = partial(paper, "--evaluation.large", "never")
     alone = load_config(paper(), PlanOptions)
     shared = load_config(paper("--rollout.tensor_parallel", "2"), PlanOptions)
     shapes = shapes_of(alone)
@@ -344,6 +281,43 @@ def test_what_makes_it_fit(paper):
     assert changes == {"training.offload": "all"}
 
 
+def with_memory(paper, gib: int, *arguments: str) -> PlanOptions:
+    """An engine that sleeps, and a KV cache of 38 GiB: the evaluation of the large model takes most
+    of all phases."""
+    sizes = ("--machine.memory_gib", str(gib), "--rollout.sleep", "true")
+    return load_config(paper(*sizes, "--rollout.kv_cache_gib", "38", *arguments), PlanOptions)
+
+
+def test_an_engine_that_does_not_fit_is_shared_by_as_few_as_suffice(paper):
+    """28 heads of the 7B and 12 of the 1.5B: 2 and 4 of the 8 processes of a node, and not 8."""
+    options = with_memory(paper, 70)
+    shapes = shapes_of(options)
+    lacking = [phase.name for phase in phases(options, shapes) if phase.bytes > 70 * GIB]
+    assert lacking == ["evaluate"]
+    assert fitting(options, shapes) == {"rollout.tensor_parallel": 2}
+    ways = [value for key, value in ways_to_fit(options) if key == "rollout.tensor_parallel"]
+    assert ways == [2, 4, 8]
+    assert lacking_bytes(with_changes(options, {"rollout.tensor_parallel": 4}), shapes) == 0
+    assert lacking_bytes(with_changes(options, {"rollout.tensor_parallel": 8}), shapes) == math.inf
+    # The engine hf is not shared.
+    options = with_memory(paper, 70, "--rollout.engine", "hf")
+    assert fitting(options, shapes) == {"training.offload": "optimizer"}
+
+
+def test_an_evaluation_that_does_not_fit_is_left_out_before_there_are_more_gpus(paper):
+    options = with_memory(paper, 50, "--rollout.engine", "hf", "--training.offload", "all")
+    assert fitting(options, shapes_of(options)) == {"evaluation.large": "never"}
+
+
+def test_a_dearer_change_lets_others_take_a_cheaper_value(paper):
+    """Two processes per engine suffice once the optimizer's states are on the host."""
+    options = with_memory(paper, 62)
+    shapes = shapes_of(options)
+    assert lacking_bytes(with_changes(options, {"rollout.tensor_parallel": 4}), shapes) > 0
+    expected = {"rollout.tensor_parallel": 2, "training.offload": "optimizer"}
+    assert fitting(options, shapes) == expected
+
+
 def test_decoding_is_bound_by_the_longest_completion_or_by_all_of_them(paper):
     """14 sequences on a GPU: 3072 iterations, each a read of 2 P bytes and of the KV cache of those
     in it. 11200 take many times as long."""
@@ -362,12 +336,19 @@ def test_command(paper, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     plan.main(paper("--machine.gpus", "1"))
     printed = capsys.readouterr().out
-    for text in ("update large", "does not fit", "fits with: --training.offload all"):
+    for text in ("does not fit (rollout, score, ", "fits with: --training.offload all"):
         assert text in " ".join(printed.split())
     plan.main(paper("--rollout.sleep", "true"))
     printed = " ".join(capsys.readouterr().out.split())
     assert " fits: " in printed
     assert "host's memory: 23 GiB on each node, 2.9 per process (rollout.sleep)" in printed
+    assert "by a vLLM server on the first GPU of each node" in printed
+    plan.main(paper("--machine.memory_gib", "70"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "does not fit (evaluate): 72.9 of 70 GiB" in printed
+    assert "--evaluation.large never leaves it out. fits with: --rollout.sleep True" in printed
+    plan.main(paper("--evaluation.large", "never", "--machine.memory_gib", "70"))
+    assert "evaluate" not in capsys.readouterr().out
 
 
 def test_the_recipe_shows_what_is_printed(paper, capsys, monkeypatch):

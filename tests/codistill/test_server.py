@@ -281,7 +281,8 @@ def test_serve_prints_its_command_and_becomes_it(settings, tmp_path, monkeypatch
     assert "host = '0.0.0.0': whoever reaches this address" in line
 
 
-def test_a_dry_run_needs_no_server(settings, capsys):
+def test_a_dry_run_needs_no_server(settings, monkeypatch, capsys):
+    monkeypatch.setattr("codistill.versions.has_vllm", lambda: True)
     settings["rollout"] |= {"engine": "server", "servers": ["http://127.0.0.1:1"]}
     dry_run(Config(**settings))
     assert "1 on cpu, rollout engine server" in capsys.readouterr().out

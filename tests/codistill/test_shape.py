@@ -51,19 +51,26 @@ def test_many_tokens_together_reach_all_experts(mixture):
 
 
 @pytest.mark.parametrize(
-    ("targets", "numbers", "rows"),
-    # Rank 3, 2 layers: inputs and outputs of q, k, v, o, gate, up, down; then of q and v alone.
+    ("targets", "numbers", "rows", "inputs", "outputs"),
+    # Rank 3, 2 layers: inputs and outputs of q, k, v, o, gate, up, down; then of some alone.
     [
-        ("all-linear", 3 * 2 * (128 + 96 + 96 + 128 + 3 * 112), 3 * 7),
-        (["q_proj", "v_proj"], 3 * 2 * (128 + 96), 3 * 2),
+        (
+            *("all-linear", 3 * 2 * (128 + 96 + 96 + 128 + 3 * 112), 3 * 7),
+            *(64 + 64 + 64 + 48, 64 + 32 + 32 + 64 + 48 + 48 + 64),
+        ),
+        (["q_proj", "v_proj"], 3 * 2 * (128 + 96), 3 * 2, 64, 64 + 32),
+        (["o_proj", "k_proj"], 3 * 2 * (128 + 96), 3 * 2, 64 + 64, 64 + 32),
+        (["down_proj", "up_proj"], 3 * 2 * 2 * 112, 3 * 2, 64 + 48, 64 + 48),
     ],
     ids=str,
 )
-def test_adapters_by_hand(tmp_path, targets, numbers, rows):
+def test_adapters_by_hand(tmp_path, targets, numbers, rows, inputs, outputs):
     folder = str(save_family(tmp_path, "qwen2, tied"))
     lora = LoraConfig(rank=3, alpha=6, target_modules=targets)
     shape, whole = model_shape("small.path", folder, lora), model_shape("small.path", folder)
     assert (shape.trained, shape.adapter_width) == (numbers, rows)
+    assert (shape.adapter_inputs, shape.adapter_outputs) == (inputs, outputs)
+    assert whole.adapter_inputs == 0 and whole.learning_inputs == 64 + 64 + 64 + 48
     assert shape.held == whole.held + numbers and shape.parameters == whole.trained
     assert shape.layer_trained == numbers // 2 and shape.root_trained == 0
     lm = transformers.AutoModelForCausalLM.from_pretrained(folder)

@@ -99,7 +99,7 @@ def test_a_chat_template_that_fails_is_one_line(tmp_path, template, expected):
         load_problems(
             "data.train", config, paths=config.train, tokenizer=tokenizer, max_prompt_tokens=9
         )
-    start = f"data.train = {str(path)!r}: the chat template of small.path fails: "
+    start = f"data.train = {str(path)!r}: the tokenizer's chat template fails: "
     assert str(error.value).startswith(start) and expected in str(error.value)
     assert str(error.value).isprintable()
 
@@ -144,7 +144,7 @@ def test_arguments_of_the_chat_template():
     tokenizer = make_tokenizer(adds="$A", chat=ROLES)
     assert render("chat", "one", tokenizer, arguments={"thinking": False}) == "user: one; "
     assert render("chat", "one", tokenizer, arguments={"n": 3}) == "user: one; <think>3"
-    with pytest.raises(ConfigError, match="the chat template of small.path fails: .*tokenize"):
+    with pytest.raises(ConfigError, match="the tokenizer's chat template fails: .*tokenize"):
         render("chat", "one", tokenizer, arguments={"tokenize": True})
 
 

