@@ -1,6 +1,5 @@
 """The study's figures: those of the paper at toy scale."""
 
-import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from codistill import files
 from codistill.output.curves import LARGE, SMALL, finish_panel, moving_average, show_percent
@@ -42,7 +40,6 @@ COLOURS = {
 PHASE_COLOURS = {"rollout": "C2", "score": "C4", "update small": SMALL, "update large": LARGE}
 """The colours that curves.png gives them."""
 DPI = 100
-COLOURS_OF_A_FILE = 256
 
 Curve = tuple[np.ndarray, np.ndarray]
 """Steps [K], and values [seeds, K]."""
@@ -70,22 +67,12 @@ def write(results: Results, folder: Path) -> dict[str, Figure]:
         drawing = figure.draw(results)
         path = folder / f"{name}.png"
         if any(axis.has_data() for axis in drawing.axes):
-            files.write_whole(path, partial(save, drawing))
+            files.write_whole(path, partial(drawing.savefig, format="png", dpi=DPI))
             written[name] = figure
         else:
             path.unlink(missing_ok=True)
         pyplot.close(drawing)
     return written
-
-
-def save(drawing: "Drawing", path: Path) -> None:
-    """A PNG file with a palette: a third of the size, and no difference that is seen."""
-    whole = io.BytesIO()
-    drawing.savefig(whole, format="png", dpi=DPI)
-    # The usual method, median cut, gives thin lines the colours of their neighbours.
-    method = Image.Quantize.MAXCOVERAGE
-    few = Image.open(whole).convert("RGB").quantize(COLOURS_OF_A_FILE, method)
-    few.save(path, format="png", optimize=True)
 
 
 # --- curves ------------------------------------------------------------------------------------

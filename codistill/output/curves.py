@@ -124,10 +124,8 @@ def finish_panel(axis: "Axes", title: str) -> None:
 
 
 def show_percent(axis: "Axes") -> None:
-    """Shares as percent, with as many decimals as tell one tick from the next."""
-    from matplotlib.ticker import PercentFormatter
-
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    """Shares as percent, with the decimals that a tick has: 35%, 37.5%."""
+    axis.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
 
 
 def limits(low: float, high: float) -> tuple[float, float]:

@@ -120,4 +120,4 @@ def test_percent_ticks_between_whole_percents():
     axis.plot([0, 1], [0.35, 0.475])
     show_percent(axis)
     axis.set_yticks([0.35, 0.375, 0.4])
-    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["35.0%", "37.5%", "40.0%"]
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["35%", "37.5%", "40%"]
