@@ -121,12 +121,13 @@ def test_a_server_that_is_gone_is_the_cause_of_a_failed_sync(spec, facts, transf
         raise RuntimeError("Connection closed by peer")
 
     monkeypatch.setattr(Transfer, "send_weights", fail)
-    with stand_in(update_answers(facts)) as (one, _):
-        with stand_in(update_answers(facts)) as (two, _):
-            engine = ServerEngine(replace(spec, servers=(one, two)))
-            with pytest.raises(RuntimeError, match="^Connection closed by peer"):
-                engine.sync("the weights")
-        with pytest.raises(ServerError, match=f"^{two}: .*refused"):
+    fine, broken = update_answers(facts), update_answers(facts)
+    with stand_in(fine) as (one, _), stand_in(broken) as (two, _):
+        engine = ServerEngine(replace(spec, servers=(one, two)))
+        with pytest.raises(RuntimeError, match="^Connection closed by peer"):
+            engine.sync("the weights")
+        broken["/health"] = (503, {"error": {"message": "no engine"}})
+        with pytest.raises(ServerError, match=f"^{two}: HTTP 503: no engine"):
             engine.sync("the weights")
 
 
