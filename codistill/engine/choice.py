@@ -22,13 +22,8 @@ from codistill.versions import check_vllm
 def engine_kind(kind: EngineKind) -> Literal["vllm", "hf", "server"]:
     """The engine that `kind` stands for: auto is vllm where it is installed."""
     if kind == "auto":
-        return "vllm" if has_vllm() else "hf"
+        return "vllm" if importlib.util.find_spec("vllm") else "hf"
     return kind
-
-
-def has_vllm() -> bool:
-    """Whether vLLM is installed here."""
-    return importlib.util.find_spec("vllm") is not None
 
 
 def check_engine(section: str, kind: EngineKind, tensor_parallel: int) -> None:
@@ -38,8 +33,6 @@ def check_engine(section: str, kind: EngineKind, tensor_parallel: int) -> None:
     """
     if engine_kind(kind) in ("vllm", "server"):
         check_vllm(f"{section}engine", kind)
-        expected = "hf: vLLM, which also sends weights to servers, is not installed here"
-        require(has_vllm(), f"{section}engine", kind, expected)
         return
     expected = "1 with engine hf, of which each process has its own"
     require(tensor_parallel == 1, f"{section}tensor_parallel", tensor_parallel, expected)

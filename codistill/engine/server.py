@@ -1,6 +1,7 @@
 """vLLM in processes of its own, on this machine or others, reached over HTTP."""
 
 import asyncio
+import importlib.util
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,9 @@ class ServerEngine:
 
     def __init__(self, spec: EngineSpec) -> None:
         """Raises ConfigError for a server that does not answer, or that the run cannot use."""
+        has_vllm = importlib.util.find_spec("vllm") is not None
+        expected = "hf: vLLM, which sends the weights, is not installed here"
+        require(has_vllm, "rollout.engine", "server", expected)
         facts = [check_server(url, spec) for url in spec.servers]
         self.spec, self.backend = spec, facts[0]["weight_transfer"]
         for url, found in zip(spec.servers, facts, strict=True):

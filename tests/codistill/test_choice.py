@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from test_engine import END, VOCAB
-from tiny import merged
 
 from codistill import distributed
-from codistill.config import Config, ConfigError
+from codistill.config import ConfigError
 from codistill.engine import EngineError, EngineSpec, Sampling, choice, engine_kind
 from codistill.engine.choice import RestartingEngine, check_engine, temporary_engine
-from codistill.inputs import load_inputs
 from codistill.model.shards import Weights
 
 SPEC = EngineSpec("none", VOCAB, (END,), 20, torch.float32, torch.device("cpu"), 0.1)
@@ -69,25 +67,15 @@ class Trainer:
         return self.given[-1]
 
 
-@pytest.mark.parametrize("found", [False, True], ids=["without vllm", "with vllm"])
+@pytest.mark.parametrize("found", [None, object()], ids=["without vllm", "with vllm"])
 def test_auto_is_vllm_where_it_is_installed(monkeypatch, found):
-    monkeypatch.setattr(choice, "has_vllm", lambda: found)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
     kinds = [engine_kind(kind) for kind in ("auto", "vllm", "hf", "server")]
     assert kinds == ["vllm" if found else "hf", "vllm", "hf", "server"]
 
 
-def test_vllm_that_is_not_installed_is_said_before_models_are_loaded(settings, monkeypatch):
-    monkeypatch.setattr(choice, "has_vllm", lambda: False)
-    for rollout in ({"engine": "vllm"}, {"engine": "server", "servers": ["http://a:1"]}):
-        config = Config(**merged(settings, {"rollout": rollout}))
-        line = f"rollout.engine = '{rollout['engine']}': expected hf: vLLM, which also sends"
-        with pytest.raises(ConfigError, match=f"^{line}"):
-            load_inputs(config)
-
-
 def test_vllm_is_checked_where_it_is_needed(monkeypatch):
     asked: list = []
-    monkeypatch.setattr(choice, "has_vllm", lambda: True)
     monkeypatch.setattr(choice, "check_vllm", lambda *arguments: asked.append(arguments))
     for kind in ("vllm", "server", "hf"):
         check_engine("rollout.", kind, 1)

@@ -19,7 +19,7 @@ from codistill.commands import doctor, serve
 from codistill.config import Config, ConfigError, load_config
 from codistill.config.plan import PlanOptions
 from codistill.dry_run import dry_run
-from codistill.engine import EngineSpec, Sampling, choice
+from codistill.engine import EngineSpec, Sampling
 from codistill.engine.server import (
     ServerEngine,
     ServerError,
@@ -269,8 +269,7 @@ def test_serve_prints_its_command_and_becomes_it(settings, tmp_path, monkeypatch
     assert "host = '0.0.0.0': whoever reaches this address" in line
 
 
-def test_a_dry_run_needs_no_server(settings, capsys, monkeypatch):
-    monkeypatch.setattr(choice, "has_vllm", lambda: True)
+def test_a_dry_run_needs_no_server(settings, capsys):
     settings["rollout"] |= {"engine": "server", "servers": ["http://127.0.0.1:1"]}
     dry_run(Config(**settings))
     assert "1 on cpu, rollout engine server" in capsys.readouterr().out

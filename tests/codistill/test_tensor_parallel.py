@@ -105,8 +105,7 @@ def test_a_shared_engine_writes_what_the_trainer_would(tokenizer, tmp_path):
     ],
     ids=["hf", "heads"],
 )
-def test_an_engine_that_cannot_be_shared(settings, rollout, expected, monkeypatch):
-    monkeypatch.setattr("codistill.engine.choice.has_vllm", lambda: True)
+def test_an_engine_that_cannot_be_shared(settings, rollout, expected):
     config = Config(**merged(settings, {"rollout": rollout | {"tensor_parallel": 2}}))
     with pytest.raises(ConfigError, match=f"^rollout.tensor_parallel = 2: expected {expected}"):
         load_inputs(config)
