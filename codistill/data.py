@@ -192,6 +192,9 @@ def chosen_fields(
         f"rows with {expected}, found {printable(', '.join(names))}; "
         f"{config.section}problem_field and {config.section}answer_field name others",
     )
+    if others := ", ".join(name for name in wanted[1] if name in names and name != answer):
+        message = "%s = %r: answers are those of %s, not of %s"
+        logging.getLogger(__name__).info(message, key, str(file), answer, others)
     return problem, answer
 
 

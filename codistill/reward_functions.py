@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -76,13 +76,15 @@ class RewardFunction:
                     completion_ids=[list(ids) for ids in completion_ids],
                     **columns,
                 )
+                if isinstance(values, Iterator):  # a generator, whose code runs only now
+                    values = list(values)
         except BaseException as error:  # the user's code may raise anything, SystemExit included
             frames = traceback.extract_tb(error.__traceback__)
             frame = ([f for f in frames if f.filename != __file__] or frames)[-1]
             where = f"{os.path.basename(frame.filename)}, line {frame.lineno}"
             raise self.failed(f"raised {type(error).__name__}: {error} ({where})") from error
         try:
-            rewards = [None if value is None else float(value) for value in values]
+            rewards = numbers(values)
         except Exception as error:
             raise self.failed(f"returned no list of numbers: {error}") from error
         if len(rewards) != len(completions):
@@ -101,6 +103,21 @@ class RewardFunction:
 
     def failed(self, how: str) -> RewardError:
         return RewardError(f"{described(self.path)} {how}")
+
+
+def numbers(values: Any) -> list[float | None]:
+    """Rewards as floats.
+
+    Raises:
+        TypeError, ValueError: `values` holds something else than numbers and None, or has no order
+            of completions: a dictionary would give its keys, a set its members in any order.
+    """
+    if isinstance(values, Mapping | Set):
+        raise TypeError(f"found a {type(values).__name__}")
+    text = next((value for value in values if isinstance(value, str | bytes)), None)
+    if text is not None:
+        raise TypeError(f"found the text {text!r}")
+    return [None if value is None else float(value) for value in values]
 
 
 def described(path: str) -> str:

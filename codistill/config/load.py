@@ -83,11 +83,25 @@ def explain_argument(model: type[BaseModel], message: str) -> str:
 
 def unknown_key(model: type[BaseModel], key: str, value: object) -> str:
     """One line for an unknown key, with the known key that is most like it."""
-    keys = field_keys(model)
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    near = near or [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    hint = f"did you mean {near[0]}?" if near else "see --help for all keys"
+    near = most_like(key, field_keys(model))
+    hint = f"did you mean {near}?" if near else "see --help for all keys"
     return f"{printable(key)} = {shown(value)}: expected a known key; {hint}"
+
+
+def most_like(key: str, keys: list[str]) -> str | None:
+    """The known key that an unknown one may stand for: one of its section with a name like its own,
+    else one of another section with the same name; None without one."""
+    section, _, name = key.rpartition(".")
+    parts = [known.rpartition(".") for known in keys]
+    here = [known for known_section, _, known in parts if known_section == section]
+    near = difflib.get_close_matches(name, here, n=1, cutoff=0.7)
+    near = near or [known for known in here if known.startswith(name)]
+    if near:
+        return f"{section}.{near[0]}" if section else near[0]
+    same = [known for known, part in zip(keys, parts, strict=True) if part[2] == name]
+    if not here:  # the section may be misspelled, too
+        same = same or difflib.get_close_matches(key, keys, n=1, cutoff=0.8)
+    return same[0] if same else None
 
 
 def explain_field(model: type[BaseModel], error: ValidationError) -> str:

@@ -140,10 +140,12 @@ class GlooTrainerWeightTransferEngine(NCCLTrainerWeightTransferEngine):
             joined = pool.submit(
                 client.init_weight_transfer_engine, worker_init_payload(to_workers)
             )
-            engine.model_update_group = GlooGroup(
-                address, port, rank=0, size=size, timeout=init_info.timeout
-            )
-            joined.result()
+            try:
+                engine.model_update_group = GlooGroup(
+                    address, port, rank=0, size=size, timeout=init_info.timeout
+                )
+            finally:
+                joined.result()  # the error of a server says more than that nobody has come
         return engine
 
     def _broadcast(self, source: WeightSource, meta: list[ParamMeta]) -> None:

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from codistill.config import Config, ConfigError, load_config
-from codistill.config.load import field_keys
+from codistill.config.load import field_keys, most_like
 from codistill.losses import make_policy_loss
 from codistill.run import run
 from codistill.stopping import StopSignals
@@ -226,6 +226,27 @@ def test_help_is_quick_and_needs_no_torch():
     assert done.returncode == 0, done.stderr
     assert "--rollout.num_generations int" in done.stdout
     assert time.perf_counter() - start < 3
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("rollout.num_gen", "rollout.num_generations"),
+        ("rollout.n", "rollout.num_generations"),
+        ("rollout.max_tokens", "rollout.max_prompt_tokens"),
+        ("loss.epsilon", "loss.epsilon_low"),
+        ("data.prompt_field", "data.problem_field"),
+        ("learning_rate", "small.learning_rate"),
+        ("rollout.seed", "seed"),
+        ("sed", "seed"),
+        ("rolout.temprature", "rollout.temperature"),
+        ("rollout.top_p", None),  # not rollout.stop
+        ("training.lr", None),
+        ("speed", "seed"),
+    ],
+)
+def test_the_key_that_is_most_like_an_unknown_one(key, near):
+    assert most_like(key, field_keys(Config)) == near
 
 
 @pytest.mark.parametrize(

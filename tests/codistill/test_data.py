@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import logging
 from decimal import Decimal
 from pathlib import Path
 
@@ -139,9 +140,15 @@ def test_lines_may_be_packed_and_begin_with_a_mark(tmp_path, tokenizer):
     ],
     ids=["gsm8k", "final_answer", "ground_truth", "answer", "verl", "another reward_model"],
 )
-def test_the_most_specific_answer_counts(tmp_path, tokenizer, row, expected):
-    (problem,) = load(save(tmp_path / "rows.jsonl", [row]), tokenizer)
+def test_the_most_specific_answer_counts(tmp_path, tokenizer, row, expected, caplog):
+    with caplog.at_level(logging.INFO, "codistill"):
+        (problem,) = load(save(tmp_path / "rows.jsonl", [row]), tokenizer)
     assert problem.answers == (expected,)
+    answers = [
+        name for name in ("final_answer", "ground_truth", "answer", "solution") if name in row
+    ]
+    said = [f"answers are those of {answers[0]}, not of {answers[1]}"] if answers[1:] else []
+    assert [message.partition(": ")[2] for message in caplog.messages] == said
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])

@@ -1,5 +1,7 @@
 """Both engines, for real: what they sample, what they say of it, and what a sync changes."""
 
+import json
+import shutil
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -149,6 +151,8 @@ def test_how_vllm_sleeps(monkeypatch):
 
     def llm(**options):
         assert options["enable_sleep_mode"] is True
+        assert options["generation_config"] == "vllm"  # not the model's own, with its penalties
+        assert options["logprobs_mode"] == "processed_logprobs"
         model = SimpleNamespace(
             get_vocab_size=lambda: VOCAB,
             architectures=["Any"],
@@ -177,6 +181,30 @@ def test_how_hf_sleeps(models, monkeypatch):
     engine.sleep()
     engine.wake_up()
     assert places == ["cpu", gpu]
+
+
+def test_hf_samples_without_the_penalties_of_the_model(models, tmp_path):
+    """Its generation_config.json is for chatting: what is trained is softmax(logits / T)."""
+    folder = tmp_path / "model"
+    shutil.copytree(models["small"], folder)
+    options = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "num_beams": 3, "top_k": 1}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": END} | options))
+    terms = (VOCAB, (END,), 20, torch.float32, CPU, 0.1)
+    engines = [HFEngine(EngineSpec(str(path), *terms)) for path in (models["small"], folder)]
+    sampling = Sampling(num_generations=8, temperature=1.0, max_tokens=12)
+    plain, penalized = (engine.generate(PROMPTS, [1, 2, 3], sampling) for engine in engines)
+    assert plain == penalized
+
+
+def test_a_prompt_that_a_step_draws_twice_gets_other_rollouts(make_trainer):
+    trainer = make_trainer({"rollout": {"prompts_per_step": 16}})  # of 8 problems
+    _, rollouts, _ = trainer.step(1)
+    written: dict[str, set] = {}
+    for row, problem in enumerate(rollouts.problems):
+        ids = rollouts.completions.rows(torch.tensor([row])).values.tolist()
+        written.setdefault(problem.problem, set()).add(tuple(ids))
+    assert len(written) == 8
+    assert max(map(len, written.values())) > 6  # six are of one draw
 
 
 def test_sleep_without_a_gpu_is_refused(make_trainer):

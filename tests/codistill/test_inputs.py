@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from tiny import merged
 from codistill import checkpoint, inputs
 from codistill.config import Config, ConfigError
 from codistill.config.changes import Changes
+from codistill.data import Problem
 from codistill.fingerprints import INPUTS, fingerprints
 
 
@@ -151,3 +153,22 @@ def test_without_fingerprints_paths_must_stay(settings, folder, tmp_path, caplog
     changes = {"data": {"train": str(tmp_path / "other.jsonl")}}
     with pytest.raises(ConfigError, match="^data.train = .*: expected "):
         changes_of_run(Config(**merged(settings, changes)), 8)
+
+
+def test_what_may_be_a_mistake_in_problems_is_said(settings, caplog):
+    problems = [
+        Problem(text, (answer,), text, [3], {"problem": text, "choices": ["a", "b"]})
+        for text, answer in (("1+1", "2"), ("1+1", "3"), ("2+2", "4"))
+    ]
+    sets = {"": [Problem("3+3", ("6",), "3+3", [3])], "amc23": problems[:2]}
+    grader = SimpleNamespace(check_golds=lambda key, file, golds: None)
+    inputs.check_problems(Config(**settings), problems, sets, grader)
+    key = "evaluation.sets.amc23"
+    assert caplog.messages == [
+        "data.train: no prompt shows the fields choices",
+        f"{key}: no prompt shows the fields choices",
+        "data.train: 1 problems occur again with another answer",
+        f"{key}: 1 problems occur again with another answer",
+        "amc23 has 2 problems here, and 40 in the paper: their numbers do not compare",
+        f"{key}: 2 of 2 problems are in data.train too: they are not held out",
+    ]

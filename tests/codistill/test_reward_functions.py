@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 import yaml
 
 from codistill.config import Config, ConfigError, load_config
@@ -86,6 +88,15 @@ def test_a_function_gets_lists_and_every_column():
     }
 
 
+@pytest.mark.parametrize(
+    "rewards",
+    [np.array([0.5, 1, 0]), torch.tensor([0.5, 1, 0]), (0.5, True, np.False_), map(float, "510")],
+    ids=["numpy", "torch", "truth", "iterator"],
+)
+def test_numbers_of_any_library_are_rewards(rewards):
+    assert call(lambda **_: rewards) in ([0.5, 1.0, 0.0], [5.0, 1.0, 0.0])
+
+
 def test_a_function_cannot_change_what_training_goes_on_with():
     def reward(prompts, completions, completion_ids, **columns):
         completions.clear()
@@ -105,10 +116,14 @@ def test_a_function_cannot_change_what_training_goes_on_with():
         ([1.0, math.nan, 1.0], "returned nan for completion 1"),
         ([1.0, 1.0, math.inf], "returned inf for completion 2"),
         ([1e300, 1.0, 1.0], "returned 1e+300 for completion 0, more than 1e+15 with its weight"),
-        ([1.0, "good", 1.0], "returned no list of numbers: could not convert string"),
+        ([1.0, "2", 1.0], "returned no list of numbers: found the text '2'"),
+        ("123", "returned no list of numbers: found the text '1'"),
+        ({0.5: 1, 1.0: 2, 2.0: 3}, "returned no list of numbers: found a dict"),
+        ({1.0, 2.0, 3.0}, "returned no list of numbers: found a set"),
+        ([[1.0], [2.0], [3.0]], "returned no list of numbers: float() argument must be"),
         (None, "returned no list of numbers: 'NoneType'"),
     ],
-    ids=["count", "nan", "inf", "huge", "text", "nothing"],
+    ids=["count", "nan", "inf", "huge", "text", "string", "dict", "set", "nested", "nothing"],
 )
 def test_what_is_no_reward_is_an_error(result, expected):
     with pytest.raises(RewardError) as error:
@@ -140,8 +155,13 @@ def test_a_function_cannot_end_the_run_without_a_message(error):
     def reward(**_):
         raise error
 
-    with pytest.raises(RewardError, match=f"my.reward raised {type(error).__name__}: "):
-        call(reward)
+    def generator(**_):
+        yield 1.0
+        raise error
+
+    for function in (reward, generator):
+        with pytest.raises(RewardError, match=f"my.reward raised {type(error).__name__}: "):
+            call(function)
 
 
 def test_a_function_may_take_its_time_and_no_more():

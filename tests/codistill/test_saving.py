@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,12 +95,35 @@ def test_a_save_that_fails_is_told_and_leaves_the_one_before(saver, monkeypatch)
     assert names(saver.folder) == ["step_3", "step_9"]
 
 
-def test_an_error_elsewhere_lets_a_save_finish(saver, gate):
+def test_an_error_elsewhere_lets_a_save_finish(saver, gate, monkeypatch):
     with pytest.raises(ZeroDivisionError), saver:
         saver.save(3)
         threading.Timer(0.3, gate.set).start()
         raise ZeroDivisionError
     assert names(saver.folder) == ["step_3"]
+    monkeypatch.setattr(checkpoint, "save", lambda *_, **__: 1 / 0)
+    with pytest.raises(KeyError), saver:  # it says more than the error of the save
+        saver.save(6)
+        raise KeyError
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_only_the_last_checkpoints_are_kept(process_group, tmp_path, asynchronous):
+    options = SimpleNamespace(keep=2, asynchronous=asynchronous)
+    config = SimpleNamespace(checkpoint=options, distributed=CONFIG.distributed)
+    saver = Saver(tmp_path / "checkpoints", [make_learner(1)], config)
+    for step in (3, 6, 9):
+        saver.save(step)
+    assert asynchronous or "step_9" in names(saver.folder)
+    saver.finish()
+    assert names(saver.folder) == ["step_6", "step_9"]
+
+
+def test_the_processes_of_a_save_wait_no_longer_than_others(process_group, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(dist, "new_group", lambda **terms: seen.update(terms))
+    Saver(tmp_path, [], CONFIG)
+    assert seen == {"backend": "gloo", "timeout": timedelta(seconds=60)}
 
 
 def two_processes(rank: int, folder: str) -> None:

@@ -1,32 +1,36 @@
 """rollout.engine server: what is asked of servers, and what is said of those that fail."""
 
-import json
 import os
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 import yaml
+from stand_in import facts_of, right_answers, stand_in
 from test_engine import END, PROMPTS, VOCAB
 
+from codistill import distributed
 from codistill.commands import doctor, serve
 from codistill.config import Config, ConfigError, load_config
 from codistill.config.plan import PlanOptions
 from codistill.dry_run import dry_run
 from codistill.engine import EngineSpec, Sampling
-from codistill.engine.serve import GLOO, sizes
-from codistill.engine.server import ServerEngine, ServerError, Servers, check_server
-from codistill.model.pretrained import load_model_config
+from codistill.engine.server import (
+    ServerEngine,
+    ServerError,
+    Servers,
+    check_server,
+    own_address,
+    shared_client,
+)
 from codistill.model.shape import model_shape
 from codistill.planning import phase_bytes, rollout_seconds
+from codistill.texts import StopStrings
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -71,79 +75,7 @@ def spec(models) -> EngineSpec:
 
 @pytest.fixture
 def facts(spec) -> dict:
-    """What a right server for `spec` says of itself."""
-    return {
-        "model": spec.path,
-        "sizes": sizes(load_model_config("small.path", spec.path)),
-        "dtype": "float32",
-        "max_model_len": 20,
-        "logprobs_mode": "processed_logprobs",
-        "has_tokenizer": False,
-        "rows": 24,
-        "weight_transfer": GLOO,
-        "workers": 1,
-        "own_code": True,
-    }
-
-
-def written(body: dict) -> dict:
-    """What vLLM answers to a request for completions: the prompt's first token, then the end."""
-    token_ids = [body["token_ids"][0], END]
-    content = [{"token_id": token, "logprob": -0.5 * token} for token in token_ids]
-    choices = [
-        {
-            "index": index,
-            "token_ids": token_ids,
-            "logprobs": {"content": content},
-            "finish_reason": "stop",
-        }
-        for index in range(body["sampling_params"]["n"])
-    ]
-    return {"choices": choices[::-1]}
-
-
-@contextmanager
-def stand_in(answers: dict[str, Any]) -> Iterator[tuple[str, list]]:
-    """A server with these answers by path, and the requests that it gets, (path, body).
-
-    An answer is JSON, (status, JSON), or a function of the request's body that gives one.
-    """
-    requests: list = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            body = json.loads(content) if content else None
-            requests.append((self.path, body))
-            answer = answers.get(self.path, (404, {"detail": "Not Found"}))
-            answer = answer(body) if callable(answer) else answer
-            status, answer = answer if isinstance(answer, tuple) else (200, answer)
-            self.send_response(status)
-            text = json.dumps(answer).encode()
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
-
-        do_GET = do_POST
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", requests
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def right_answers(facts: dict) -> dict[str, Any]:
-    return {
-        "/health": {},
-        "/collective_rpc": {"results": [facts]},
-        "/inference/v1/generate": written,
-    }
+    return facts_of(spec)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +102,51 @@ def test_a_server_that_a_run_cannot_use_is_named(spec, facts, changes, expected)
         with pytest.raises(ConfigError, match=f"^rollout.servers = '{url}': ") as error:
             check_server(url, spec)
     assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_server_needs_a_tokenizer_to_see_stop_strings(spec, facts, tokenizer):
+    stopped = replace(spec, stop=StopStrings(tokenizer, ("=",)))
+    with stand_in(right_answers(facts)) as (url, _):
+        with pytest.raises(ConfigError, match="a server with a tokenizer, for rollout.stop"):
+            check_server(url, stopped)
+    changed = facts | {"has_tokenizer": True}
+    with stand_in(right_answers(changed)) as (url, _):
+        assert check_server(url, stopped) == changed
+
+
+def test_servers_take_weights_in_one_way(spec, facts):
+    on_gpu = replace(spec, device=torch.device("cuda"))
+    by_nccl = right_answers(facts | {"weight_transfer": "nccl"})
+    with stand_in(by_nccl) as (one, _), stand_in(right_answers(facts)) as (two, _):
+        assert ServerEngine(replace(on_gpu, servers=(one,))).backend == "nccl"
+        expected = f"'{two}': expected weight transfer by nccl as the first server has it"
+        with pytest.raises(ConfigError, match=expected):
+            ServerEngine(replace(on_gpu, servers=(one, two)))
+
+
+def test_servers_are_reached_without_a_proxy(spec, facts, monkeypatch):
+    for name in ("http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    shared_client.cache_clear()
+    with stand_in(right_answers(facts)) as (url, _):
+        engine = ServerEngine(replace(spec, servers=(url,)))
+        assert len(engine.generate(PROMPTS, [1, 2, 3], Sampling(1, 1.0, 4))) == 3
+    shared_client.cache_clear()
+
+
+def test_a_request_waits_for_its_turn_without_a_limit(spec, facts, monkeypatch):
+    """With many prompts the last request starts late; `timeout` is the limit of an answer."""
+    limits: list = []
+
+    class Client(httpx.AsyncClient):
+        def __init__(self, *, timeout: httpx.Timeout, **options: Any) -> None:
+            limits.append((timeout.read, timeout.pool))
+            super().__init__(timeout=timeout, **options)
+
+    monkeypatch.setattr(httpx, "AsyncClient", Client)
+    with stand_in(right_answers(facts)) as (url, _):
+        ServerEngine(replace(spec, servers=(url,))).generate(PROMPTS, [1] * 3, Sampling(1, 1.0, 4))
+    assert limits == [(5, None)]
 
 
 def test_a_server_of_another_kind_or_none_is_named(spec):
@@ -199,6 +176,7 @@ def test_requests_are_spread_and_say_what_vllm_is_to_do(spec, facts, monkeypatch
             engine = ServerEngine(replace(spec, servers=(one, two)))
             found = engine.generate(PROMPTS, [4, 5, 6], Sampling(2, 0.7, 9))
         assert [completion.token_ids[0] for completion in found] == [3, 3, 5, 5, 9, 9]
+        assert [len(completion.token_ids) for completion in found] == [2, 3] * 3
         assert found[2].logps == [-2.5, -0.5] and not found[2].truncated
         asked = [[body for path, body in part if "generate" in path] for part in (first, second)]
         counts.append([len(part) for part in asked])
@@ -240,17 +218,27 @@ def test_workers_of_all_servers_have_numbers_of_their_own():
 
 
 def test_a_server_with_other_weights_is_named():
-    answers = {"/finish_weight_update": {}, "/weight_info": {"weight_version": "default"}}
+    answers: dict = {"/finish_weight_update": {}}
     with stand_in(answers) as (url, requests):
         servers = Servers((url,), [1], timeout=5)
         servers.finish_weight_update()
-        with pytest.raises(ServerError, match=f"^{url}: was started again, or another run uses"):
-            servers.check_version()
+        for version in ("default", "of another run"):
+            answers["/weight_info"] = {"weight_version": version}
+            with pytest.raises(ServerError, match=f"^{url}: was started again, or another run"):
+                servers.check_version()
         answers["/weight_info"] = dict(requests[0][1])
         servers.check_version()
         answers["/reset_prefix_cache"] = {"success": False}
         with pytest.raises(ServerError, match=f"^{url}: the prefix cache is in use"):
             servers.reset_prefix_cache()
+
+
+def test_the_address_that_all_servers_reach(monkeypatch):
+    addresses = {"127.0.0.1": "127.0.0.1", "node-7": "10.0.0.5"}
+    monkeypatch.setattr(distributed, "address_towards", addresses.get)
+    local, remote = "http://127.0.0.1:8001", "http://node-7:8001"
+    assert own_address([local]) == "127.0.0.1"
+    assert own_address([local, remote]) == own_address([remote, local]) == "10.0.0.5"
 
 
 def test_serve_prints_its_command_and_becomes_it(settings, tmp_path, monkeypatch, capsys):
