@@ -6,20 +6,24 @@ every run of the step benchmark writes the same number of tokens.
 
 import json
 import math
+import string
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import transformers
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.decoders import ByteLevel as Decoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from torch.distributed.device_mesh import DeviceMesh
 
 from codistill.config.machinery import Checkpointing, LoraConfig, TrainingConfig
 from codistill.model.policy import Policy, prepare
 
 BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and two Adam moments
+END = "<|endoftext|>"  # a Qwen2 tokenizer has it in any case
+LETTERS = string.ascii_lowercase
 MEMORY_SHARE = (
     0.7  # share of the device for these; activations, engine and bf16 copies get the rest
 )
@@ -117,10 +121,7 @@ def write(pair: Pair, folder: Path, *, weights: bool, seed: int = 0) -> None:
     folders hold only configurations and tokenizers."""
     torch.manual_seed(seed)
     transformers.logging.disable_progress_bar()
-    words = {f"w{index}": index for index in range(pair.tokens)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1")
+    fast = make_tokenizer(pair.tokens)
     for name, size in (("small", pair.small), ("large", pair.large)):
         config = transformers.Qwen2Config(
             **asdict(size), eos_token_id=1, bos_token_id=None, max_position_embeddings=4096
@@ -128,9 +129,19 @@ def write(pair: Pair, folder: Path, *, weights: bool, seed: int = 0) -> None:
         model = transformers.Qwen2ForCausalLM(config) if weights else config
         model.save_pretrained(folder / name)
         fast.save_pretrained(folder / name)
-    ids = torch.randint(2, pair.tokens, (4 * pair.prompts, pair.prompt_tokens)).tolist()
-    problems = [{"problem": " ".join(f"w{i}" for i in row), "answer": "1"} for row in ids]
+    letters = torch.randint(len(LETTERS), (4 * pair.prompts, pair.prompt_tokens)).tolist()
+    problems = [{"problem": "".join(LETTERS[i] for i in row), "answer": "1"} for row in letters]
     (folder / "problems.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
+
+
+def make_tokenizer(tokens: int) -> transformers.PreTrainedTokenizerFast:
+    """As Qwen2's, which transformers makes of any Qwen2 model's, without a merge: each letter of a
+    prompt is a token. The other tokens only make the softmax as large as it should be."""
+    words = ["w0", END, *LETTERS]
+    words += [f"w{index}" for index in range(len(words), tokens)]
+    tokenizer = Tokenizer(BPE({word: index for index, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), Decoder()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
 
 
 def random_policy(

@@ -1,5 +1,6 @@
 """The commands as a user runs them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from bench import bench_kernels, plan, results, step
 from bench.cases import cases, in_order
 from bench.check import CheckFailed
 from bench.operations import OURS
+from bench.random_models import PAIRS, write
+from codistill.model.pretrained import load_tokenizer
+from codistill.templates import encode
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,6 +113,17 @@ def test_cases_of_a_gpu():
 def test_mistakes_end_with_2(arguments, message):
     done = bench(*arguments)
     assert done.returncode == 2 and message in done.stderr
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_prompts_of_a_step_are_as_long_as_they_should_be(tmp_path, name):
+    """After transformers has made a Qwen2 tokenizer of what is in the folder."""
+    pair = PAIRS[name]
+    write(pair, tmp_path, weights=False)
+    tokenizer = load_tokenizer("small.path", str(tmp_path / "small"))
+    assert len(tokenizer) == pair.tokens and tokenizer.eos_token_id == 1
+    for line in (tmp_path / "problems.jsonl").read_text().splitlines():
+        assert len(encode(json.loads(line)["problem"], tokenizer)) == pair.prompt_tokens
 
 
 def test_step(tmp_path):
