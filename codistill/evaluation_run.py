@@ -246,7 +246,7 @@ def engine_spec(options: EvalOptions, model: Model, device: Any) -> EngineSpec:
         stop=StopStrings(model.tokenizer, tuple(options.stop)) if options.stop else None,
         tensor_parallel=options.tensor_parallel,
         path_key="model",
-        engine_key="engine",
+        section="",
     )
 
 

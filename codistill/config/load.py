@@ -50,12 +50,20 @@ def load_options(model: type[Options], arguments: list[str], **values: Any) -> O
         ConfigError: a key or value is wrong.
         SystemExit: `--help` was asked for (code 0).
     """
+    if model.model_config.get("cli_kebab_case"):
+        arguments = [with_dashes(word) for word in arguments]
     try:
         return CliApp.run(model, cli_args=arguments, cli_exit_on_error=False, **values)
     except SettingsError as error:
         raise ConfigError(explain_argument(model, str(error))) from error
     except ValidationError as error:
         raise ConfigError(explain_field(model, error)) from error
+
+
+def with_dashes(word: str) -> str:
+    """--max_tokens=9 -> --max-tokens=9: an option may be named as messages name its key."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
 def field_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

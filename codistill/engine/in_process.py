@@ -1,6 +1,7 @@
 """vLLM in the trainer's own processes."""
 
 import os
+import re
 from itertools import chain
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from codistill import distributed
-from codistill.config import require
+from codistill.config import ConfigError, require
 from codistill.downloads import source
 from codistill.engine.interface import Completion, EngineSpec, Sampling
 from codistill.engine.vllm_requests import completion, padded_rows_bias, sampling_options
@@ -36,13 +37,12 @@ class VLLMEngine:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
             # vLLM compiles a helper of its sampler: 4 to 15 s, and a compiler, for no gain here.
             torch._dynamo.config.disable = True
-        import vllm
-
         self.spec = spec
         self.group = None
         if spec.tensor_parallel > 1:
             self.group, _ = dist.new_subgroups(spec.tensor_parallel, backend="gloo")
-        self.llm = vllm.LLM(
+        self.llm = start(
+            spec,
             model=source(spec.path),
             dtype=str(spec.dtype).removeprefix("torch."),
             max_model_len=spec.max_model_tokens,
@@ -58,7 +58,7 @@ class VLLMEngine:
             disable_log_stats=True,
             use_tqdm_on_load=False,
         )
-        check_own_model(spec.engine_key, self.llm.llm_engine.model_config)
+        check_own_model(f"{spec.section}engine", self.llm.llm_engine.model_config)
         rows = self.llm.llm_engine.model_config.get_vocab_size()
         self.logit_bias = padded_rows_bias(spec, rows)
 
@@ -112,6 +112,29 @@ class VLLMEngine:
     def close(self) -> None:
         # Left to the end of the process, vLLM would look for process groups that are gone by then.
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def start(spec: EngineSpec, **options: Any) -> Any:
+    """vLLM's `LLM` with these options.
+
+    Raises:
+        ConfigError: its KV cache has no room for the longest sequence.
+    """
+    import vllm
+
+    try:
+        return vllm.LLM(**options)
+    except (
+        ValueError
+    ) as error:  # the only class it has; vLLM alone knows what its cache layout takes
+        if "KV cache" not in str(error):
+            raise
+        longest = re.search(r"maximum model length is (\d+)", str(error))
+        room = f", there is room for {longest[1]}" if longest else ""
+        raise ConfigError(
+            f"{spec.section}kv_cache_gib = {spec.kv_cache_gib:g}: expected room for a sequence of "
+            f"{spec.max_model_tokens} tokens, prompt and completion{room}"
+        ) from error
 
 
 def check_own_model(key: str, model_config: Any) -> None:

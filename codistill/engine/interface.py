@@ -100,8 +100,8 @@ class EngineSpec:
     """Limit of a request to a server, and of a sync (seconds)."""
     path_key: str = "path"
     """Key of `path` in what the user gave, as messages name it."""
-    engine_key: str = "rollout.engine"
-    """Key of the kind of engine there."""
+    section: str = "rollout."
+    """What precedes the names of the engine's keys there."""
 
 
 def cut_at_end(

@@ -172,6 +172,31 @@ def test_how_vllm_sleeps(monkeypatch):
     assert calls == [("sleep", {"level": 1}), "empty_cache", "wake_up"]
 
 
+@pytest.mark.parametrize(
+    ("message", "error", "expected"),
+    [
+        (  # as vLLM 0.32 has it
+            "To serve at least one request with the model's max seq len (20), (0.2 GiB KV cache is "
+            "needed, which is larger than the available KV cache memory (0.1 GiB). Based on the "
+            "available memory, the estimated maximum model length is 16. Try increasing",
+            ConfigError,
+            "kv_cache_gib = 0.1: expected room for a sequence of 20 tokens, prompt and "
+            "completion, there is room for 16",
+        ),
+        ("another mistake", ValueError, "another mistake"),
+    ],
+)
+def test_a_cache_without_room_for_a_sequence(monkeypatch, message, error, expected):
+    def llm(**options):
+        raise ValueError(message)
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=llm))
+    for section in ("rollout.", ""):
+        terms = ("org/model", VOCAB, (END,), 20, torch.bfloat16, CPU, 0.1)
+        with pytest.raises(error, match=f"^{section * (error is ConfigError)}{expected}$"):
+            VLLMEngine(EngineSpec(*terms, section=section))
+
+
 def test_how_hf_sleeps(models, monkeypatch):
     engine = HFEngine(EngineSpec(str(models["small"]), VOCAB, (END,), 20, torch.float32, CPU, 0.1))
     gpu = torch.device("cuda", 1)

@@ -31,6 +31,14 @@ from codistill.voting import answer_of, find_answers, group, majority_at_k, pass
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.parametrize("name", ["--max-tokens", "--max_tokens"])
+def test_options_are_known_by_their_keys_too(name):
+    words = ["--model", "m_1", "--data", "a_b=c_d", "--output", "o_1", "--template", "boxed"]
+    for value in ([name, "9"], [f"{name}=9"]):
+        options = load_options(EvalOptions, [*words, *value])
+        assert (options.max_tokens, options.model, options.output) == (9, ["m_1"], Path("o_1"))
+
+
 def test_sizes():
     assert [sizes(n) for n in (1, 2, 5, 8)] == [[1], [1, 2], [1, 2, 4, 5], [1, 2, 4, 8]]
 

@@ -109,7 +109,7 @@ def check_vllm(rank: int, paths: list[str], foreign: str) -> None:
     for path in paths:
         check_engine("vllm", path)
     terms = (foreign, VOCAB, (), 20, torch.float32, CPU, 0.05)
-    spec = EngineSpec(*terms, engine_key="engine")
+    spec = EngineSpec(*terms, section="")
     with pytest.raises(ConfigError, match="^engine = 'vllm': expected hf: .* PhiForCausalLM"):
         make_engine("vllm", spec)
 

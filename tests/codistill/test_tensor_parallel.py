@@ -158,4 +158,4 @@ def test_eval_has_the_same_option(tmp_path):
     model = SimpleNamespace(path="m", tokenizer=[], end_token_ids=(1,), sets={"sums": [problem]})
     spec = engine_spec(options, model, CPU)
     assert spec.tensor_parallel == 2
-    assert (spec.path_key, spec.engine_key) == ("model", "engine")
+    assert (spec.path_key, spec.section) == ("model", "")
