@@ -192,7 +192,10 @@ def test_a_cache_without_room_for_a_sequence(monkeypatch, message, error, expect
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=llm))
     for section in ("rollout.", ""):
-        terms = ("org/model", VOCAB, (END,), 20, torch.bfloat16, CPU, 0.1)
+        gpu = torch.device(
+            "cuda"
+        )  # on the CPU it would switch torch.compile off for all later tests
+        terms = ("org/model", VOCAB, (END,), 20, torch.bfloat16, gpu, 0.1)
         with pytest.raises(error, match=f"^{section * (error is ConfigError)}{expected}$"):
             VLLMEngine(EngineSpec(*terms, section=section))
 
