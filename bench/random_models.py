@@ -12,10 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as Decoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.device_mesh import DeviceMesh
 
 from codistill.config.machinery import Checkpointing, LoraConfig, TrainingConfig
@@ -139,8 +136,9 @@ def make_tokenizer(tokens: int) -> transformers.PreTrainedTokenizerFast:
     prompt is a token. The other tokens only make the softmax as large as it should be."""
     words = ["w0", END, *LETTERS]
     words += [f"w{index}" for index in range(len(words), tokens)]
-    tokenizer = Tokenizer(BPE({word: index for index, word in enumerate(words)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), Decoder()
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
 
 

@@ -12,7 +12,7 @@ Group = Literal["main", "sweep", "ablation"]
 SEEDS: dict[Group, range] = {"main": range(10), "sweep": range(5), "ablation": range(5)}
 """The seeds of a group's methods. The paper has 5."""
 ADDED_SEEDS = range(5, 10)
-"""Those of the main methods that were added after the first five were seen (docs/study.md)."""
+"""Seeds that the main methods got after the first five had been seen (docs/study.md)."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from codistill.files import write_whole
+from codistill.files import write_text
 
 NAMES = ["Ann", "Ben", "Eva", "Leo", "Mia", "Tom"]
 THINGS = ["apples", "books", "cards", "coins", "pens", "stamps"]
@@ -143,5 +143,4 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def write(problems: list[Problem], file: Path) -> None:
     """Write a data file of the trainer."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(problem.row()) + "\n" for problem in problems)
-    write_whole(file, lambda unfinished: unfinished.write_text(text))
+    write_text(file, "".join(json.dumps(problem.row()) + "\n" for problem in problems))

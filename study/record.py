@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from codistill.files import read_rows
+from codistill.files import read_rows, write_text
 from codistill.versions import installed
 
 KEPT = [
@@ -110,9 +110,7 @@ class Record:
         content = asdict(self)
         del content["file"]
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=None, separators=(",", ":")) + "\n")
-        temporary.replace(self.file)
+        write_text(self.file, json.dumps(content, indent=None, separators=(",", ":")) + "\n")
 
 
 def read(file: Path) -> Record:

@@ -167,9 +167,10 @@ def execute_all(runs: list[Run], jobs: int) -> list[str]:
                 "--output begins a study of another budget"
             )
     todo = [run for run in pending.values() if not read(run.record).finished]
+    names = {run.name for run in todo}
     for run in todo:
         needed = run.needed()
-        if needed and read(needed.record).finished and not needed.folder.is_dir():
+        if needed and needed.name not in names and not needed.folder.is_dir():
             raise ValueError(
                 f"{run.name}: starts from a model of {needed.folder}, which is gone; delete "
                 f"{needed.record} to train it again"

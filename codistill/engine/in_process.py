@@ -124,9 +124,8 @@ def start(spec: EngineSpec, **options: Any) -> Any:
 
     try:
         return vllm.LLM(**options)
-    except (
-        ValueError
-    ) as error:  # the only class it has; vLLM alone knows what its cache layout takes
+    except ValueError as error:
+        # Only vLLM knows what its cache takes for a model; it has no class for this error.
         if "KV cache" not in str(error):
             raise
         longest = re.search(r"maximum model length is (\d+)", str(error))
